@@ -1,0 +1,170 @@
+"""The nodes: widgets -> request -> loading. No policy here."""
+
+from __future__ import annotations
+
+import os
+
+import comfy.model_management
+import folder_paths
+from comfy_api.v0_0_2 import io
+from server import PromptServer
+
+from . import device_utils
+from .allocation_parser import AllocationError, parse_allocation
+from .distorch2.loading import load_components
+from .distorch2.plan import ComponentRequest, VirtualVram
+
+
+class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
+    """Loads a checkpoint with its diffusion model, text encoder and VAE on the devices that the user names."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        devices = list(_list_devices())
+        accelerator = devices[min(1, len(devices) - 1)]
+        return io.Schema(
+            node_id="CheckpointLoaderAdvancedDisTorch2MultiGPU",
+            display_name="Load Checkpoint (DisTorch2)",
+            category="multigpu/distorch_2",
+            description="Loads a checkpoint and keeps each part of it on the devices that you name.",
+            search_aliases=["distorch", "multigpu", "virtual vram", "load checkpoint", "offload", "donor device"],
+            inputs=[
+                io.Combo.Input(
+                    "ckpt_name",
+                    options=folder_paths.get_filename_list("checkpoints"),
+                    tooltip="The checkpoint to load.",
+                ),
+                *_component_inputs("unet", "diffusion model", accelerator, 4.0, devices),
+                *_component_inputs("clip", "text encoder", "cpu", 2.0, devices),
+                io.Combo.Input(
+                    "vae_device", options=devices, default=accelerator, tooltip="Where the whole VAE lies and computes."
+                ),
+                _expert_input("unet", "diffusion model"),
+                _expert_input("clip", "text encoder"),
+                io.Boolean.Input(
+                    "high_precision_loras",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For weights on a donor: keep a LoRA's result in the compute precision where the weight is "
+                    "stored in a lower one (fp8). Off: round it back.",
+                ),
+                io.Boolean.Input(
+                    "eject_models",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Unload all other models from the diffusion model's compute device first.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The diffusion model."),
+                io.Clip.Output(tooltip="The text encoder, if the checkpoint has one."),
+                io.Vae.Output(tooltip="The VAE, if the checkpoint has one."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, unet_expert_mode_allocations: str | None = "", clip_expert_mode_allocations: str | None = ""
+    ) -> bool | str:
+        # None is a linked input, which has no value before the prompt runs.
+        for name, text in (
+            ("unet_expert_mode_allocations", unet_expert_mode_allocations),
+            ("clip_expert_mode_allocations", clip_expert_mode_allocations),
+        ):
+            try:
+                if text is not None and text.strip():
+                    parse_allocation(text, _list_devices())
+            except AllocationError as error:
+                return f"{name}: {error}"
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, ckpt_name: str, **_widgets: object) -> tuple[int, int] | None:
+        """Load again when the file was replaced."""
+        path = folder_paths.get_full_path("checkpoints", ckpt_name)
+        if path is None or not os.path.isfile(path):
+            return None
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_size
+
+    @classmethod
+    def execute(
+        cls,
+        ckpt_name: str,
+        unet_compute_device: str,
+        unet_virtual_vram_gb: float,
+        unet_donor_device: str,
+        clip_compute_device: str,
+        clip_virtual_vram_gb: float,
+        clip_donor_device: str,
+        vae_device: str,
+        unet_expert_mode_allocations: str = "",
+        clip_expert_mode_allocations: str = "",
+        high_precision_loras: bool = True,
+        eject_models: bool = False,
+    ) -> io.NodeOutput:
+        loaded = load_components(
+            folder_paths.get_full_path_or_raise("checkpoints", ckpt_name),
+            _request(unet_compute_device, unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations),
+            _request(clip_compute_device, clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations),
+            vae_device,
+            high_precision_loras=high_precision_loras,
+            eject_models=eject_models,
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        )
+        PromptServer.instance.send_progress_text(loaded.report, cls.hidden.unique_id)
+        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)
+
+
+def _component_inputs(prefix: str, component: str, compute_device: str, gb: float, devices: list[str]) -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            f"{prefix}_compute_device",
+            options=devices,
+            default=compute_device,
+            tooltip=f"Where the {component} computes.",
+        ),
+        io.Float.Input(
+            f"{prefix}_virtual_vram_gb",
+            default=gb,
+            min=0.0,
+            max=128.0,
+            step=0.1,
+            tooltip=f"How many GB of the {component} to keep on the donor instead of the compute device.",
+        ),
+        io.Combo.Input(
+            f"{prefix}_donor_device",
+            options=devices,
+            default="cpu",
+            tooltip="Where that part is kept. The same as the compute device: everything stays there.",
+        ),
+    ]
+
+
+def _expert_input(prefix: str, component: str) -> io.Input:
+    return io.String.Input(
+        f"{prefix}_expert_mode_allocations",
+        default="",
+        optional=True,
+        advanced=True,
+        tooltip=f"How much of the {component} each device keeps, as in cuda:0,70%;cuda:1,30% or cuda:0,4gb;cpu,*. "
+        "When not blank it replaces virtual VRAM and donor.",
+    )
+
+
+def _list_devices() -> tuple[str, ...]:
+    """The devices to choose from; ComfyUI started with --cpu leaves the accelerators alone."""
+    return (device_utils.HOST_DEVICE,) if comfy.model_management.cpu_mode() else device_utils.list_devices()
+
+
+def _request(compute_device: str, virtual_vram_gb: float, donor_device: str, expert_text: str) -> ComponentRequest:
+    if expert_text.strip():
+        return ComponentRequest(compute_device, parse_allocation(expert_text, _list_devices()))
+    return ComponentRequest(compute_device, VirtualVram(virtual_vram_gb, donor_device))
+
+
+NODE_CLASS_MAPPINGS = {"CheckpointLoaderAdvancedDisTorch2MultiGPU": CheckpointLoaderAdvancedDisTorch2MultiGPU}
+NODE_DISPLAY_NAME_MAPPINGS = {"CheckpointLoaderAdvancedDisTorch2MultiGPU": "Load Checkpoint (DisTorch2)"}

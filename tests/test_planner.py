@@ -1,0 +1,151 @@
+import pytest
+from allocation_parser import parse_allocation
+from distorch2.plan import GIB, ComponentRequest, DeviceMemory, Layer, PlanError, VirtualVram
+from distorch2.planner import make_plan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+MEMORY = {
+    "cpu": DeviceMemory(64 * GIB),
+    "cuda:0": DeviceMemory(24 * GIB, 24 * GIB),
+    "cuda:1": DeviceMemory(24 * GIB, 24 * GIB),
+}
+TWELVE = [Layer(f"block.{i}", 100) for i in range(12)]  # 1,200 bytes
+
+
+def plan(layers, allocation, compute_device="cuda:0", memory=MEMORY):
+    if isinstance(allocation, str):
+        allocation = parse_allocation(allocation)
+    return make_plan(layers, ComponentRequest(compute_device, allocation), memory)
+
+
+def drawing(plan):
+    """One character a layer: '.' on the compute device, else the last character of the device's name."""
+    return "".join("." if p.device == plan.compute_device else p.device[-1] for p in plan.placements)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "expected"),
+    [
+        ("cuda:0,100%", "............"),
+        ("cuda:0,50%;cpu,50%", ".u.u.u.u.u.u"),
+        ("cuda:0,75%;cpu,*", "..u...u...u."),
+        ("cuda:0,300b;cpu,*", "u.uuu.uuu.uu"),
+        ("cpu,*", "uuuuuuuuuuuu"),  # the compute device is absent: nothing is resident
+        ("cuda:0,50%;cuda:1,25%;cpu,25%", ".1.u.1.u.1.u"),
+    ],
+)
+def test_streamed_layers_are_spread_evenly_over_the_execution_order(allocation, expected):
+    assert drawing(plan(TWELVE, allocation)) == expected
+
+
+@pytest.mark.parametrize("num_streamed", range(1, 12))
+def test_the_gaps_between_streamed_layers_differ_by_one_at_most(num_streamed):
+    text = drawing(plan(TWELVE, f"cuda:0,{(12 - num_streamed) * 100}b;cpu,*"))
+    streamed = [i for i, c in enumerate(text) if c == "u"]
+    assert len(streamed) == num_streamed
+    gaps = {later - earlier for earlier, later in zip(streamed, streamed[1:])}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize(
+    ("virtual_vram_bytes", "donor", "resident"),
+    [
+        (0, "cpu", 1200),
+        (600, "cpu", 600),
+        (600, "cuda:1", 600),
+        (5000, "cpu", 0),  # min(virtual VRAM, model)
+        (600, "cuda:0", 1200),  # the donor is the compute device
+    ],
+)
+def test_virtual_vram(virtual_vram_bytes, donor, resident):
+    made = plan(TWELVE, VirtualVram(virtual_vram_bytes / GIB, donor))
+    assert made.bytes_on("cuda:0") == resident
+    assert made.bytes_on("cuda:0") + (made.bytes_on(donor) if donor != "cuda:0" else 0) == 1200
+
+
+@pytest.mark.parametrize("gb", [-0.1, float("nan"), float("inf")])
+def test_virtual_vram_must_be_a_size(gb):
+    with pytest.raises(PlanError, match="use 0 or more"):
+        VirtualVram(gb, "cpu")
+
+
+def test_a_fraction_is_of_the_devices_total_memory():
+    memory = {"cpu": DeviceMemory(10_000), "cuda:0": DeviceMemory(2_000, 1_900)}
+    assert plan(TWELVE, "cuda:0,0.25;cpu,*", memory=memory).bytes_on("cuda:0") == 500  # a quarter of 2,000
+
+
+def test_what_does_not_fit_a_donor_goes_to_cpu_and_is_said():
+    memory = dict(MEMORY, **{"cuda:1": DeviceMemory(24 * GIB, 2 * GIB)})
+    layers = [Layer(f"block.{i}", GIB) for i in range(12)]
+    made = plan(layers, VirtualVram(6.0, "cuda:1"), memory=memory)
+    assert {device: made.bytes_on(device) // GIB for device in made.devices} == {"cuda:0": 6, "cpu": 4, "cuda:1": 2}
+    assert made.notes == ("cuda:1 has 2.00 GiB free of the 6.00 GiB asked; the rest is on cpu",)
+
+
+def test_free_memory_of_the_compute_device_limits_an_expert_amount():
+    memory = dict(MEMORY, **{"cuda:0": DeviceMemory(24 * GIB, 350)})
+    made = plan(TWELVE, "cuda:0,100%", memory=memory)
+    assert made.bytes_on("cuda:0") == 300
+    assert made.bytes_on("cpu") == 900
+    assert len(made.notes) == 1
+
+
+def test_layers_that_cannot_move_stay_on_the_compute_device():
+    layers = [Layer("a", 100, movable=False), Layer("b", 100), Layer("c", 100), Layer("d", 100, movable=False)]
+    assert drawing(plan(layers, "cpu,*")) == ".uu."
+    assert drawing(plan(layers, "cuda:1,50%;cpu,50%")) == ".1u."  # the 200 bytes left are still halved
+    assert drawing(plan(layers, "cuda:0,50%;cpu,50%")) == ".uu."  # the 200 bytes asked are those that cannot move
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(PlanError, match=r"there is no device 'cuda:7'; this machine has cpu, cuda:0, cuda:1"):
+        plan(TWELVE, "cuda:7,*")
+    with pytest.raises(PlanError, match=r"there is no device 'cuda:9'"):
+        plan(TWELVE, "cpu,*", compute_device="cuda:9")
+
+
+def test_a_model_without_weights_has_an_empty_plan():
+    made = plan([], "cuda:0,50%;cpu,50%")
+    assert made.placements == ()
+    assert made.model_bytes == 0
+
+
+_devices = ("cuda:0", "cuda:1", "cuda:2", "cpu")
+_sizes = st.lists(st.integers(0, 10**9) | st.sampled_from([1, 1000, 10**9]), min_size=1, max_size=60)
+
+
+def _check_conserved(made, layers):
+    assert [placement.layer for placement in made.placements] == layers
+    assert sum(made.bytes_on(device) for device in made.devices) == sum(layer.num_bytes for layer in layers)
+
+
+@settings(max_examples=400, deadline=None)
+@given(_sizes, st.lists(st.integers(1, 100), min_size=1, max_size=4), st.sampled_from(_devices))
+def test_every_device_is_given_what_was_asked_within_one_layer(sizes, weights, compute_device):
+    layers = [Layer(f"{i}", size) for i, size in enumerate(sizes)]
+    shares = dict(zip(_devices, weights))
+    memory = {device: DeviceMemory(10**12) for device in _devices}
+    made = plan(layers, ";".join(f"{device},{weight}%" for device, weight in shares.items()), compute_device, memory)
+    _check_conserved(made, layers)
+    for device in _devices:
+        asked = sum(sizes) * shares.get(device, 0) / sum(weights)
+        assert abs(made.bytes_on(device) - asked) < max(sizes) + 1  # 1: shares are whole bytes
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 10**6), st.booleans()), min_size=1, max_size=60),
+    st.lists(st.integers(0, 10**8), min_size=3, max_size=3),
+    st.lists(st.integers(1, 100), min_size=3, max_size=3),
+)
+def test_free_memory_is_never_exceeded(sizes, free, weights):
+    layers = [Layer(f"{i}", size, movable) for i, (size, movable) in enumerate(sizes)]
+    memory = {f"cuda:{i}": DeviceMemory(10**12, free_bytes) for i, free_bytes in enumerate(free)}
+    memory["cpu"] = DeviceMemory(10**12)
+    made = plan(layers, ";".join(f"cuda:{i},{weight}%" for i, weight in enumerate(weights)), "cuda:0", memory)
+    _check_conserved(made, layers)
+    fixed_bytes = sum(size for size, movable in sizes if not movable)
+    for i, free_bytes in enumerate(free):
+        given_bytes = made.bytes_on(f"cuda:{i}")
+        assert given_bytes <= (max(free_bytes, fixed_bytes) if i == 0 else free_bytes)

@@ -1,0 +1,20 @@
+from distorch2.plan import Layer, Placement, Plan
+from distorch2.report import render_table, rows_of_plan
+
+MIB = 1024**2
+
+
+def test_one_row_for_each_device_the_compute_device_first():
+    placements = [("a", 100, "cpu"), ("b", 200, "cuda:1"), ("c", 100, "cpu")]  # 400 MiB: 50% each
+    plan = Plan("cuda:1", tuple(Placement(Layer(name, mib * MIB), device) for name, mib, device in placements))
+    assert render_table("title", rows_of_plan("diffusion model", plan), ["a note"]) == (
+        "title\n"
+        "  component        device  served    layers    MiB  share\n"
+        "  diffusion model  cuda:1  resident       1  200.0  50.0%\n"
+        "  diffusion model  cpu     streamed       2  200.0  50.0%\n"
+        "  note: a note"
+    )
+
+
+def test_a_model_without_weights_has_no_rows():
+    assert rows_of_plan("text encoder", Plan("cpu", ())) == []

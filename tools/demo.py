@@ -1,0 +1,77 @@
+"""The main job, for real: a ComfyUI server, a small real checkpoint, the example workflow, the image.
+
+Run it with `make demo`. The weights are random, so the image is a texture; the path it takes is the one of any model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from checkpoints import ensure_checkpoint
+from safetensors.torch import load_file
+from server import ROOT, ComfyServer
+from workflows import replace_missing_devices, with_core_loader, with_saved_latent, with_small_image
+
+WORKFLOW = ROOT / "example_workflows" / "api" / "text_to_image.json"
+FOLDER = ROOT / ".host" / "demo"
+IMAGE_PIXELS = 256
+STEPS = 4
+
+
+def main() -> None:
+    started = time.monotonic()
+    comfyui_path = Path(os.environ["COMFYUI_PATH"])
+    print(f"ComfyUI: {comfyui_path}")
+    checkpoint = ensure_checkpoint("sd3", ROOT / ".host" / "checkpoints")
+    print(f"checkpoint: {checkpoint.name}, {checkpoint.stat().st_size / 1e6:.0f} MB, SD3 with CLIP-L and a VAE, random weights")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    models = FOLDER / "models" / "checkpoints"
+    models.mkdir(parents=True)
+    (models / checkpoint.name).symlink_to(checkpoint)
+
+    has_gpu = torch.cuda.is_available()
+    print(f"starting ComfyUI{'' if has_gpu else ' with --cpu: no GPU found'} ...", flush=True)
+    with ComfyServer(comfyui_path, FOLDER, arguments=() if has_gpu else ("--cpu",)) as server:
+        prompt = json.loads(WORKFLOW.read_text())
+        prompt["1"]["inputs"]["ckpt_name"] = checkpoint.name
+        prompt, replaced = replace_missing_devices(prompt, server.get("/object_info"))
+        for replacement in replaced:
+            print(f"this machine has no such device, replaced: {replacement}")
+        prompt = with_saved_latent(with_small_image(prompt, IMAGE_PIXELS, STEPS))
+
+        print(f"queueing {WORKFLOW.relative_to(ROOT)} at {IMAGE_PIXELS}x{IMAGE_PIXELS} px, {STEPS} steps", flush=True)
+        files = server.output_files(server.run(prompt))
+        print(f"\n{_table(server.log)}\n")
+        core_files = server.output_files(server.run(with_core_loader(prompt)))
+
+    image = _with_suffix(files, ".png")
+    latent, core_latent = (load_file(_with_suffix(f, ".latent"))["latent_tensor"] for f in (files, core_files))
+    same = torch.equal(latent, core_latent)
+    print(f"image: {image}")
+    print(f"latent bit-identical to ComfyUI's own loader: {'yes' if same else 'NO'}")
+    print(f"done in {time.monotonic() - started:.0f} s")
+    if not same:
+        sys.exit("the latent differs from that of ComfyUI's own loader")
+
+
+def _table(log: str) -> str:
+    """The last placement table in the server's log."""
+    lines = log.splitlines()
+    first = max(i for i, line in enumerate(lines) if "DisTorch2: " in line)
+    last = next((i for i in range(first + 1, len(lines)) if not lines[i].startswith("  ")), len(lines))
+    title = lines[first][lines[first].index("DisTorch2: ") :]  # without the log level before it
+    return "\n".join([title, *lines[first + 1 : last]])
+
+
+def _with_suffix(files: list[Path], suffix: str) -> Path:
+    return next(file for file in files if file.suffix == suffix)
+
+
+if __name__ == "__main__":
+    main()

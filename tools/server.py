@@ -1,0 +1,156 @@
+"""Run a real ComfyUI server with this pack and talk to it over HTTP. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACK_FOLDER_NAME = "a folder.name of the user's choice"
+"""Deliberately not the repository's name: nothing may depend on it."""
+
+
+class PromptRefused(Exception):
+    """The server answered HTTP 400; `answer` is its JSON."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        super().__init__(json.dumps(answer, indent=1)[:4000])
+        self.answer = answer
+
+
+class ComfyServer:
+    """A ComfyUI process on a free loopback port, with a base folder of its own; a context manager.
+
+    `base` gets ComfyUI's folders (`models/checkpoints`, `output`, ...), with this pack linked into `custom_nodes`
+    unless `with_pack` is false. `log_path` is the server's output.
+    """
+
+    START_SECONDS = 240
+
+    def __init__(
+        self,
+        comfyui_path: Path,
+        base: Path,
+        arguments: tuple[str, ...] = (),
+        with_pack: bool = True,
+        python: str = sys.executable,
+    ) -> None:
+        self.comfyui_path = comfyui_path
+        self.base = base
+        self.log_path = base / "server.log"
+        self._arguments = arguments
+        self._with_pack = with_pack
+        self._python = python
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+
+    def __enter__(self) -> ComfyServer:
+        for folder in ("custom_nodes", "models/checkpoints", "models/text_encoders", "output", "input", "temp"):
+            (self.base / folder).mkdir(parents=True, exist_ok=True)
+        link = self.base / "custom_nodes" / PACK_FOLDER_NAME
+        if self._with_pack and not link.exists():
+            link.symlink_to(ROOT, target_is_directory=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        command = [self._python, str(self.comfyui_path / "main.py"), "--port", str(self._port)]
+        command += ["--disable-auto-launch", "--base-directory", str(self.base), "--disable-api-nodes"]
+        command += ["--database-url", "sqlite:///:memory:", *self._arguments]
+        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        with open(self.log_path, "wb") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base, env=environment
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=120) as response:
+            return json.load(response)
+
+    def post(self, path: str, body: Any) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            text = response.read()
+        return json.loads(text) if text else None
+
+    def queue(self, prompt: dict[str, Any]) -> str:
+        """Queue an API-format prompt; its id. Raises `PromptRefused` when validation refuses it."""
+        try:
+            return self.post("/prompt", {"prompt": prompt})["prompt_id"]
+        except urllib.error.HTTPError as error:
+            if error.code != 400:
+                raise
+            raise PromptRefused(json.load(error)) from None
+
+    def run(self, prompt: dict[str, Any], timeout_seconds: float = 300) -> dict[str, Any]:
+        """Queue a prompt and wait for its history entry, whatever its outcome."""
+        prompt_id = self.queue(prompt)
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history and history[prompt_id]["status"]["completed"] is not None:
+                return history[prompt_id]
+            self._check_alive()
+            time.sleep(0.05)
+        raise TimeoutError(f"the prompt did not end within {timeout_seconds} s")
+
+    def output_files(self, history: dict[str, Any]) -> list[Path]:
+        """The files that a prompt saved, in the order of its nodes' ids; raises when the prompt failed."""
+        if history["status"]["status_str"] != "success":
+            raise RuntimeError(f"the prompt failed: {error_of(history)}")
+        return [
+            self.base / item.get("type", "output") / item["subfolder"] / item["filename"]
+            for _, outputs in sorted(history["outputs"].items())
+            for items in outputs.values()
+            for item in items
+            if isinstance(item, dict) and "filename" in item
+        ]
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.START_SECONDS
+        while time.monotonic() < deadline:
+            self._check_alive()
+            try:
+                self.get("/system_stats")
+                return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+        raise TimeoutError(f"ComfyUI was not ready within {self.START_SECONDS} s:\n{self.log[-4000:]}")
+
+    def _check_alive(self) -> None:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"ComfyUI ended with status {self._process.returncode}:\n{self.log[-4000:]}")
+
+
+def error_of(history: dict[str, Any]) -> dict[str, Any]:
+    """The execution error of a prompt's history entry; empty when it has none."""
+    return next((data for kind, data in history["status"]["messages"] if kind == "execution_error"), {})
