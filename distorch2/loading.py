@@ -172,12 +172,10 @@ def _read(ckpt_path: str) -> _Weights:
     try:
         state_dict, metadata = comfy.utils.load_torch_file(ckpt_path, return_metadata=True)
     except Exception as error:
-        raise CheckpointError(
-            f"cannot read {ckpt_path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-            "if it is cut off or damaged, download it again"
-        ) from error
-    if not isinstance(state_dict, dict):
-        raise CheckpointError(f"{ckpt_path} is not a checkpoint: it holds a {type(state_dict).__name__}, not weights")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"cannot read {ckpt_path}: {reason}; if it is damaged, download it again") from error
+    if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise CheckpointError(f"{ckpt_path} is not a checkpoint: there are no weights in it")
     mm.throw_exception_if_processing_interrupted()
     return _Weights(ckpt_path, state_dict, metadata)
 

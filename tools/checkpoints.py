@@ -296,7 +296,6 @@ KINDS = {
     "sd3_fp8": Kind(lambda seed: to_fp8(sd3_model(seed)) | sd3_clip(seed) | sd3_vae(seed)),
     "sd3_fp8_scaled": Kind(lambda seed: to_scaled_fp8(sd3_model(seed)) | sd3_clip(seed) | sd3_vae(seed)),
     "sd15_blocks": Kind(sd15_blocks),
-    "sd15_v_pred": Kind(lambda seed: v_pred(unet_sd15(2), seed)),  # the core ignores the key here: SD1.5 is always eps
     "sdxl_v_pred": Kind(sdxl_v_pred),
     "sd15_ckpt": Kind(lambda seed: unet_sd15(2).draw(seed, prefix=MODEL) | sd_vae(seed), ".ckpt"),
     "flux": Kind(flux_checkpoint),

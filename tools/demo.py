@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from checkpoints import ensure_checkpoint
+from comfy_server import ROOT, ComfyServer
 from safetensors.torch import load_file
-from server import ROOT, ComfyServer
 from workflows import replace_missing_devices, with_core_loader, with_saved_latent, with_small_image
 
 WORKFLOW = ROOT / "example_workflows" / "api" / "text_to_image.json"

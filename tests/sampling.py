@@ -1,0 +1,38 @@
+"""Run a loaded checkpoint in process: the same latents as ComfyUI's own loader is what most tests ask for."""
+
+from __future__ import annotations
+
+import comfy.sample
+import comfy.sd
+import torch
+
+PIXELS = 64
+# Width of the text conditioning and of the pooled output, for checkpoints whose text encoder is another file.
+_CONDITIONING_WIDTHS = {"Flux": (4096, 768), "SD3": (4096, 2048), "SDXL": (2048, 1280), "BaseModel": (768, 768)}
+
+
+def conditioning(model, clip, seed):
+    """From the checkpoint's own text encoder where it has one, else random numbers of the right shape."""
+    if clip is not None:
+        return clip.encode_from_tokens_scheduled(clip.tokenize(f"a photograph of thing number {seed}"))
+    width, pooled_width = _CONDITIONING_WIDTHS[type(model.model).__name__]
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(1, 77, width, generator=generator)
+    return [[text, {"pooled_output": torch.randn(1, pooled_width, generator=generator)}]]
+
+
+def sample(model, clip, steps=2, seed=7):
+    """Latents [1, C, PIXELS / 8, PIXELS / 8] of a short run; call it in inference mode, as ComfyUI runs nodes."""
+    channels = model.model.latent_format.latent_channels
+    latent = torch.zeros(1, channels, PIXELS // 8, PIXELS // 8)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    positive, negative = conditioning(model, clip, seed), conditioning(model, clip, seed + 1)
+    latents = comfy.sample.sample(model, noise, steps, 3.0, "euler", "simple", positive, negative, latent)
+    assert torch.isfinite(latents).all()
+    assert latents.std() > 0.01
+    return latents
+
+
+def core_load(path):
+    """(model, clip, vae) as ComfyUI's checkpoint loader node returns them."""
+    return comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)[:3]

@@ -1,0 +1,44 @@
+"""Nothing of ComfyUI is patched, by importing the pack or by loading with it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import COMFYUI_PATH, ROOT
+
+
+def probe(checkpoint, *plant):
+    command = [sys.executable, str(ROOT / "tests" / "comfyui_snapshot.py"), checkpoint, *plant]
+    environment = dict(os.environ, COMFYUI_PATH=str(COMFYUI_PATH))
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def seen(checkpoints):
+    return probe(checkpoints("sd3"))
+
+
+def test_every_function_and_class_attribute_is_the_same_object_afterwards(seen):
+    assert seen["compared"] > 10_000
+    assert seen["changed_by_import"] == []
+    assert seen["changed"] == []
+
+
+def test_importing_the_pack_imports_and_initialises_nothing_else(seen):
+    assert seen["imported"] == ["pack"]
+    assert not seen["accelerator_initialised_by_import"]
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        ("planted", "comfy.model_management.free_memory"),
+        ("deep", "comfy.model_patcher.ModelPatcher.detach"),
+    ],
+)
+def test_a_planted_patch_is_found(checkpoints, plant, found):
+    assert found in probe(checkpoints("sd3"), plant)["changed"]

@@ -1,0 +1,234 @@
+"""A real ComfyUI server with the pack in custom_nodes, over HTTP: every ComfyUI version of the supported range."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_server import ComfyServer, PromptRefused, error_of
+from conftest import COMFYUI_PATH, NUM_ACCELERATORS, ROOT
+from host import SDISTS, fetch_comfyui
+from safetensors.torch import load_file
+from workflows import (
+    NODE_ID,
+    nodes_of_class,
+    replace_missing_devices,
+    with_core_loader,
+    with_saved_latent,
+    with_small_image,
+)
+
+# A ComfyUI of the user's own is tested as it is.
+VERSIONS = sorted(SDISTS) if "DISTORCH2_FETCHED_COMFYUI" in os.environ else ["given"]
+NEWEST = VERSIONS[-1]
+ARGUMENTS = () if NUM_ACCELERATORS else ("--cpu",)
+DEVICES = ["cpu", *(f"cuda:{index}" for index in range(NUM_ACCELERATORS))]
+ACCELERATOR = DEVICES[min(1, NUM_ACCELERATORS)]
+
+
+def _start(version, base, checkpoints, arguments=()):
+    """A server whose checkpoint folder has every file that the tests ask for."""
+    folder = base / "models" / "checkpoints"
+    folder.mkdir(parents=True)
+    for kind in ("sd3", "sd3_no_clip_weights", "sd15_blocks", "flux", "sd15_ckpt"):
+        (folder / Path(checkpoints(kind)).name).symlink_to(checkpoints(kind))
+    (base / "models" / "text_encoders").mkdir()
+    (base / "models" / "text_encoders" / "clip_l.safetensors").symlink_to(checkpoints("clip_l"))
+    tree = COMFYUI_PATH if version in ("given", "0.30.0") else fetch_comfyui(version, Path(sys.executable))
+    return ComfyServer(tree, base, arguments=(*ARGUMENTS, *arguments))
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def server(request, checkpoints, tmp_path_factory):
+    with _start(request.param, tmp_path_factory.mktemp("comfyui"), checkpoints) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def newest_server(checkpoints, tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    extra = base / "elsewhere"
+    (extra / "checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoints("sd3_no_clip_weights"), extra / "checkpoints" / "from_extra_path.safetensors")
+    paths = base / "paths.yaml"
+    paths.write_text(f"elsewhere:\n  base_path: {extra}\n  checkpoints: checkpoints\n")
+    with _start(NEWEST, base, checkpoints, ("--extra-model-paths-config", str(paths))) as running:
+        yield running
+
+
+def prompt_for(server, checkpoint, **widgets):
+    """The example workflow, small, on what this machine has, with its latent saved."""
+    prompt = json.loads((ROOT / "example_workflows" / "api" / "text_to_image.json").read_text())
+    prompt, _ = replace_missing_devices(prompt, server.get("/object_info"))
+    prompt["1"]["inputs"].update(ckpt_name=checkpoint, **widgets)
+    return with_saved_latent(with_small_image(prompt, 64, 2))
+
+
+def with_text_encoder_of_its_own(prompt):
+    """For checkpoints without one: a CLIP-L file, whose SD3 form Flux takes too."""
+    prompt = copy.deepcopy(prompt)
+    inputs = {"clip_name": "clip_l.safetensors", "type": "sd3"}
+    prompt["clip"] = {"class_type": "CLIPLoader", "inputs": inputs}
+    for node_id in nodes_of_class(prompt, "CLIPTextEncode"):
+        prompt[node_id]["inputs"]["clip"] = ["clip", 0]
+    return prompt
+
+
+def latent_of(server, prompt):
+    files = server.output_files(server.run(prompt))
+    (latent,) = (file for file in files if file.suffix == ".latent")
+    assert any(file.suffix == ".png" for file in files)
+    return load_file(latent)["latent_tensor"]
+
+
+def refused_details(server, prompt):
+    """Texts of the errors on node 1 of a refused prompt."""
+    with pytest.raises(PromptRefused) as refused:
+        server.queue(prompt)
+    assert refused.value.answer["error"]["type"] == "prompt_outputs_failed_validation"
+    errors = refused.value.answer["node_errors"]["1"]["errors"]
+    assert {error["type"] for error in errors} == {"custom_validation_failed"}
+    return [error["details"] for error in errors]
+
+
+def test_the_node_is_what_saved_workflows_expect(server):
+    info = server.get("/object_info")[NODE_ID]
+    checkpoints = info["input"]["required"]["ckpt_name"][1]["options"]
+    assert "sd3.safetensors" in checkpoints
+
+    def described(inputs):
+        kept = ("default", "min", "max", "step", "multiline", "options")
+        return [
+            (name, kind, {key: options[key] for key in kept if key in options and name != "ckpt_name"})
+            for name, (kind, options) in inputs.items()
+        ]
+
+    def device(name, default):
+        return name, "COMBO", {"default": default, "options": DEVICES}
+
+    def virtual_vram(name, default):
+        return name, "FLOAT", {"default": default, "min": 0.0, "max": 128.0, "step": 0.1}
+
+    assert described(info["input"]["required"]) == [
+        ("ckpt_name", "COMBO", {}),
+        device("unet_compute_device", ACCELERATOR),
+        virtual_vram("unet_virtual_vram_gb", 4.0),
+        device("unet_donor_device", "cpu"),
+        device("clip_compute_device", "cpu"),
+        virtual_vram("clip_virtual_vram_gb", 2.0),
+        device("clip_donor_device", "cpu"),
+        device("vae_device", ACCELERATOR),
+    ]
+    assert described(info["input"]["optional"]) == [
+        ("unet_expert_mode_allocations", "STRING", {"default": "", "multiline": False}),
+        ("clip_expert_mode_allocations", "STRING", {"default": "", "multiline": False}),
+        ("high_precision_loras", "BOOLEAN", {"default": True}),
+        ("eject_models", "BOOLEAN", {"default": False}),
+    ]
+    assert info["output"] == ["MODEL", "CLIP", "VAE"]
+    assert info["category"] == "multigpu/distorch_2"
+    assert info["display_name"] == "Load Checkpoint (DisTorch2)"
+    assert all(options["tooltip"] for part in ("required", "optional") for _, options in info["input"][part].values())
+    assert all(info["output_tooltips"])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "widgets"),
+    [
+        ("sd3.safetensors", {}),
+        ("sd15_blocks.safetensors", {"unet_expert_mode_allocations": f" {ACCELERATOR.upper()} , 100% ;"}),
+        ("flux.safetensors", {"unet_expert_mode_allocations": f"{ACCELERATOR},1gb*", "eject_models": True}),
+        ("sd3_no_clip_weights.safetensors", {"clip_expert_mode_allocations": f"{ACCELERATOR},*"}),
+    ],
+)
+def test_latents_are_bit_identical_to_those_of_the_core_loader(server, checkpoint, widgets):
+    prompt = prompt_for(server, checkpoint, **widgets)
+    if checkpoint == "flux.safetensors":
+        prompt = with_text_encoder_of_its_own(prompt)
+    ours = latent_of(server, prompt)
+    assert torch.isfinite(ours).all()
+    assert ours.std() > 0.01
+    assert torch.equal(ours, latent_of(server, with_core_loader(prompt)))
+    assert f"DisTorch2: {checkpoint}\n  component " in server.log
+
+
+def test_an_expert_string_replaces_virtual_vram_and_donor(server):
+    prompt = prompt_for(
+        server,
+        "sd3.safetensors",
+        unet_virtual_vram_gb=0.0,
+        unet_expert_mode_allocations=f"{ACCELERATOR},0.001%",
+    )
+    server.output_files(server.run(prompt))
+    assert "0.001% alone is a ratio of one and means the whole model" in server.log
+
+
+@pytest.mark.parametrize("name", ["unet_expert_mode_allocations", "clip_expert_mode_allocations"])
+def test_a_bad_expert_string_is_refused_when_the_prompt_is_queued(newest_server, name):
+    log_before = newest_server.log
+    details = refused_details(newest_server, prompt_for(newest_server, "sd3.safetensors", **{name: "cpu,2tib"}))
+    expected = f"{name}: unknown unit 'tib'; use b, kb, mb, gb or tb\n    cpu,2tib\n         ~~~^"
+    assert any(expected in text for text in details)
+    assert "model_type" not in newest_server.log[len(log_before) :]
+
+
+def test_an_absent_device_in_an_expert_string_is_refused_with_the_present_ones(newest_server):
+    prompt = prompt_for(newest_server, "sd3.safetensors", unet_expert_mode_allocations="cuda:63,*")
+    expected = f"unknown device 'cuda:63'; this machine has {', '.join(DEVICES)}"
+    assert any(expected in text for text in refused_details(newest_server, prompt))
+
+
+def test_a_long_bad_string_is_not_echoed_whole(newest_server):
+    prompt = prompt_for(newest_server, "sd3.safetensors", unet_expert_mode_allocations="x" * 200_000)
+    details = refused_details(newest_server, prompt)
+    assert all("has 200,000 characters; the longest accepted has 4,096" in text for text in details)
+    assert all(len(text) < 500 for text in details)
+
+
+def test_a_device_that_is_not_there_is_refused_when_the_prompt_is_queued(newest_server):
+    with pytest.raises(PromptRefused) as refused:
+        newest_server.queue(prompt_for(newest_server, "sd3.safetensors", vae_device="cuda:63"))
+    (error,) = refused.value.answer["node_errors"]["1"]["errors"]
+    assert error["type"] == "value_not_in_list"
+    assert "vae_device: 'cuda:63' not in" in error["details"]
+
+
+def test_a_checkpoint_of_extra_model_paths_is_found(newest_server):
+    latent_of(newest_server, prompt_for(newest_server, "from_extra_path.safetensors"))
+
+
+def test_virtual_vram_that_is_no_number_is_refused(newest_server):
+    history = newest_server.run(prompt_for(newest_server, "sd3.safetensors", unet_virtual_vram_gb=math.nan))
+    assert "virtual VRAM is nan GB; use 0 or more" in error_of(history)["exception_message"]
+
+
+def test_a_file_damaged_after_queueing_is_an_error_on_the_loader_and_the_next_prompt_runs(newest_server):
+    folder = newest_server.base / "models" / "checkpoints"
+    whole = (folder / "sd3_no_clip_weights.safetensors").read_bytes()
+    damaged = folder / "damaged.safetensors"
+    damaged.write_bytes(whole[:-1000])
+    history = newest_server.run(prompt_for(newest_server, damaged.name))
+    assert error_of(history)["node_id"] == "1"
+    assert "is cut off: it has" in error_of(history)["exception_message"]
+    # Mended, it is loaded again, although the widgets are the same.
+    damaged.write_bytes(whole)
+    first = latent_of(newest_server, prompt_for(newest_server, damaged.name))
+    damaged.write_bytes((folder / "sd3_no_clip_weights.safetensors").read_bytes())
+    assert torch.equal(first, latent_of(newest_server, prompt_for(newest_server, damaged.name)))
+    damaged.unlink()
+
+
+def test_the_same_prompt_again_loads_nothing(newest_server):
+    prompt = prompt_for(newest_server, "sd15_ckpt.ckpt")
+    prompt = with_text_encoder_of_its_own(prompt)
+    prompt["clip"]["inputs"]["type"] = "stable_diffusion"
+    latent_of(newest_server, prompt)
+    loads = newest_server.log.count("DisTorch2: sd15_ckpt.ckpt")
+    prompt["5"]["inputs"]["seed"] += 1
+    latent_of(newest_server, prompt)
+    assert newest_server.log.count("DisTorch2: sd15_ckpt.ckpt") == loads == 1
