@@ -199,7 +199,9 @@ def parse_allocation(text: str, devices: Collection[str] | None = None) -> Alloc
     for start, end in _entry_spans(text):
         comma = text.find(",", start, end)
         if comma < 0:
-            raise AllocationError("missing comma; write device,amount, as in cuda:0,50%", text, *_strip(text, start, end))
+            raise AllocationError(
+                "missing comma; write device,amount, as in cuda:0,50%", text, *_strip(text, start, end)
+            )
         device = _parse_device(text, start, comma, devices)
         if device in seen:
             message = f"{device} stands twice; give each device one entry"
@@ -213,7 +215,9 @@ def parse_allocation(text: str, devices: Collection[str] | None = None) -> Alloc
         seen.add(device)
         entries.append(Entry(device, amount))
     if not has_remainder and not any(_is_positive(entry.amount) for entry in entries):
-        raise AllocationError("every amount is zero; give at least one device a part", text, *_strip(text, 0, len(text)))
+        raise AllocationError(
+            "every amount is zero; give at least one device a part", text, *_strip(text, 0, len(text))
+        )
     return Allocation(tuple(entries))
 
 
@@ -267,7 +271,9 @@ def _parse_amount(text: str, start: int, end: int) -> Amount:
     suffix, _ = _strip(text, number.end(), end)
     if suffix == end:
         if value > 1:
-            message = f"{_quote(number[0])} has no unit; a bare number is a fraction of the device's memory, from 0 to 1"
+            message = (
+                f"{_quote(number[0])} has no unit; a bare number is a fraction of the device's memory, from 0 to 1"
+            )
             raise AllocationError(f"{message}; for bytes write {_shorten(number[0])}gb", text, start, end)
         return MemoryFraction(value)
     if text[suffix] == "%":
@@ -275,7 +281,7 @@ def _parse_amount(text: str, start: int, end: int) -> Amount:
         return Percent(value)
     word = _WORD.match(text, suffix, end)
     if word is None:
-        _expect_end(text, suffix, end, number[0])
+        raise _unexpected(text, suffix, end, number[0])
     if word[0].lower() not in UNITS:
         raise AllocationError(f"unknown unit {_quote(word[0])}; use b, kb, mb, gb or tb", text, *word.span())
     count = int(Fraction(value) * UNITS[word[0].lower()])
@@ -290,8 +296,12 @@ def _parse_amount(text: str, start: int, end: int) -> Amount:
 def _expect_end(text: str, start: int, end: int, after: str) -> None:
     start, _ = _strip(text, start, end)
     if start < end:
-        message = f"unexpected {_quote(text[start:end])} after {_quote(after)}; {_EXAMPLES}"
-        raise AllocationError(message, text, start, end)
+        raise _unexpected(text, start, end, after)
+
+
+def _unexpected(text: str, start: int, end: int, after: str) -> AllocationError:
+    message = f"unexpected {_quote(text[start:end])} after {_quote(after)}; {_EXAMPLES}"
+    return AllocationError(message, text, start, end)
 
 
 def _is_positive(amount: Amount) -> bool:

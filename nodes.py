@@ -119,7 +119,9 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
         return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)
 
 
-def _component_inputs(prefix: str, component: str, compute_device: str, gb: float, devices: list[str]) -> list[io.Input]:
+def _component_inputs(
+    prefix: str, component: str, compute_device: str, gb: float, devices: list[str]
+) -> list[io.Input]:
     return [
         io.Combo.Input(
             f"{prefix}_compute_device",

@@ -18,12 +18,16 @@ class CheckpointError(RuntimeError):
 def check_file(path: str) -> None:
     """Raise `CheckpointError` when `path` is missing, or is a safetensors file that is damaged or cut off."""
     if not os.path.isfile(path):
-        raise CheckpointError(f"there is no file {path}; press R to refresh the list of checkpoints, and pick one of it")
+        raise CheckpointError(
+            f"there is no file {path}; press R to refresh the list of checkpoints, and pick one of it"
+        )
     if path.lower().endswith(_SAFETENSORS_ENDINGS):
         try:
             _check_safetensors(path)
         except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}; check the file and its permissions") from error
+            raise CheckpointError(
+                f"cannot read {path}: {error.strerror}; check the file and its permissions"
+            ) from error
 
 
 def _check_safetensors(path: str) -> None:
@@ -33,7 +37,9 @@ def _check_safetensors(path: str) -> None:
         prefix = file.read(8)
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
         if header_bytes is None or header_bytes > _MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} is not a safetensors file; if it is of another format, rename it accordingly")
+            raise CheckpointError(
+                f"{path} is not a safetensors file; if it is of another format, rename it accordingly"
+            )
         text = file.read(header_bytes)
     data_start = 8 + header_bytes
     if len(text) < header_bytes:
@@ -43,7 +49,9 @@ def _check_safetensors(path: str) -> None:
         tensors = [info for name, info in header.items() if name != "__metadata__"]
         expected_bytes = data_start + max((info["data_offsets"][1] for info in tensors), default=0)
     except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file, or its header is damaged; download it again") from error
+        raise CheckpointError(
+            f"{path} is not a safetensors file, or its header is damaged; download it again"
+        ) from error
     if file_bytes < expected_bytes:
         raise _cut_off(path, expected_bytes, file_bytes)
 

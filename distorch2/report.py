@@ -44,6 +44,8 @@ def render_table(title: str, rows: Iterable[Row], notes: Iterable[str] = ()) -> 
     lines = [title]
     for line in cells:
         # Names to the left, numbers to the right.
-        aligned = [text.ljust(width) if i < 3 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))]
+        aligned = [
+            text.ljust(width) if i < 3 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))
+        ]
         lines.append("  " + "  ".join(aligned).rstrip())
     return "\n".join([*lines, *(f"  note: {note}" for note in notes)])

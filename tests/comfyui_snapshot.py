@@ -46,8 +46,9 @@ def main(checkpoint: str, plant: str = "") -> None:
     comfy.cli_args.args.cpu = not torch.cuda.is_available()
     import comfy.model_management
     import comfy.sd
-    import nodes  # noqa: F401
     import server
+
+    import nodes  # noqa: F401
 
     server.PromptServer.instance = type("NoClient", (), {"send_progress_text": lambda *_: None})()
     before, modules_before = snapshot(), set(sys.modules)

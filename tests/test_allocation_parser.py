@@ -1,6 +1,9 @@
 from decimal import Decimal
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from allocation_parser import (
     MAX_LENGTH,
     UNITS,
@@ -13,8 +16,6 @@ from allocation_parser import (
     Remainder,
     parse_allocation,
 )
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 GIB = 1024**3
 DEVICES = ("cpu", "cuda:0", "cuda:1")
@@ -53,10 +54,16 @@ _ENTRY = "write device,amount, as in cuda:0,50%"
     ("text", "rendered"),
     [
         ("cuda:0,2tib;cpu,*", "unknown unit 'tib'; use b, kb, mb, gb or tb\n    cuda:0,2tib;cpu,*\n            ~~~^"),
-        ("cuda:0,4 potatoes", "unknown unit 'potatoes'; use b, kb, mb, gb or tb\n    cuda:0,4 potatoes\n             ~~~~~~~~^"),
+        (
+            "cuda:0,4 potatoes",
+            "unknown unit 'potatoes'; use b, kb, mb, gb or tb\n    cuda:0,4 potatoes\n             ~~~~~~~~^",
+        ),
         ("", "the allocation is empty; write device,amount, as in cuda:0,50%;cpu,50%\n    \n    ^"),
         (";", "empty entry; write device,amount between semicolons\n    ;\n    ^"),
-        ("cpu,1gb;;cuda,1gb", "empty entry; write device,amount between semicolons\n    cpu,1gb;;cuda,1gb\n            ^"),
+        (
+            "cpu,1gb;;cuda,1gb",
+            "empty entry; write device,amount between semicolons\n    cpu,1gb;;cuda,1gb\n            ^",
+        ),
         ("cuda:0=2gb", f"missing comma; {_ENTRY}\n    cuda:0=2gb\n    ~~~~~~~~~~^"),
         (",2gb", "missing device before the comma; write cpu, cuda:0 or the like\n    ,2gb\n    ^"),
         (
@@ -86,7 +93,10 @@ _ENTRY = "write device,amount, as in cuda:0,50%"
             "    cpu,8\n        ~^",
         ),
         ("cuda,5gb*;cpu,*", "only one entry can take what remains (*)\n    cuda,5gb*;cpu,*\n                  ~^"),
-        ("cuda,0%;cpu,0%", "every amount is zero; give at least one device a part\n    cuda,0%;cpu,0%\n    ~~~~~~~~~~~~~~^"),
+        (
+            "cuda,0%;cpu,0%",
+            "every amount is zero; give at least one device a part\n    cuda,0%;cpu,0%\n    ~~~~~~~~~~~~~~^",
+        ),
     ],
 )
 def test_refuses_and_marks_the_mistake(text, rendered):

@@ -2,6 +2,7 @@ import json
 import struct
 
 import pytest
+
 from distorch2.checkpoint_file import CheckpointError, check_file
 
 

@@ -1,9 +1,10 @@
 import types
 
-import device_utils
 import psutil
 import pytest
 import torch
+
+import device_utils
 
 
 @pytest.fixture

@@ -5,16 +5,17 @@ import weakref
 
 import comfy.model_management as mm
 import comfy.utils
-import distorch2.loading as loading
 import pytest
 import torch
+from sampling import core_load, sample
+
+import distorch2.loading as loading
 from allocation_parser import parse_allocation
 from distorch2.checkpoint_file import CheckpointError
 from distorch2.inventory import list_layers
 from distorch2.loading import load_checkpoint, load_components, reload_component
 from distorch2.plan import GIB, ComponentRequest, DeviceMemory, PlanError, VirtualVram
 from distorch2.planner import make_plan
-from sampling import core_load, sample
 
 DEVICE = str(mm.get_torch_device())
 RESIDENT = ComponentRequest(DEVICE, VirtualVram(0.0, "cpu"))
@@ -111,7 +112,9 @@ def test_twelve_equal_blocks_are_listed_with_their_bytes(checkpoints):
 def test_the_file_is_read_once(checkpoints, monkeypatch):
     opened = []
     read = comfy.utils.load_torch_file
-    monkeypatch.setattr(comfy.utils, "load_torch_file", lambda path, *a, **k: opened.append(path) or read(path, *a, **k))
+    monkeypatch.setattr(
+        comfy.utils, "load_torch_file", lambda path, *a, **k: opened.append(path) or read(path, *a, **k)
+    )
     load(checkpoints("sd3"))
     assert opened == [checkpoints("sd3")]
 
@@ -196,7 +199,9 @@ class Live:
             parts = result if isinstance(result, tuple) else (result,)
             self.references += [weakref.ref(part) for part in parts if part is not None]
             self.references += [weakref.ref(part.model) for part in parts if hasattr(part, "model")]
-            self.references += [weakref.ref(part.cond_stage_model) for part in parts if hasattr(part, "cond_stage_model")]
+            self.references += [
+                weakref.ref(part.cond_stage_model) for part in parts if hasattr(part, "cond_stage_model")
+            ]
             return result
 
         return wrapper

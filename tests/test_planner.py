@@ -1,9 +1,10 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from allocation_parser import parse_allocation
 from distorch2.plan import GIB, ComponentRequest, DeviceMemory, Layer, PlanError, VirtualVram
 from distorch2.planner import make_plan
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 MEMORY = {
     "cpu": DeviceMemory(64 * GIB),

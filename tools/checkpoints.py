@@ -13,8 +13,9 @@ kind ("sd3" and "sd3_fp8" differ by rounding only), and adding a tensor changes 
 import os
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import safetensors.torch
 import torch

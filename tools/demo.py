@@ -29,7 +29,8 @@ def main() -> None:
     comfyui_path = Path(os.environ["COMFYUI_PATH"])
     print(f"ComfyUI: {comfyui_path}")
     checkpoint = ensure_checkpoint("sd3", ROOT / ".host" / "checkpoints")
-    print(f"checkpoint: {checkpoint.name}, {checkpoint.stat().st_size / 1e6:.0f} MB, SD3 with CLIP-L and a VAE, random weights")
+    megabytes = checkpoint.stat().st_size / 1e6
+    print(f"checkpoint: {checkpoint.name}, {megabytes:.0f} MB, SD3 with CLIP-L and a VAE, random weights")
     shutil.rmtree(FOLDER, ignore_errors=True)
     models = FOLDER / "models" / "checkpoints"
     models.mkdir(parents=True)

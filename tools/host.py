@@ -69,7 +69,7 @@ def prepare() -> Host:
         return _existing(Path(given), "COMFYUI_PATH")
     if ROOT.parent.name == "custom_nodes" and (ROOT.parent.parent / "main.py").is_file():
         return _existing(ROOT.parent.parent, "the folder above custom_nodes")
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  whoever runs `make` may have an older one
         raise SystemExit(f"Python 3.10 or later is needed; this is {sys.version.split()[0]}")
     python = _virtual_environment()
     tree = fetch_comfyui(DEFAULT_VERSION, python)
@@ -118,7 +118,9 @@ def _existing(path: Path, origin: str) -> Host:
         raise SystemExit(f"{origin} names {path}, which is not a ComfyUI folder (no main.py and comfy/ in it)")
     python = Path(shutil.which(os.environ.get("COMFYUI_PYTHON", "")) or sys.executable)
     host = Host(path, python, is_ours=False)
-    has_packages = subprocess.run([python, "-c", "import pytest, hypothesis"], env=host.environment(), capture_output=True)
+    has_packages = subprocess.run(
+        [python, "-c", "import pytest, hypothesis"], env=host.environment(), capture_output=True
+    )
     if has_packages.returncode != 0:
         _say("fetching pytest and hypothesis into .host/development")
         _pip(python, "install", "--target", str(HOST_FOLDER / "development"), *DEVELOPMENT_PACKAGES)
@@ -161,7 +163,9 @@ def _install_cpu_build(python: Path, requirements: list[str]) -> bool:
         _say("installing ComfyUI's requirements")
         _pip(python, "install", *lean)
         return True
-    in_virtual_environment = subprocess.check_output([python, "-c", "import sys; print(*sys.version_info[:2])"], text=True)
+    in_virtual_environment = subprocess.check_output(
+        [python, "-c", "import sys; print(*sys.version_info[:2])"], text=True
+    )
     if in_virtual_environment.split() != ["3", "11"] or not _pip(python, "install", _CPU_TORCH, check=False):
         return False
     _say("installing ComfyUI's requirements")

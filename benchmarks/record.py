@@ -1,0 +1,61 @@
+"""Result files: what was measured, on what, when and with which commit."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Minimum, median and maximum, and how many values there were."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values), "runs": len(values)}
+
+
+def write_results(name: str, results: Any, folder: Path = ROOT / "benchmarks" / "results") -> Path:
+    """Write `results` to `folder/<name>.json` together with the machine, the versions, the date and the commit."""
+    record = {
+        "benchmark": name,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "python": platform.python_version(),
+            **_torch_facts(),
+        },
+        "results": results,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def _commit() -> str:
+    """The commit, with a mark when the code differs from it; "unknown" outside a git checkout."""
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty"]
+    result = subprocess.run(describe, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def _torch_facts() -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        return {}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"torch": torch.__version__, "accelerators": gpus}
