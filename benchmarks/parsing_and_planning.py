@@ -13,9 +13,9 @@ from record import ROOT, summary, write_results
 
 sys.path.append(str(ROOT))
 
-from allocation_parser import AllocationError, parse_allocation  # noqa: E402
-from distorch2.plan import ComponentRequest, DeviceMemory, Layer, VirtualVram  # noqa: E402
-from distorch2.planner import make_plan  # noqa: E402
+from allocation_parser import AllocationError, parse_allocation
+from distorch2.plan import ComponentRequest, DeviceMemory, Layer, VirtualVram
+from distorch2.planner import make_plan
 
 RUNS = 50
 NUM_LAYERS = 2_000

@@ -20,7 +20,7 @@ from record import ROOT, summary, write_results
 
 sys.path.append(str(ROOT / "tools"))
 
-from comfy_server import ComfyServer  # noqa: E402
+from comfy_server import ComfyServer
 
 IMPORTS = 7
 STARTS = 5
