@@ -28,7 +28,7 @@ UNITS = {
     "g": 1024**3, "gb": 1024**3,
     "t": 1024**4, "tb": 1024**4,
 }  # fmt: skip
-OVERFLOW_DEVICE = "cpu"
+OVERFLOW_DEVICE = "cpu"  # as in distorch2/plan.py, which this file may not import
 _UNINDEXED_DEVICES = ("cpu", "mps")
 
 _EXAMPLES = "use 50%, 2gb, 2gb*, * or a fraction from 0 to 1"
@@ -54,9 +54,12 @@ class AllocationError(ValueError):
         self.position = position
         self.end = position if end is None else end
 
+    def __reduce__(self):
+        return type(self), (self.message, self.source, self.position, self.end)
+
     def __str__(self) -> str:
         first = max(0, self.position - self._CONTEXT)
-        last = min(len(self.source), max(self.position, min(self.end, self.position + self._CONTEXT)) + self._CONTEXT)
+        last = min(len(self.source), min(self.end, self.position + self._CONTEXT) + self._CONTEXT)
         before, after = "..." * (first > 0), "..." * (last < len(self.source))
         # One column per character, so that the mark stands under the mistake.
         shown = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in self.source[first:last])
@@ -153,7 +156,8 @@ class Allocation:
         asked: dict[str, int] = {}
         rest_device = OVERFLOW_DEVICE
         left = model_bytes
-        for device, amount in ((entry.device, entry.amount) for entry in self.entries):
+        for entry in self.entries:
+            device, amount = entry.device, entry.amount
             asked[device] = 0
             if isinstance(amount, Remainder):
                 rest_device = device
@@ -197,6 +201,8 @@ def parse_allocation(text: str, devices: Collection[str] | None = None) -> Alloc
     seen: set[str] = set()
     has_remainder = False
     for start, end in _entry_spans(text):
+        if not text[start:end].strip():
+            raise AllocationError("empty entry; write device,amount between semicolons", text, start, end)
         comma = text.find(",", start, end)
         if comma < 0:
             raise AllocationError(
@@ -214,7 +220,7 @@ def parse_allocation(text: str, devices: Collection[str] | None = None) -> Alloc
             has_remainder = True
         seen.add(device)
         entries.append(Entry(device, amount))
-    if not has_remainder and not any(_is_positive(entry.amount) for entry in entries):
+    if not any(_is_positive(entry.amount) for entry in entries):
         raise AllocationError(
             "every amount is zero; give at least one device a part", text, *_strip(text, 0, len(text))
         )
@@ -229,9 +235,6 @@ def _entry_spans(text: str) -> list[tuple[int, int]]:
         start += len(part) + 1
     if len(spans) > 1 and not text[slice(*spans[-1])].strip():
         spans.pop()
-    for start, end in spans:
-        if not text[start:end].strip():
-            raise AllocationError("empty entry; write device,amount between semicolons", text, start, end)
     return spans
 
 
@@ -279,12 +282,17 @@ def _parse_amount(text: str, start: int, end: int) -> Amount:
     if text[suffix] == "%":
         _expect_end(text, suffix + 1, end, "%")
         return Percent(value)
-    word = _WORD.match(text, suffix, end)
+    return _parse_bytes(text, suffix, end, number[0])
+
+
+def _parse_bytes(text: str, start: int, end: int, number: str) -> Bytes | Remainder:
+    """The unit from `start` on, and the `*` behind it, if any."""
+    word = _WORD.match(text, start, end)
     if word is None:
-        raise _unexpected(text, suffix, end, number[0])
+        raise _unexpected(text, start, end, number)
     if word[0].lower() not in UNITS:
         raise AllocationError(f"unknown unit {_quote(word[0])}; use b, kb, mb, gb or tb", text, *word.span())
-    count = int(Fraction(value) * UNITS[word[0].lower()])
+    count = int(Fraction(Decimal(number)) * UNITS[word[0].lower()])
     star, _ = _strip(text, word.end(), end)
     if text[star:end].startswith("*"):
         _expect_end(text, star + 1, end, "*")

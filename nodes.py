@@ -14,17 +14,20 @@ from .allocation_parser import AllocationError, parse_allocation
 from .distorch2.loading import load_components
 from .distorch2.plan import ComponentRequest, VirtualVram
 
+NODE_ID = "CheckpointLoaderAdvancedDisTorch2MultiGPU"
+DISPLAY_NAME = "Load Checkpoint (DisTorch2)"
+
 
 class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
     """Loads a checkpoint with its diffusion model, text encoder and VAE on the devices that the user names."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        devices = list(_list_devices())
-        accelerator = devices[min(1, len(devices) - 1)]
+        devices = list(_selectable_devices())
+        accelerator = device_utils.first_accelerator(devices)
         return io.Schema(
-            node_id="CheckpointLoaderAdvancedDisTorch2MultiGPU",
-            display_name="Load Checkpoint (DisTorch2)",
+            node_id=NODE_ID,
+            display_name=DISPLAY_NAME,
             category="multigpu/distorch_2",
             description="Loads a checkpoint and keeps each part of it on the devices that you name.",
             search_aliases=["distorch", "multigpu", "virtual vram", "load checkpoint", "offload", "donor device"],
@@ -46,8 +49,8 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                     default=True,
                     optional=True,
                     advanced=True,
-                    tooltip="For weights on a donor: keep a LoRA's result in the compute precision where the weight is "
-                    "stored in a lower one (fp8). Off: round it back.",
+                    tooltip="No effect in this version: the result of a LoRA is rounded to the precision that its "
+                    "weight is stored in, as ComfyUI does.",
                 ),
                 io.Boolean.Input(
                     "eject_models",
@@ -76,16 +79,16 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
         ):
             try:
                 if text is not None and text.strip():
-                    parse_allocation(text, _list_devices())
+                    parse_allocation(text, _selectable_devices())
             except AllocationError as error:
                 return f"{name}: {error}"
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, ckpt_name: str, **_widgets: object) -> tuple[int, int] | None:
-        """Load again when the file was replaced."""
-        path = folder_paths.get_full_path("checkpoints", ckpt_name)
-        if path is None or not os.path.isfile(path):
+    def fingerprint_inputs(cls, ckpt_name: str | None, **_widgets: object) -> tuple[int, int] | None:
+        """Load again when the file was replaced; a linked name is not known yet."""
+        path = folder_paths.get_full_path("checkpoints", ckpt_name) if ckpt_name is not None else None
+        if path is None:
             return None
         status = os.stat(path)
         return status.st_mtime_ns, status.st_size
@@ -111,7 +114,6 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
             _request(unet_compute_device, unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations),
             _request(clip_compute_device, clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations),
             vae_device,
-            high_precision_loras=high_precision_loras,
             eject_models=eject_models,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
@@ -157,16 +159,16 @@ def _expert_input(prefix: str, component: str) -> io.Input:
     )
 
 
-def _list_devices() -> tuple[str, ...]:
+def _selectable_devices() -> tuple[str, ...]:
     """The devices to choose from; ComfyUI started with --cpu leaves the accelerators alone."""
     return (device_utils.HOST_DEVICE,) if comfy.model_management.cpu_mode() else device_utils.list_devices()
 
 
 def _request(compute_device: str, virtual_vram_gb: float, donor_device: str, expert_text: str) -> ComponentRequest:
     if expert_text.strip():
-        return ComponentRequest(compute_device, parse_allocation(expert_text, _list_devices()))
+        return ComponentRequest(compute_device, parse_allocation(expert_text, _selectable_devices()))
     return ComponentRequest(compute_device, VirtualVram(virtual_vram_gb, donor_device))
 
 
-NODE_CLASS_MAPPINGS = {"CheckpointLoaderAdvancedDisTorch2MultiGPU": CheckpointLoaderAdvancedDisTorch2MultiGPU}
-NODE_DISPLAY_NAME_MAPPINGS = {"CheckpointLoaderAdvancedDisTorch2MultiGPU": "Load Checkpoint (DisTorch2)"}
+NODE_CLASS_MAPPINGS = {NODE_ID: CheckpointLoaderAdvancedDisTorch2MultiGPU}
+NODE_DISPLAY_NAME_MAPPINGS = {NODE_ID: DISPLAY_NAME}

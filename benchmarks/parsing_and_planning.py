@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import random
 import sys
-import time
+import timeit
 
 from record import ROOT, summary, write_results
 
 sys.path.append(str(ROOT))
 
-from allocation_parser import AllocationError, parse_allocation
+from allocation_parser import MAX_LENGTH, AllocationError, parse_allocation
 from distorch2.plan import ComponentRequest, DeviceMemory, Layer, VirtualVram
 from distorch2.planner import make_plan
 
@@ -23,12 +23,7 @@ NUM_CHARACTERS = 200_000
 
 
 def milliseconds(function) -> dict[str, float]:
-    values = []
-    for _ in range(RUNS):
-        started = time.perf_counter()
-        function()
-        values.append((time.perf_counter() - started) * 1000)
-    return summary(values)
+    return summary([seconds * 1000 for seconds in timeit.repeat(function, number=1, repeat=RUNS)])
 
 
 def refuse(text: str) -> None:
@@ -50,20 +45,18 @@ def main() -> None:
         "four devices": parse_allocation("cuda:0,40%;cuda:1,30%;cuda:2,20%;cpu,10%"),
     }
     longest = ";".join(f"dev:{i},1.5gb" for i in range(300))
-    texts = {
-        "digits": "9" * NUM_CHARACTERS,
-        "entries": "cpu,1gb;" * (NUM_CHARACTERS // 8),
-        "blank": " " * NUM_CHARACTERS,
-        "commas": "," * NUM_CHARACTERS,
+    texts = {  # the first is refused for its length; the others are as long as can be, so that they are parsed
+        f"{NUM_CHARACTERS} characters": "cpu,1gb;" * (NUM_CHARACTERS // 8),
+        f"{MAX_LENGTH} digits": "9" * MAX_LENGTH,
+        f"{MAX_LENGTH} characters in entries": "cpu,1gb;" * (MAX_LENGTH // 8),
+        f"{MAX_LENGTH} blanks before a unit": "cpu,1".ljust(MAX_LENGTH - 1) + "x",
     }
     results = {
         f"plan of {NUM_LAYERS} layers, ms": {
             name: milliseconds(lambda a=allocation: make_plan(layers, ComponentRequest("cuda:0", a), memory))
             for name, allocation in allocations.items()
         },
-        f"refusal of {NUM_CHARACTERS} characters, ms": {
-            name: milliseconds(lambda t=text: refuse(t)) for name, text in texts.items()
-        },
+        "refusal, ms": {name: milliseconds(lambda t=text: refuse(t)) for name, text in texts.items()},
         f"parsing of {len(longest)} characters in 300 entries, ms": milliseconds(lambda: parse_allocation(longest)),
     }
     print(write_results("parsing_and_planning", results).read_text())

@@ -19,8 +19,8 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values), "runs": len(values)}
 
 
-def write_results(name: str, results: Any, folder: Path = ROOT / "benchmarks" / "results") -> Path:
-    """Write `results` to `folder/<name>.json` together with the machine, the versions, the date and the commit."""
+def write_results(name: str, results: Any) -> Path:
+    """Write `results` to `benchmarks/results/<name>.json` with the machine, the versions, the date and the commit."""
     record = {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -33,8 +33,8 @@ def write_results(name: str, results: Any, folder: Path = ROOT / "benchmarks" / 
         },
         "results": results,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
 
@@ -48,6 +48,8 @@ def _commit() -> str:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return platform.processor()
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor()
 

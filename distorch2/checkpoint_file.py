@@ -48,7 +48,7 @@ def _check_safetensors(path: str) -> None:
         header = json.loads(text)
         tensors = [info for name, info in header.items() if name != "__metadata__"]
         expected_bytes = data_start + max((info["data_offsets"][1] for info in tensors), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a safetensors file, or its header is damaged; download it again"
         ) from error

@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from .plan import Layer
+from .slab import aligned, plain_tensors
 
 
 def list_layers(module: torch.nn.Module) -> list[Layer]:
     """The modules with weights of their own, in the order in which they were registered.
 
-    A leaf is movable; a module that holds other modules is not, since its weights are used in code that nothing
-    announces. A tensor that several modules share is counted for the first of them.
+    Movable are the leaves that ComfyUI itself can keep off the compute device (its casting operations), since code
+    that reads such weights without calling the leaf is written for that. Not movable: a module that holds others, one
+    with buffers, and one that shares a tensor with another. A shared tensor is counted for the first that has it.
     """
+    modules = dict(module.named_modules())
+    uses = Counter(id(tensor) for child in modules.values() for tensor in own_tensors(child).values())
     layers, seen = [], set()
-    for name, child in module.named_modules():
-        num_bytes = 0
-        tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
-        for tensor_name, tensor in tensors:
+    for name, child in modules.items():
+        tensors = own_tensors(child)
+        sizes = []
+        for tensor_name, tensor in tensors.items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                num_bytes += _loaded_bytes(child, tensor_name, tensor)
+                sizes += _loaded_bytes(child, tensor_name, tensor)
         if tensors:
-            is_leaf = next(child.children(), None) is None
-            layers.append(Layer(name or type(module).__name__, num_bytes, movable=is_leaf))
+            movable = (
+                hasattr(child, "comfy_cast_weights")
+                and next(child.children(), None) is None
+                and next(child.buffers(recurse=False), None) is None
+                and all(uses[id(tensor)] == 1 for tensor in tensors.values())
+            )
+            layers.append(Layer(name, sum(sizes), movable, sum(map(aligned, sizes)) if movable else 0))
     return layers
 
 
-def _loaded_bytes(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> int:
-    """Bytes of a tensor in the dtype that ComfyUI loads it in, which it notes beside it; quantised ones as they are."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        inner_names, _ = tensor.__tensor_flatten__()
-        return sum(getattr(tensor, inner).nbytes for inner in inner_names)
-    dtype = getattr(module, f"{name}_comfy_model_dtype", None) or tensor.dtype
-    return tensor.numel() * dtype.itemsize
+def own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of the module itself, by name."""
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
+def loaded_dtype(module: torch.nn.Module, name: str) -> torch.dtype:
+    """The dtype that ComfyUI loads a plain tensor in, which it notes beside it."""
+    return getattr(module, f"{name}_comfy_model_dtype", None) or getattr(module, name).dtype
+
+
+def _loaded_bytes(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> list[int]:
+    """Bytes of the plain tensors of a parameter or buffer; quantised ones are loaded as they are."""
+    plain = plain_tensors(tensor)
+    if plain[0] is not tensor:
+        return [inner.nbytes for inner in plain]
+    return [tensor.numel() * loaded_dtype(module, name).itemsize]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_detection
@@ -19,11 +19,13 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
+import comfyui_version
 import torch
 
 from .checkpoint_file import CheckpointError, check_file
 from .inventory import list_layers
-from .plan import GIB, ComponentRequest, DeviceMemory, Placement, Plan, PlanError
+from .patcher import DistributedPatcher, forget
+from .plan import ComponentRequest, DeviceMemory, Placement, Plan, PlanError
 from .planner import make_plan
 from .report import render_table, rows_of_plan
 
@@ -53,6 +55,16 @@ class _Weights:
     metadata: dict[str, str] | None
 
 
+@dataclass(frozen=True)
+class _Detected:
+    """What ComfyUI makes of the weights: quantisation markers in today's form, prefix and config of the diffusion
+    model; no config where it detects no checkpoint."""
+
+    state_dict: dict[str, Any]
+    prefix: str
+    config: Any
+
+
 def load_checkpoint(
     ckpt_path: str,
     unet: ComponentRequest,
@@ -64,14 +76,14 @@ def load_checkpoint(
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP | None, comfy.sd.VAE | None]:
     """Load a checkpoint with the diffusion model, the text encoder and the VAE on the devices asked for.
 
-    `eject_models` unloads every other model from the compute device of `unet` first. `high_precision_loras` is for
-    weights on donors, and has no effect on resident ones. Parts that the file does not have are None, except that a
-    VAE may be an object that raises when it is used, as with ComfyUI's own loader.
+    `eject_models` unloads every other model from the compute device of `unet` first. `high_precision_loras` has no
+    effect yet: a patched weight is rounded to the dtype that it is stored in, as ComfyUI does. Parts that the file
+    does not have are None, except that a VAE may be an object that raises when it is used, as with ComfyUI's loader.
 
     Raises `PlanError` for a request that this machine cannot serve, and `CheckpointError` for a file that is missing,
     damaged or not a checkpoint; nothing stays loaded then.
     """
-    loaded = load_components(ckpt_path, unet, clip, vae_device, high_precision_loras, eject_models, embedding_directory)
+    loaded = load_components(ckpt_path, unet, clip, vae_device, eject_models, embedding_directory)
     return loaded.model, loaded.clip, loaded.vae
 
 
@@ -80,45 +92,46 @@ def load_components(
     unet: ComponentRequest,
     clip: ComponentRequest,
     vae_device: str,
-    high_precision_loras: bool = True,
     eject_models: bool = False,
     embedding_directory: list[str] | str | None = None,
 ) -> LoadedCheckpoint:
     """As `load_checkpoint`, together with the report, which is logged as well."""
-    memory = _memory_of((vae_device, *_devices_of(unet), *_devices_of(clip)))
+    memory = _memory_of(
+        computing={unet.compute_device, clip.compute_device, vae_device},
+        keeping={*unet.allocation.devices, *clip.allocation.devices},
+    )
     check_file(ckpt_path)
     if eject_models:
         mm.free_memory(_EVERYTHING, torch.device(unet.compute_device))
     weights = _read(ckpt_path)
-    patchers: list[comfy.model_patcher.ModelPatcher] = []
+    patchers: dict[str, comfy.model_patcher.ModelPatcher] = {}
     try:
-        model, text_encoder = _load_model_and_clip(
+        vae = _load_vae(weights, vae_device)
+        if getattr(vae, "patcher", None) is not None:
+            patchers["VAE"] = vae.patcher
+        mm.throw_exception_if_processing_interrupted()
+        patchers["diffusion model"], text_encoder = _load_model_and_clip(
             weights, unet.compute_device, clip.compute_device, embedding_directory
         )
-        patchers += [model] if text_encoder is None else [model, text_encoder.patcher]
-        mm.throw_exception_if_processing_interrupted()
-        vae = _load_vae(weights, vae_device)
-        vae_patcher = getattr(vae, "patcher", None)
-        patchers += [vae_patcher] if vae_patcher is not None else []
-        mm.throw_exception_if_processing_interrupted()
-
-        plans = {"diffusion model": make_plan(list_layers(model.model), unet, memory)}
         if text_encoder is not None:
-            plans["text encoder"] = make_plan(list_layers(text_encoder.cond_stage_model), clip, memory)
-        _refuse_donors(plans)
+            patchers["text encoder"] = text_encoder.patcher
+        mm.throw_exception_if_processing_interrupted()
+        plans = _plan(patchers, unet, clip, memory)
     except BaseException:
-        _forget(patchers)
+        forget(patchers.values())
         raise
 
-    _register_reload(model, "model", ckpt_path, unet.compute_device, embedding_directory)
+    for component in ("diffusion model", "text encoder"):
+        if component in patchers:
+            patchers[component] = DistributedPatcher.take_over(patchers[component], plans[component])
     if text_encoder is not None:
-        _register_reload(text_encoder.patcher, "clip", ckpt_path, clip.compute_device, embedding_directory)
-    if vae_patcher is not None:
-        _register_reload(vae_patcher, "vae", ckpt_path, vae_device, embedding_directory)
-        plans["VAE"] = _all_on(vae_device, vae.first_stage_model)
+        text_encoder.patcher = patchers["text encoder"]
+    for component, patcher in patchers.items():
+        arguments = (component, ckpt_path, plans[component].compute_device, embedding_directory)
+        patcher.cached_patcher_init = (reload_component, arguments)
     report = _report(os.path.basename(ckpt_path), plans)
     logger.info(report)
-    return LoadedCheckpoint(model, text_encoder, vae, report)
+    return LoadedCheckpoint(patchers["diffusion model"], text_encoder, vae, report)
 
 
 def reload_component(
@@ -128,42 +141,72 @@ def reload_component(
     embedding_directory: list[str] | str | None = None,
     disable_dynamic: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
-    """The patcher of "model", "clip" or "vae", loaded anew; ComfyUI calls it to clone a model for another device."""
+    """ComfyUI's own patcher of one component, loaded anew; ComfyUI calls it to clone a model for another device.
+
+    `component` is "diffusion model", "text encoder" or "VAE".
+    """
     weights = _read(ckpt_path)
-    if component == "vae":
+    if component == "VAE":
         return _load_vae(weights, device).patcher
     model, clip = _load_model_and_clip(
         weights,
         device,
         device,
         embedding_directory,
-        with_model=component == "model",
-        with_clip=component == "clip",
+        with_model=component == "diffusion model",
+        with_clip=component == "text encoder",
         disable_dynamic=disable_dynamic,
     )
-    return model if component == "model" else clip.patcher
+    return model if clip is None else clip.patcher
 
 
-def _devices_of(request: ComponentRequest) -> tuple[str, ...]:
-    return (request.compute_device, *request.allocation.devices)
+def _plan(
+    patchers: Mapping[str, comfy.model_patcher.ModelPatcher],
+    unet: ComponentRequest,
+    clip: ComponentRequest,
+    memory: Mapping[str, DeviceMemory],
+) -> dict[str, Plan]:
+    """A plan for every component, in the order of the report. What one keeps on donors is not free for the next."""
+    plans: dict[str, Plan] = {}
+    for component, request in (("diffusion model", unet), ("text encoder", clip)):
+        if component in patchers:
+            # ComfyUI computes a text encoder on the CPU when the device asked for lacks its dtype.
+            request = replace(request, compute_device=str(patchers[component].load_device))
+            plan = make_plan(list_layers(patchers[component].model), request, memory)
+            memory = {device: _less(room, plan, device) for device, room in memory.items()}
+            plans[component] = plan
+    if "VAE" in patchers:
+        device = str(patchers["VAE"].load_device)
+        layers = list_layers(patchers["VAE"].model)
+        plans["VAE"] = Plan(device, tuple(Placement(layer, device) for layer in layers))
+    return plans
 
 
-def _memory_of(devices: Iterable[str]) -> dict[str, DeviceMemory]:
-    """Memory of each of `devices`, with `cpu` always among them; free means free or held by an evictable model."""
+def _less(memory: DeviceMemory, plan: Plan, device: str) -> DeviceMemory:
+    if memory.free_bytes is None or device not in plan.donors:
+        return memory
+    return replace(memory, free_bytes=max(0, memory.free_bytes - plan.bytes_on(device)))
+
+
+def _memory_of(computing: set[str], keeping: set[str]) -> dict[str, DeviceMemory]:
+    """Memory of these devices, with `cpu` always among them; free means free or held by a model that can be evicted.
+
+    Of a device that computes, the room that ComfyUI leaves for inference does not count as free.
+    """
     present = list(dict.fromkeys(["cpu", *(str(device) for device in mm.get_all_torch_devices())]))
     memory = {"cpu": DeviceMemory(int(mm.get_total_memory(_CPU)))}
-    for name in dict.fromkeys(devices):
+    for name in sorted((computing | keeping) - {"cpu"}):
         if name not in present:
             raise PlanError(f"there is no device {name!r}; this machine has {', '.join(present)}")
-        if name not in memory:
-            device = torch.device(name)
-            held = sum(
-                loaded.model_loaded_memory()
-                for loaded in mm.current_loaded_models
-                if loaded.device == device and loaded.model is not None
-            )
-            free_bytes = mm.get_free_memory(device) + held - mm.minimum_inference_memory()
-            memory[name] = DeviceMemory(int(mm.get_total_memory(device)), max(0, int(free_bytes)))
+        device = torch.device(name)
+        held_bytes = sum(
+            loaded.model_loaded_memory()
+            for loaded in mm.current_loaded_models
+            if loaded.device == device and loaded.model is not None
+        )
+        reserved_bytes = mm.minimum_inference_memory() if name in computing else 0
+        free_bytes = int(mm.get_free_memory(device) + held_bytes - reserved_bytes)
+        memory[name] = DeviceMemory(int(mm.get_total_memory(device)), max(0, free_bytes))
     return memory
 
 
@@ -174,18 +217,27 @@ def _read(ckpt_path: str) -> _Weights:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"cannot read {ckpt_path}: {reason}; if it is damaged, download it again") from error
-    if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise CheckpointError(f"{ckpt_path} is not a checkpoint: there are no weights in it")
     mm.throw_exception_if_processing_interrupted()
     return _Weights(ckpt_path, state_dict, metadata)
 
 
-def _detect(weights: _Weights) -> tuple[dict[str, Any], str, Any]:
-    """The state dict with quantisation markers in today's form, the diffusion model's prefix, its config or None."""
-    state_dict = dict(weights.state_dict)
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
-    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, prefix, metadata=weights.metadata)
-    return state_dict, prefix, comfy.model_detection.model_config_from_unet(state_dict, prefix, metadata=metadata)
+def _detect(weights: _Weights) -> _Detected:
+    """Raises `CheckpointError` when the file holds something else than weights by name."""
+    try:
+        state_dict = dict(weights.state_dict)
+        prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
+        state_dict, metadata = comfy.utils.convert_old_quants(state_dict, prefix, metadata=weights.metadata)
+        config = comfy.model_detection.model_config_from_unet(state_dict, prefix, metadata=metadata)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _not_a_checkpoint(weights.path) from error
+    return _Detected(state_dict, prefix, config)
+
+
+def _not_a_checkpoint(path: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a checkpoint that ComfyUI {comfyui_version.__version__} knows; a LoRA, ControlNet, VAE or text "
+        "encoder is loaded by its own node, and a new architecture needs a newer ComfyUI"
+    )
 
 
 def _load_model_and_clip(
@@ -197,28 +249,23 @@ def _load_model_and_clip(
     with_clip: bool = True,
     disable_dynamic: bool = False,
 ) -> tuple[comfy.model_patcher.ModelPatcher | None, comfy.sd.CLIP | None]:
+    """Consumes the weights, so that a file that is not memory-mapped is not held twice."""
     model_options = {"load_device": torch.device(unet_device), "offload_device": _CPU}
     # The text encoder is not to be on its device before a plan says so: ComfyUI moves it there when it is used.
     clip_options = {"load_device": torch.device(clip_device), "offload_device": _CPU, "initial_device": _CPU}
 
-    state_dict, prefix, config = _detect(weights)
-    if config is None:
-        # ComfyUI's checkpoint loader would drop the options here.
-        model = comfy.sd.load_diffusion_model_state_dict(
-            dict(weights.state_dict), model_options, metadata=weights.metadata, disable_dynamic=disable_dynamic
-        )
-        if model is None:
-            raise CheckpointError(
-                f"{weights.path} is not a checkpoint that ComfyUI {_comfyui_version()} knows; a LoRA, ControlNet, VAE "
-                "or text encoder is loaded by its own node, and a new architecture needs a newer ComfyUI"
-            )
-        return model, None
-
+    detected = _detect(weights)
+    if detected.config is None:
+        return _load_diffusion_model_only(weights, model_options, disable_dynamic), None
+    dtype, num_parameters = _inference_dtype(detected)
+    first_device = mm.unet_inital_load_device(num_parameters, dtype)
     model = None
-    if with_model and _first_device(state_dict, prefix, config) not in (_CPU, model_options["load_device"]):
-        model = _build_diffusion_model(state_dict, prefix, config, model_options, disable_dynamic)
+    if with_model and first_device != _CPU:
+        # ComfyUI would build the diffusion model there, whatever device it is asked to load it on.
+        model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
+    del detected
     core_model, clip, *_ = comfy.sd.load_state_dict_guess_config(
-        dict(weights.state_dict),
+        weights.state_dict,
         output_vae=False,
         output_clip=with_clip,
         embedding_directory=embedding_directory,
@@ -231,21 +278,40 @@ def _load_model_and_clip(
     return model or core_model, clip
 
 
-def _load_vae(weights: _Weights, device: str) -> comfy.sd.VAE | None:
-    _, _, config = _detect(weights)
-    if config is None:
-        return comfy.sd.VAE(sd={})  # raises when it is used, as with ComfyUI's loader
-    return comfy.sd.load_state_dict_guess_config(
+def _load_diffusion_model_only(
+    weights: _Weights, model_options: dict[str, torch.device], disable_dynamic: bool
+) -> comfy.model_patcher.ModelPatcher:
+    """For a file in which ComfyUI detects no checkpoint: its checkpoint loader would drop the options here."""
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(
+            weights.state_dict, model_options, metadata=weights.metadata, disable_dynamic=disable_dynamic
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _not_a_checkpoint(weights.path) from error
+    if model is None:
+        raise _not_a_checkpoint(weights.path)
+    return model
+
+
+def _load_vae(weights: _Weights, device: str) -> comfy.sd.VAE:
+    if _detect(weights).config is None:
+        # ComfyUI's checkpoint loader would load a diffusion model here. This VAE raises when it is used.
+        return comfy.sd.VAE(sd={})
+    vae = comfy.sd.load_state_dict_guess_config(
         dict(weights.state_dict),
         output_clip=False,
         output_model=False,
         model_options={"load_device": torch.device(device)},
         metadata=weights.metadata,
     )[2]
+    if getattr(vae, "patcher", None) is not None:
+        vae.patcher.offload_device = _CPU  # with --gpu-only ComfyUI names its default GPU
+    return vae
 
 
-def _inference_dtype(state_dict: dict[str, Any], prefix: str, config: Any) -> tuple[torch.dtype, int]:
+def _inference_dtype(detected: _Detected) -> tuple[torch.dtype, int]:
     """The dtype that ComfyUI would load the diffusion model in, and its number of parameters."""
+    state_dict, prefix, config = detected.state_dict, detected.prefix, detected.config
     num_parameters = comfy.utils.calculate_parameters(state_dict, prefix)
     weight_dtype = None if config.quant_config is not None else comfy.utils.weight_dtype(state_dict, prefix)
     dtype = mm.unet_dtype(
@@ -256,70 +322,25 @@ def _inference_dtype(state_dict: dict[str, Any], prefix: str, config: Any) -> tu
     return dtype, num_parameters
 
 
-def _first_device(state_dict: dict[str, Any], prefix: str, config: Any) -> torch.device:
-    """Where ComfyUI would build the diffusion model, whatever device it is asked to load it on."""
-    dtype, num_parameters = _inference_dtype(state_dict, prefix, config)
-    return mm.unet_inital_load_device(num_parameters, dtype)
-
-
 def _build_diffusion_model(
-    state_dict: dict[str, Any], prefix: str, config: Any, model_options: dict[str, torch.device], disable_dynamic: bool
+    detected: _Detected, dtype: torch.dtype, model_options: dict[str, torch.device], disable_dynamic: bool
 ) -> comfy.model_patcher.ModelPatcher:
-    """Build the diffusion model in host memory, for when ComfyUI would put it on a GPU that is to stay free of it."""
-    device = model_options["load_device"]
-    dtype, _ = _inference_dtype(state_dict, prefix, config)
+    """Build the diffusion model in host memory, for when ComfyUI would put all of it on a GPU at once."""
+    config, device = detected.config, model_options["load_device"]
     cast_from = None if config.quant_config is not None else dtype
     manual_cast_dtype = mm.unet_manual_cast(cast_from, device, config.supported_inference_dtypes)
     # ComfyUI before 0.27 takes no device here.
     takes_device = "device" in inspect.signature(config.set_inference_dtype).parameters
     config.set_inference_dtype(dtype, manual_cast_dtype, **({"device": device} if takes_device else {}))
-    model = config.get_model(state_dict, prefix, device=_CPU)
+    model = config.get_model(detected.state_dict, detected.prefix, device=_CPU)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, **model_options)
-    model.load_model_weights(state_dict, prefix, assign=patcher.is_dynamic())
+    model.load_model_weights(detected.state_dict, detected.prefix, assign=patcher.is_dynamic())
     return patcher
 
 
-def _refuse_donors(plans: dict[str, Plan]) -> None:
-    for component, plan in plans.items():
-        for donor in plan.donors:
-            compute = plan.compute_device
-            raise PlanError(
-                f"{component}: {plan.bytes_on(donor) / GIB:.2f} GiB would lie on {donor}, and this version keeps all "
-                f"weights on the compute device; set virtual VRAM to 0, or the expert allocation to {compute},*"
-            )
-
-
-def _forget(patchers: Iterable[comfy.model_patcher.ModelPatcher]) -> None:
-    """Unload `patchers` and take them off ComfyUI's list, where a text encoder for the CPU is put as it is built."""
-    for loaded in list(mm.current_loaded_models):
-        if any(loaded.model is patcher for patcher in patchers):
-            loaded.model_unload()
-            mm.current_loaded_models.remove(loaded)
-
-
-def _register_reload(
-    patcher: comfy.model_patcher.ModelPatcher,
-    component: str,
-    ckpt_path: str,
-    device: str,
-    embedding_directory: list[str] | str | None,
-) -> None:
-    patcher.cached_patcher_init = (reload_component, (component, ckpt_path, device, embedding_directory))
-
-
-def _all_on(device: str, module: torch.nn.Module) -> Plan:
-    return Plan(device, tuple(Placement(layer, device) for layer in list_layers(module)))
-
-
-def _report(filename: str, plans: dict[str, Plan]) -> str:
+def _report(filename: str, plans: Mapping[str, Plan]) -> str:
     rows = [row for component, plan in plans.items() for row in rows_of_plan(component, plan)]
     notes = [f"{component}: {note}" for component, plan in plans.items() for note in plan.notes]
     notes += [f"no {component} in this file" for component in ("text encoder", "VAE") if component not in plans]
     return render_table(f"DisTorch2: {filename}", rows, notes)
-
-
-def _comfyui_version() -> str:
-    import comfyui_version
-
-    return comfyui_version.__version__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 GIB = 1024**3
@@ -57,7 +58,7 @@ class VirtualVram:
     ) -> tuple[tuple[str, int], ...]:
         if self.donor_device == compute_device:
             return ((compute_device, model_bytes),)
-        donated = min(int(self.gb * GIB), model_bytes)
+        donated = int(min(self.gb * GIB, model_bytes))
         return (compute_device, model_bytes - donated), (self.donor_device, donated)
 
 
@@ -79,14 +80,16 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with weights of its own: its dotted name and its bytes as loaded.
+    """A module with weights of its own: its dotted name ("" is the root) and its bytes as loaded.
 
-    Layers that are not `movable` stay on the compute device: weights of a module that holds other modules.
+    One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab and in a
+    slot, where its tensors are aligned.
     """
 
     name: str
     num_bytes: int
     movable: bool = True
+    slab_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,19 +106,34 @@ class Plan:
     placements: tuple[Placement, ...]
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def model_bytes(self) -> int:
         return sum(placement.layer.num_bytes for placement in self.placements)
 
-    @property
+    @cached_property
     def devices(self) -> tuple[str, ...]:
         """The devices that keep something, the compute device first."""
         used = {placement.device for placement in self.placements}
         return tuple(sorted(used, key=lambda device: (device != self.compute_device, device)))
 
-    @property
+    @cached_property
     def donors(self) -> tuple[str, ...]:
         return tuple(device for device in self.devices if device != self.compute_device)
+
+    @cached_property
+    def streamed(self) -> tuple[Placement, ...]:
+        """Placements on donors, in execution order."""
+        return tuple(placement for placement in self.placements if placement.device != self.compute_device)
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Memory of the compute device through which layers are streamed: room for the largest of them."""
+        return max((placement.layer.slab_bytes for placement in self.streamed), default=0)
+
+    @cached_property
+    def compute_bytes(self) -> int:
+        """What the plan takes on the compute device: resident layers and the slot."""
+        return self.bytes_on(self.compute_device) + self.slot_bytes
 
     def layers_on(self, device: str) -> tuple[Layer, ...]:
         return tuple(placement.layer for placement in self.placements if placement.device == device)

@@ -15,8 +15,8 @@ from .plan import GIB, OVERFLOW_DEVICE, ComponentRequest, DeviceMemory, Layer, P
 def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
     """Place `layers` (in execution order) as `request` asks.
 
-    `memory` has an entry for every device of the request. A device is given less than one layer more or less than
-    asked, and never more than its free memory; what does not fit goes to `cpu`, with a note in the plan.
+    `memory` has an entry for every device of the request. A device is never given more than its free memory, and less
+    than one layer more or less than asked unless memory ran short. What fits nowhere else goes to `cpu`, with a note.
     Raises `PlanError` when a device of the request is not in `memory`.
     """
     compute_device, allocation = request.compute_device, request.allocation
@@ -24,47 +24,44 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
         if device not in memory:
             raise PlanError(f"there is no device {device!r}; this machine has {', '.join(memory)}")
 
-    model_bytes = sum(layer.num_bytes for layer in layers)
-    fixed_bytes = sum(layer.num_bytes for layer in layers if not layer.movable)
-    total_bytes = {device: device_memory.total_bytes for device, device_memory in memory.items()}
-    asked = dict(allocation.shares(model_bytes, compute_device, total_bytes))
-    asked = _reserve_fixed(asked, compute_device, fixed_bytes)
-    room = {
-        device: free_bytes
-        for device in asked
-        if device != OVERFLOW_DEVICE and (free_bytes := memory[device].free_bytes) is not None
-    }
+    fixed = {index for index, layer in enumerate(layers) if not layer.movable or not layer.num_bytes}
+    fixed_bytes = sum(layers[index].num_bytes for index in fixed)
+    asked = _asked_bytes(layers, request, memory, fixed_bytes)
+    room = {device: memory[device].free_bytes for device in asked if device != OVERFLOW_DEVICE}
 
-    device_of = {index: compute_device for index, layer in enumerate(layers) if not layer.movable}
-    left = [index for index, layer in enumerate(layers) if layer.movable]
+    device_of = dict.fromkeys(fixed, compute_device)
+    sizes = {index: layer.num_bytes for index, layer in enumerate(layers) if index not in fixed}
     carried = 0
     for device in _by_precedence(asked, compute_device):
         fixed_here = fixed_bytes if device == compute_device else 0
         target = asked[device] - fixed_here
-        sizes = [layers[index].num_bytes for index in left]
-        if device in room and asked[device] + carried + max(sizes, default=0) > room[device]:
-            # It may fill up: its share is rounded down, and what has no room is cpu's, not the next device's.
+        limit = None
+        if room.get(device) is not None:
             limit = room[device] - fixed_here
-            taken = _spread(sizes, min(target, limit), limit)
-            carried = 0
-        else:
-            taken = _spread(sizes, target + carried)
-            carried += target - sum(sizes[position] for position in taken)
-        device_of.update((left[position], device) for position in taken)
-        left = [index for index in left if index not in device_of]
-    device_of.update(dict.fromkeys(left, OVERFLOW_DEVICE))
+            target = min(target, limit)  # what is over it is cpu's, not the next device's
+        taken = _spread(sizes, target + carried, limit)
+        carried += target - sum(sizes[index] for index in taken)
+        device_of.update(dict.fromkeys(taken, device))
+        sizes = {index: size for index, size in sizes.items() if index not in device_of}
+    device_of.update(dict.fromkeys(sizes, OVERFLOW_DEVICE))
 
     placements = tuple(Placement(layer, device_of[index]) for index, layer in enumerate(layers))
-    notes = (allocation.note, *(_room_note(device, asked[device], room[device]) for device in room))
+    plan = Plan(compute_device, placements)
+    notes = (allocation.note, *_room_notes(plan, asked, room))
     return Plan(compute_device, placements, tuple(note for note in notes if note))
 
 
-def _reserve_fixed(asked: dict[str, int], compute_device: str, fixed_bytes: int) -> dict[str, int]:
-    """Give the compute device at least the layers that cannot move, the others less in proportion."""
-    others = {device: num_bytes for device, num_bytes in asked.items() if device != compute_device}
-    missing = fixed_bytes - asked.get(compute_device, 0)
+def _asked_bytes(
+    layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory], fixed_bytes: int
+) -> dict[str, int]:
+    """Bytes asked of each device; the compute device has at least the layers that cannot move, the others the rest."""
+    total_bytes = {device: device_memory.total_bytes for device, device_memory in memory.items()}
+    model_bytes = sum(layer.num_bytes for layer in layers)
+    asked = dict(request.allocation.shares(model_bytes, request.compute_device, total_bytes))
+    missing = fixed_bytes - asked.get(request.compute_device, 0)
     if missing <= 0:
         return asked
+    others = {device: num_bytes for device, num_bytes in asked.items() if device != request.compute_device}
     total = sum(others.values())
     reduced, reached, given = {}, 0, 0
     for device, num_bytes in others.items():
@@ -72,7 +69,7 @@ def _reserve_fixed(asked: dict[str, int], compute_device: str, fixed_bytes: int)
         boundary = reached * (total - missing) // total
         reduced[device] = boundary - given
         given = boundary
-    return {compute_device: fixed_bytes, **reduced}
+    return {request.compute_device: fixed_bytes, **reduced}
 
 
 def _by_precedence(devices: Iterable[str], compute_device: str) -> list[str]:
@@ -80,25 +77,32 @@ def _by_precedence(devices: Iterable[str], compute_device: str) -> list[str]:
     return sorted(devices, key=lambda device: (device == OVERFLOW_DEVICE, device != compute_device))
 
 
-def _spread(sizes: Sequence[int], target: int, limit: int | None = None) -> list[int]:
-    """Positions whose sizes add up to about `target`, evenly spread: within half a layer, never over `limit`.
+def _spread(sizes: Mapping[int, int], target: int, limit: int | None) -> list[int]:
+    """Keys whose sizes add up to about `target`, evenly spread: within half a layer, and never over `limit`.
 
     Error diffusion, as Bresenham's line (1965): every layer adds its part of the target to a debt, and is taken when
     the debt is at least half of it.
     """
-    total = sum(sizes)
+    total = sum(sizes.values())
     target = max(0, min(target, total))
     taken, used, debt = [], 0, 0  # the debt in units of 1/total bytes, to stay exact
-    for position, size in enumerate(sizes):
+    for index, size in sizes.items():
         debt += size * target
         if 2 * debt >= size * total and (limit is None or used + size <= limit):
-            taken.append(position)
+            taken.append(index)
             used += size
             debt -= size * total
     return taken
 
 
-def _room_note(device: str, asked_bytes: int, free_bytes: int) -> str:
-    if asked_bytes <= free_bytes:
-        return ""
-    return f"{device} has {free_bytes / GIB:.2f} GiB free of the {asked_bytes / GIB:.2f} GiB asked; the rest is on cpu"
+def _room_notes(plan: Plan, asked: Mapping[str, int], room: Mapping[str, int | None]) -> list[str]:
+    notes = [
+        f"{device} has {free_bytes / GIB:.2f} GiB free of the {asked[device] / GIB:.2f} GiB asked; the rest is on cpu"
+        for device, free_bytes in room.items()
+        if free_bytes is not None and asked[device] > free_bytes
+    ]
+    unasked = plan.bytes_on(OVERFLOW_DEVICE) - asked.get(OVERFLOW_DEVICE, 0)
+    largest = max((placement.layer.num_bytes for placement in plan.placements), default=0)
+    if not notes and plan.compute_device != OVERFLOW_DEVICE and largest and unasked >= largest:
+        notes = [f"{unasked / GIB:.2f} GiB that no other device has room for are on cpu"]
+    return notes

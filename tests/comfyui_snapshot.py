@@ -1,8 +1,8 @@
 """Import the pack and load a checkpoint in a fresh process; print what of ComfyUI, or of the process, changed.
 
-    python tests/comfyui_snapshot.py CHECKPOINT [planted | deep]
+    python tests/comfyui_snapshot.py CHECKPOINT [DOTTED_NAME]
 
-With `planted` or `deep` it changes ComfyUI itself after the import, to show that this is found. Prints one JSON object:
+With a name of ComfyUI's it replaces that function after the import, to show that this is found. Prints one JSON object:
 `compared` is the number of objects compared, `changed` names those that are not the same as before.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -60,10 +61,9 @@ def main(checkpoint: str, plant: str = "") -> None:
     initialised = torch.cuda.is_initialized() and not comfy.cli_args.args.cpu
     changed_by_import = changes(before)
 
-    if plant == "planted":
-        comfy.model_management.free_memory = lambda *_: None
-    if plant == "deep":
-        comfy.model_patcher.ModelPatcher.detach = lambda *_, **__: None
+    if plant:
+        owner, _, name = plant.rpartition(".")
+        setattr(pkgutil.resolve_name(owner), name, lambda *_, **__: None)
 
     import folder_paths
 

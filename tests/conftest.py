@@ -40,6 +40,11 @@ def pytest_runtest_logreport(report):
         _wrongly_skipped.append(report.nodeid)
 
 
+def pytest_collectreport(report):
+    if report.skipped:
+        _wrongly_skipped.append(report.nodeid)
+
+
 def pytest_sessionfinish(session):
     if os.environ.get("CI") == "true" and _wrongly_skipped:
         print(f"\nin CI only tests that need an accelerator may be skipped: {', '.join(_wrongly_skipped)}")

@@ -26,6 +26,7 @@ def test_a_whole_file_is_accepted(tmp_path):
         (struct.pack("<Q", 4) + b"{oh}", "its header is damaged; download it again"),
         (struct.pack("<Q", 2) + b"[]", "its header is damaged; download it again"),
         (struct.pack("<Q", 8) + b'{"x": 1}', "its header is damaged; download it again"),
+        (struct.pack("<Q", 200_000) + b"[" * 200_000, "its header is damaged; download it again"),
         (struct.pack("<Q", 100) + b'{"x"', "is cut off: it has 12 of 108 bytes; download it again"),
     ],
 )

@@ -92,6 +92,25 @@ def test_free_memory_of_the_compute_device_limits_an_expert_amount():
     assert len(made.notes) == 1
 
 
+def test_nearly_full_devices_share_what_rounding_leaves():
+    layers = [Layer(f"{i}", 100) for i in range(10)]
+    memory = {f"cuda:{i}": DeviceMemory(10**4, 330) for i in range(4)} | {"cpu": DeviceMemory(10**4)}
+    made = plan(layers, "cuda:0,240b;cuda:1,240b;cuda:2,240b;cuda:3,280b", memory=memory)
+    assert made.bytes_on("cpu") == 0  # 200, 300, 200 and 300
+    assert made.notes == ()
+
+
+def test_what_rounding_leaves_no_room_for_is_said():
+    memory = {f"cuda:{i}": DeviceMemory(10**4, 250) for i in range(4)} | {"cpu": DeviceMemory(10**4)}
+    made = plan([Layer(f"{i}", 100) for i in range(10)], "cuda:0,1%;cuda:1,1%;cuda:2,1%;cuda:3,1%", memory=memory)
+    assert made.bytes_on("cpu") == 200  # 250 bytes hold two layers
+    assert made.notes == ("0.00 GiB that no other device has room for are on cpu",)
+
+
+def test_a_layer_without_bytes_needs_no_donor():
+    assert plan([Layer("tied", 0), Layer("a", 100)], VirtualVram(0.0, "cuda:1"), compute_device="cpu").donors == ()
+
+
 def test_layers_that_cannot_move_stay_on_the_compute_device():
     layers = [Layer("a", 100, movable=False), Layer("b", 100), Layer("c", 100), Layer("d", 100, movable=False)]
     assert drawing(plan(layers, "cpu,*")) == ".uu."
@@ -132,6 +151,19 @@ def test_every_device_is_given_what_was_asked_within_one_layer(sizes, weights, c
     for device in _devices:
         asked = sum(sizes) * shares.get(device, 0) / sum(weights)
         assert abs(made.bytes_on(device) - asked) < max(sizes) + 1  # 1: shares are whole bytes
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=60), st.lists(st.integers(1, 100), min_size=3, max_size=3))
+def test_with_room_for_one_layer_more_nothing_overflows(sizes, weights):
+    layers = [Layer(f"{i}", size) for i, size in enumerate(sizes)]
+    asked = [sum(sizes) * weight // sum(weights) + 1 for weight in weights]
+    memory = {f"cuda:{i}": DeviceMemory(10**12, num_bytes + max(sizes)) for i, num_bytes in enumerate(asked)}
+    memory["cpu"] = DeviceMemory(10**12)
+    made = plan(layers, ";".join(f"cuda:{i},{weight}%" for i, weight in enumerate(weights)), memory=memory)
+    assert made.notes == ()
+    for i, num_bytes in enumerate(asked):
+        assert abs(made.bytes_on(f"cuda:{i}") - num_bytes) < max(sizes) + 2
 
 
 @settings(max_examples=400, deadline=None)

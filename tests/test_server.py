@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import make_checkpoint
 from comfy_server import ComfyServer, PromptRefused, error_of
 from conftest import COMFYUI_PATH, NUM_ACCELERATORS, ROOT
-from host import SDISTS, fetch_comfyui
+from host import DEFAULT_VERSION, SDISTS, fetch_comfyui
 from safetensors.torch import load_file
 from workflows import (
     NODE_ID,
@@ -39,7 +40,7 @@ def _start(version, base, checkpoints, arguments=()):
         (folder / Path(checkpoints(kind)).name).symlink_to(checkpoints(kind))
     (base / "models" / "text_encoders").mkdir()
     (base / "models" / "text_encoders" / "clip_l.safetensors").symlink_to(checkpoints("clip_l"))
-    tree = COMFYUI_PATH if version in ("given", "0.30.0") else fetch_comfyui(version, Path(sys.executable))
+    tree = COMFYUI_PATH if version in ("given", DEFAULT_VERSION) else fetch_comfyui(version, Path(sys.executable))
     return ComfyServer(tree, base, arguments=(*ARGUMENTS, *arguments))
 
 
@@ -215,12 +216,19 @@ def test_a_file_damaged_after_queueing_is_an_error_on_the_loader_and_the_next_pr
     history = newest_server.run(prompt_for(newest_server, damaged.name))
     assert error_of(history)["node_id"] == "1"
     assert "is cut off: it has" in error_of(history)["exception_message"]
-    # Mended, it is loaded again, although the widgets are the same.
     damaged.write_bytes(whole)
-    first = latent_of(newest_server, prompt_for(newest_server, damaged.name))
-    damaged.write_bytes((folder / "sd3_no_clip_weights.safetensors").read_bytes())
-    assert torch.equal(first, latent_of(newest_server, prompt_for(newest_server, damaged.name)))
+    latent_of(newest_server, prompt_for(newest_server, damaged.name))
     damaged.unlink()
+
+
+def test_a_replaced_file_is_loaded_again(newest_server, tmp_path):
+    replaced = newest_server.base / "models" / "checkpoints" / "replaced.safetensors"
+    latents = []
+    for seed in (0, 1):
+        make_checkpoint("sd3_no_clip_weights", replaced, seed)
+        latents.append(latent_of(newest_server, prompt_for(newest_server, replaced.name)))
+    assert not torch.equal(*latents)
+    replaced.unlink()
 
 
 def test_the_same_prompt_again_loads_nothing(newest_server):

@@ -7,15 +7,20 @@ import sys
 import pytest
 from conftest import ROOT
 
-MARKED = "@pytest.mark.gpu\n@pytest.mark.skip(reason='no accelerator')\n"
-UNMARKED = "@pytest.mark.skip(reason='planted')\n"
+TEST = "def test_planted():\n    pass\ndef test_other():\n    pass\n"
+MARKED = "import pytest\n@pytest.mark.gpu\n@pytest.mark.skip(reason='no accelerator')\n" + TEST
+UNMARKED = "import pytest\n@pytest.mark.skip(reason='planted')\n" + TEST
+WHOLE_FILE = "import pytest\npytest.skip('planted', allow_module_level=True)\n" + TEST
 
 
-@pytest.mark.parametrize(("mark", "ci", "status"), [(UNMARKED, "true", 1), (MARKED, "true", 0), (UNMARKED, "", 0)])
-def test_a_skip_without_a_reason_fails_in_ci(tmp_path, mark, ci, status):
-    planted = f"import pytest\n{mark}def test_planted():\n    pass\ndef test_other():\n    pass\n"
+@pytest.mark.parametrize(
+    ("planted", "ci", "status"),
+    [(UNMARKED, "true", 1), (WHOLE_FILE, "true", 1), (MARKED, "true", 0), (UNMARKED, "", 0)],
+)
+def test_in_ci_only_tests_that_need_an_accelerator_may_be_skipped(tmp_path, planted, ci, status):
     (tmp_path / "test_planted.py").write_text(planted)
+    (tmp_path / "test_passing.py").write_text(TEST)
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "tests" / "pytest.ini"), "-p", "conftest"]
-    command += ["--rootdir", str(tmp_path), str(tmp_path / "test_planted.py")]
+    command += ["--rootdir", str(tmp_path), str(tmp_path)]
     environment = dict(os.environ, CI=ci, PYTHONPATH=str(ROOT / "tests"))
     assert subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True).returncode == status

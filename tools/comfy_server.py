@@ -41,14 +41,12 @@ class ComfyServer:
         base: Path,
         arguments: tuple[str, ...] = (),
         with_pack: bool = True,
-        python: str = sys.executable,
     ) -> None:
         self.comfyui_path = comfyui_path
         self.base = base
         self.log_path = base / "server.log"
         self._arguments = arguments
         self._with_pack = with_pack
-        self._python = python
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
 
@@ -61,7 +59,7 @@ class ComfyServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        command = [self._python, str(self.comfyui_path / "main.py"), "--port", str(self._port)]
+        command = [sys.executable, str(self.comfyui_path / "main.py"), "--port", str(self._port)]
         command += ["--disable-auto-launch", "--base-directory", str(self.base), "--disable-api-nodes"]
         command += ["--database-url", "sqlite:///:memory:", *self._arguments]
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
@@ -117,7 +115,7 @@ class ComfyServer:
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             history = self.get(f"/history/{prompt_id}")
-            if prompt_id in history and history[prompt_id]["status"]["completed"] is not None:
+            if prompt_id in history:
                 return history[prompt_id]
             self._check_alive()
             time.sleep(0.05)

