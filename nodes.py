@@ -160,8 +160,9 @@ def _expert_input(prefix: str, component: str) -> io.Input:
 
 
 def _selectable_devices() -> tuple[str, ...]:
-    """The devices to choose from; ComfyUI started with --cpu leaves the accelerators alone."""
-    return (device_utils.HOST_DEVICE,) if comfy.model_management.cpu_mode() else device_utils.list_devices()
+    """The devices to choose from: those that ComfyUI manages, which with --cpu are no accelerators."""
+    managed = {str(device) for device in comfy.model_management.get_all_torch_devices()}
+    return tuple(name for name in device_utils.list_devices() if name == device_utils.HOST_DEVICE or name in managed)
 
 
 def _request(compute_device: str, virtual_vram_gb: float, donor_device: str, expert_text: str) -> ComponentRequest:

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def _start(version, base, checkpoints, arguments=()):
     """A server whose checkpoint folder has every file that the tests ask for."""
     folder = base / "models" / "checkpoints"
     folder.mkdir(parents=True)
-    for kind in ("sd3", "sd3_no_clip_weights", "sd15_blocks", "flux", "sd15_ckpt"):
+    for kind in ("sd3", "sd3_fp8", "sd3_no_clip_weights", "sd15_blocks", "flux", "sd15_ckpt"):
         (folder / Path(checkpoints(kind)).name).symlink_to(checkpoints(kind))
     (base / "models" / "text_encoders").mkdir()
     (base / "models" / "text_encoders" / "clip_l.safetensors").symlink_to(checkpoints("clip_l"))
@@ -66,7 +67,9 @@ def prompt_for(server, checkpoint, **widgets):
     """The example workflow, small, on what this machine has, with its latent saved."""
     prompt = json.loads((ROOT / "example_workflows" / "api" / "text_to_image.json").read_text())
     prompt, _ = replace_missing_devices(prompt, server.get("/object_info"))
-    prompt["1"]["inputs"].update(ckpt_name=checkpoint, **widgets)
+    # Not the default where there are simulated accelerators, which do not compute.
+    computing = dict.fromkeys(("unet_compute_device", "clip_compute_device", "vae_device"), ACCELERATOR)
+    prompt["1"]["inputs"].update({"ckpt_name": checkpoint, **computing, **widgets})
     return with_saved_latent(with_small_image(prompt, 64, 2))
 
 
@@ -240,3 +243,64 @@ def test_the_same_prompt_again_loads_nothing(newest_server):
     prompt["5"]["inputs"]["seed"] += 1
     latent_of(newest_server, prompt)
     assert newest_server.log.count("DisTorch2: sd15_ckpt.ckpt") == loads == 1
+
+
+# --- weights on donors: simulated accelerators beside ComfyUI's real server
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def server_with_donors(request, checkpoints, tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
+    with _start(request.param, base, checkpoints, ("--cache-none",)) as running:
+        yield running
+
+
+def test_the_node_offers_the_donors(server_with_donors):
+    inputs = server_with_donors.get("/object_info")[NODE_ID]["input"]["required"]
+    assert inputs["unet_donor_device"][1]["options"] == [*DEVICES, "sim:0", "sim:1"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "widgets"),
+    [
+        ("sd3.safetensors", {"unet_virtual_vram_gb": 0.1, "unet_donor_device": "sim:0"}),
+        ("sd15_blocks.safetensors", {"unet_expert_mode_allocations": f"{ACCELERATOR},50%;sim:1,50%"}),
+        ("flux.safetensors", {"unet_expert_mode_allocations": f"{ACCELERATOR},10%;sim:0,20mb*"}),
+        ("sd3_fp8.safetensors", {"unet_expert_mode_allocations": "sim:0,50%;sim:1,50%"}),
+        ("sd3.safetensors", {"clip_expert_mode_allocations": f"{ACCELERATOR},50mb;sim:1,*"}),
+    ],
+)
+def test_latents_with_weights_on_donors_are_bit_identical(server_with_donors, checkpoint, widgets):
+    server = server_with_donors
+    prompt = prompt_for(server, checkpoint, **widgets)
+    if checkpoint == "flux.safetensors":
+        prompt = with_text_encoder_of_its_own(prompt)
+    expected = latent_of(server, with_core_loader(prompt))
+    before, log_before = server.get("/simulated_accelerators"), len(server.log)
+    assert torch.equal(latent_of(server, prompt), expected)
+    after = server.get("/simulated_accelerators")
+    # The table in the log says how many layers are streamed, of the diffusion model and of the text encoder.
+    table = [line.split() for line in server.log[log_before:].splitlines() if " sim:" in line and " streamed " in line]
+    assert table
+    streamed = {part: sum(int(row[4]) for row in table if row[0] == part) for part in ("diffusion", "text")}
+    forwards = after["diffusion_forwards"] - before["diffusion_forwards"]
+    encodings = after["clip_forwards"] - before["clip_forwards"]
+    copies = after["copies"] - before["copies"]
+    assert copies == streamed["diffusion"] * forwards + streamed["text"] * encodings > 0
+    # Nothing of the prompt is kept (--cache-none): its slabs go with the last patcher.
+    assert after["used_bytes"] == [0, 0]
+
+
+def test_letting_go_of_models_empties_the_donors(checkpoints, tmp_path):
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
+    with _start(NEWEST, tmp_path, checkpoints) as server:
+        latent_of(server, prompt_for(server, "sd3.safetensors", unet_expert_mode_allocations="sim:0,*"))
+        assert server.get("/simulated_accelerators")["used_bytes"][0] > 0
+        server.post("/free", {"unload_models": True, "free_memory": True})
+        deadline = time.monotonic() + 30
+        while server.get("/simulated_accelerators")["used_bytes"] != [0, 0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)

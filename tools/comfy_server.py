@@ -140,6 +140,8 @@ class ComfyServer:
             try:
                 self.get("/system_stats")
                 return
+            except urllib.error.HTTPError as error:
+                raise RuntimeError(f"ComfyUI answers with {error}:\n{self.log[-4000:]}") from error
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.2)
         raise TimeoutError(f"ComfyUI was not ready within {self.START_SECONDS} s:\n{self.log[-4000:]}")

@@ -159,12 +159,11 @@ def tell_comfyui(setattr=setattr) -> None:
     devices = [torch.device("sim", index) for index in range(NUM_DEVICES)]
 
     def extended(function, for_device):
-        def with_simulated(device=None, *arguments, torch_free_too=False, **options):
+        def with_simulated(device=None, *flags, **options):
             if getattr(device, "type", None) == "sim":
-                return (for_device(device.index), 0) if torch_free_too else for_device(device.index)
-            if torch_free_too:
-                options["torch_free_too"] = True
-            return function(device, *arguments, **options)
+                # With torch_free_too or torch_total_too it also asks for what torch has cached, which is nothing.
+                return (for_device(device.index), 0) if any((*flags, *options.values())) else for_device(device.index)
+            return function(device, *flags, **options)
 
         return with_simulated
 

@@ -1,0 +1,62 @@
+"""One of ComfyUI's memory modes, in a process of its own: weights on the CPU give the same bits as resident ones.
+
+    python tests/in_process_mode.py CHECKPOINT [FLAG ...]
+
+FLAG is one of ComfyUI's command line options, or --dynamic-vram, which starts DynamicVRAM as its main.py does. Prints
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(checkpoint: str, *flags: str) -> None:
+    sys.path[:0] = [os.environ["COMFYUI_PATH"], str(ROOT / "tests")]
+    sys.path.append(str(ROOT))
+    sys.argv = [sys.argv[0], *(flag for flag in flags if flag != "--dynamic-vram")]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    if "--dynamic-vram" in flags:
+        sys.path.append(str(ROOT / "benchmarks"))
+        import placement
+
+        placement.start_comfyui(dynamic_vram=True)
+    import comfy.model_management as mm
+    import torch
+    from distorch2.loading import load_checkpoint
+    from distorch2.plan import ComponentRequest, VirtualVram
+    from sampling import core_load, sample
+
+    device = str(mm.get_torch_device())
+    with torch.inference_mode():
+        expected = sample(*core_load(checkpoint)[:2])
+        mm.unload_all_models()
+        found = {}
+        for gb in (0.0, 0.1, 100.0):
+            request = ComponentRequest(device, VirtualVram(gb, "cpu"))
+            model, clip, _ = load_checkpoint(checkpoint, request, request, device)
+            same = torch.equal(sample(model, clip), expected)
+            plan = model.distribution.plan
+            on_device = sum(p.nbytes for p in model.model.parameters() if str(p.device) == device)
+            on_device += sum(b.nbytes for b in model.model.buffers() if str(b.device) == device)
+            found[gb] = {
+                "same": same,
+                "as planned": on_device == plan.bytes_on(device),
+                "streamed": len(plan.streamed),
+                "copies": model.distribution.streamer.transfer.copies,
+            }
+            mm.unload_all_models()
+            del model, clip
+    patcher = type(core_load(checkpoint)[0]).__name__
+    print(json.dumps({"core patcher": patcher, "runs": list(found.values()), "left": torch.cuda.memory_allocated()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

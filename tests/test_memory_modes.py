@@ -1,0 +1,39 @@
+"""On a GPU: every memory mode that ComfyUI can be started in."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import COMFYUI_PATH, ROOT
+
+MODES = [
+    (),
+    ("--dynamic-vram",),
+    ("--novram",),
+    ("--lowvram",),
+    ("--highvram",),
+    ("--gpu-only",),
+    ("--disable-smart-memory",),
+    ("--disable-mmap",),
+    ("--disable-pinned-memory",),
+    ("--disable-async-offload",),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", MODES, ids=lambda flags: " ".join(flags) or "default")
+def test_weights_on_the_cpu_give_the_same_bits(checkpoints, flags):
+    command = [sys.executable, str(ROOT / "tests" / "in_process_mode.py"), checkpoints("sd15_blocks"), *flags]
+    environment = dict(os.environ, COMFYUI_PATH=str(COMFYUI_PATH))
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    seen = json.loads(result.stdout.splitlines()[-1])
+    assert ("Dynamic" in seen["core patcher"]) == (flags == ("--dynamic-vram",))
+    resident, partly, fully = seen["runs"]
+    assert resident["streamed"] == 0 < partly["streamed"] < fully["streamed"]
+    assert partly["copies"] > 0
+    for run in seen["runs"]:
+        assert run["same"]
+        assert run["as planned"]
