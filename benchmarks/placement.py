@@ -73,13 +73,14 @@ def run(patcher, inputs) -> dict:
     mm.load_models_gpu([patcher], force_full_load=True)
     torch.cuda.synchronize()
     loaded = time.perf_counter()
-    output = patcher.model.apply_model(**inputs)
+    # The first forward of a process is not compared: its bits differ from those of later ones, with ComfyUI alone too.
+    patcher.model.apply_model(**inputs)
     torch.cuda.synchronize()
     peak_bytes = torch.cuda.max_memory_allocated() - before
     milliseconds = []
     for _ in range(TIMED_FORWARDS):
         begun = time.perf_counter()
-        patcher.model.apply_model(**inputs)
+        output = patcher.model.apply_model(**inputs)
         torch.cuda.synchronize()
         milliseconds.append((time.perf_counter() - begun) * 1000)
     return {
@@ -97,6 +98,7 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
     import comfy.sd
     import models
     import torch
+
     from distorch2.loading import load_checkpoint
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
@@ -112,16 +114,16 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
         assert reference["output"].float().std() > 1e-3
         mm.unload_all_models()
         del core
-        activation_bytes = None
+        model_bytes = activation_bytes = 0
         for percent in PERCENTAGES:
-            size = sum(shape.numel() for shape in model.shapes().values()) * model.dtype.itemsize
-            request = ComponentRequest(device, VirtualVram(size * percent / 100 / GIB, "cpu"))
+            request = ComponentRequest(device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
             started = time.perf_counter()
             patcher = load_checkpoint(path, request, request, device)[0]
             read_s = time.perf_counter() - started
             result = run(patcher, inputs)
             plan = patcher.distribution.plan
-            if activation_bytes is None:
+            if percent == 0:
+                model_bytes = plan.model_bytes
                 activation_bytes = result["peak_bytes"] - plan.compute_bytes
             largest = max(placement.layer.num_bytes for placement in plan.placements)
             excess = result["peak_bytes"] - activation_bytes - plan.compute_bytes
@@ -137,7 +139,7 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
                     "slot bytes": plan.slot_bytes,
                     "peak VRAM bytes": result["peak_bytes"],
                     "peak less activations and plan, bytes": excess,
-                    "within one layer": abs(excess) <= largest,
+                    "at most one layer more": excess <= largest,
                     "bit-identical to ComfyUI's resident model": torch.equal(result["output"], reference["output"]),
                     "page-locked bytes": sum(slab.nbytes for slab in patcher.distribution._pinned),
                     "read s": round(read_s, 2),

@@ -30,9 +30,10 @@ def main(checkpoint: str, *flags: str) -> None:
         placement.start_comfyui(dynamic_vram=True)
     import comfy.model_management as mm
     import torch
+    from sampling import core_load, sample
+
     from distorch2.loading import load_checkpoint
     from distorch2.plan import ComponentRequest, VirtualVram
-    from sampling import core_load, sample
 
     device = str(mm.get_torch_device())
     with torch.inference_mode():

@@ -66,10 +66,12 @@ def newest_server(checkpoints, tmp_path_factory):
 def prompt_for(server, checkpoint, **widgets):
     """The example workflow, small, on what this machine has, with its latent saved."""
     prompt = json.loads((ROOT / "example_workflows" / "api" / "text_to_image.json").read_text())
-    prompt, _ = replace_missing_devices(prompt, server.get("/object_info"))
+    prompt, _ = replace_missing_devices(prompt, server.get("/object_info"), ACCELERATOR, ACCELERATOR)
     # Not the default where there are simulated accelerators, which do not compute.
     computing = dict.fromkeys(("unet_compute_device", "clip_compute_device", "vae_device"), ACCELERATOR)
-    prompt["1"]["inputs"].update({"ckpt_name": checkpoint, **computing, **widgets})
+    resident = {"unet_virtual_vram_gb": 0.0, "clip_virtual_vram_gb": 0.0}
+    resident |= dict.fromkeys(("unet_expert_mode_allocations", "clip_expert_mode_allocations"), "")
+    prompt["1"]["inputs"].update({"ckpt_name": checkpoint, **computing, **resident, **widgets})
     return with_saved_latent(with_small_image(prompt, 64, 2))
 
 
@@ -165,7 +167,7 @@ def test_an_expert_string_replaces_virtual_vram_and_donor(server):
     prompt = prompt_for(
         server,
         "sd3.safetensors",
-        unet_virtual_vram_gb=0.0,
+        unet_virtual_vram_gb=4.0,
         unet_expert_mode_allocations=f"{ACCELERATOR},0.001%",
     )
     server.output_files(server.run(prompt))

@@ -18,6 +18,10 @@ from comfy_server import ROOT, ComfyServer
 from safetensors.torch import load_file
 from workflows import replace_missing_devices, with_core_loader, with_saved_latent, with_small_image
 
+sys.path.append(str(ROOT))
+
+from device_utils import HOST_DEVICE, first_accelerator, list_devices
+
 WORKFLOW = ROOT / "example_workflows" / "api" / "text_to_image.json"
 FOLDER = ROOT / ".host" / "demo"
 IMAGE_PIXELS = 256
@@ -36,14 +40,23 @@ def main() -> None:
     models.mkdir(parents=True)
     (models / checkpoint.name).symlink_to(checkpoint)
 
-    has_gpu = torch.cuda.is_available()
-    print(f"starting ComfyUI{'' if has_gpu else ' with --cpu: no GPU found'} ...", flush=True)
-    with ComfyServer(comfyui_path, FOLDER, arguments=() if has_gpu else ("--cpu",)) as server:
+    accelerator = first_accelerator(list_devices())
+    has_accelerator = accelerator != HOST_DEVICE
+    if has_accelerator:
+        print(f"starting ComfyUI on {accelerator} ...", flush=True)
+    else:
+        print(
+            "no accelerator found: ComfyUI computes on the CPU, and simulated accelerators lend memory ...", flush=True
+        )
+        (FOLDER / "custom_nodes").mkdir()
+        (FOLDER / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
+    with ComfyServer(comfyui_path, FOLDER, arguments=() if has_accelerator else ("--cpu",)) as server:
         prompt = json.loads(WORKFLOW.read_text())
         prompt["1"]["inputs"]["ckpt_name"] = checkpoint.name
-        prompt, replaced = replace_missing_devices(prompt, server.get("/object_info"))
+        host = "sim:0" if accelerator == HOST_DEVICE else HOST_DEVICE
+        prompt, replaced = replace_missing_devices(prompt, server.get("/object_info"), accelerator, host)
         for replacement in replaced:
-            print(f"this machine has no such device, replaced: {replacement}")
+            print(f"replaced, since this machine has other devices: {replacement}")
         prompt = with_saved_latent(with_small_image(prompt, IMAGE_PIXELS, STEPS))
 
         print(f"queueing {WORKFLOW.relative_to(ROOT)} at {IMAGE_PIXELS}x{IMAGE_PIXELS} px, {STEPS} steps", flush=True)

@@ -9,27 +9,35 @@ NODE_ID = "CheckpointLoaderAdvancedDisTorch2MultiGPU"
 Prompt = dict[str, Any]
 
 
-def replace_missing_devices(prompt: Prompt, object_info: dict[str, Any]) -> tuple[Prompt, list[str]]:
-    """The prompt with every device that this machine lacks replaced by the input's default, and what was replaced."""
+def replace_missing_devices(
+    prompt: Prompt, object_info: dict[str, Any], compute_device: str, donor: str
+) -> tuple[Prompt, list[str]]:
+    """The prompt for this machine, and what was replaced in it.
+
+    Where `cuda:0` is not offered, `compute_device` takes its place and `donor` that of `cpu` in allocation strings.
+    """
     prompt, replaced = copy.deepcopy(prompt), []
-    for node in prompt.values():
-        if node["class_type"] != NODE_ID:
-            continue
-        for name, (_, options) in object_info[NODE_ID]["input"]["required"].items():
-            value = node["inputs"][name]
-            if name.endswith("_device") and value not in options["options"]:
-                node["inputs"][name] = options["default"]
-                replaced.append(f"{name}: {value} -> {options['default']}")
+    offered = object_info[NODE_ID]["input"]["required"]["unet_compute_device"][1]["options"]
+    if "cuda:0" in offered:
+        return prompt, replaced
+    for node_id in nodes_of_class(prompt, NODE_ID):
+        inputs = prompt[node_id]["inputs"]
+        for name, value in inputs.items():
+            if name.endswith("_device"):
+                inputs[name] = value.replace("cuda:0", compute_device)
+            elif name.endswith("_allocations"):
+                inputs[name] = value.replace("cpu", donor).replace("cuda:0", compute_device)
+            if inputs[name] != value:
+                replaced.append(f"{name}: {value} -> {inputs[name]}")
     return prompt, replaced
 
 
 def with_core_loader(prompt: Prompt) -> Prompt:
     """The same prompt with ComfyUI's own checkpoint loader in the place of ours."""
     prompt = copy.deepcopy(prompt)
-    for node in prompt.values():
-        if node["class_type"] == NODE_ID:
-            node["class_type"] = "CheckpointLoaderSimple"
-            node["inputs"] = {"ckpt_name": node["inputs"]["ckpt_name"]}
+    for node_id in nodes_of_class(prompt, NODE_ID):
+        inputs = {"ckpt_name": prompt[node_id]["inputs"]["ckpt_name"]}
+        prompt[node_id] = {"class_type": "CheckpointLoaderSimple", "inputs": inputs}
     return prompt
 
 
