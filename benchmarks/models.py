@@ -52,8 +52,8 @@ class Model:
             if len(shape) == 1:
                 value = torch.full(shape, 1.0 if name.endswith(("scale", "norm.weight")) else 0.01, dtype=self.dtype)
             else:
-                value = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
-                value = (value / shape[1:].numel() ** 0.5).to(self.dtype).cpu()
+                value = torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
+                value = value.div_(shape[1:].numel() ** 0.5).cpu()
             tensors[f"model.diffusion_model.{name}"] = value
         save_file(tensors, path)
 

@@ -50,7 +50,7 @@ def start_comfyui(dynamic_vram: bool) -> None:
 
 def bytes_by_device(module) -> dict[str, int]:
     """Bytes of all parameters and buffers, by the device on which they are found."""
-    from distorch2.slab import plain_tensors
+    from distorch2.inventory import plain_tensors
 
     found: dict[str, int] = {}
     for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
@@ -159,7 +159,7 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
 
 def main(folder: Path) -> None:
     results, failed = {}, []
-    for name in ("SDXL", "Flux"):
+    for name in ("Flux", "SDXL"):
         path = folder / f"distorch2_{name}.safetensors"
         script = "import sys, placement; placement.start_comfyui(False); import models; from pathlib import Path; "
         script += f"models.{name.upper()}.save(Path(sys.argv[1]))"

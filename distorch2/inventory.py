@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from .plan import Layer
-from .slab import aligned, plain_tensors
+from .slab import aligned
 
 
 def list_layers(module: torch.nn.Module) -> list[Layer]:
@@ -15,7 +15,8 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
 
     Movable are the leaves that ComfyUI itself can keep off the compute device (its casting operations), since code
     that reads such weights without calling the leaf is written for that. Not movable: a module that holds others, one
-    with buffers, and one that shares a tensor with another. A shared tensor is counted for the first that has it.
+    with buffers, one that shares a tensor with another, and one whose weights are quantised (tensor subclasses). A
+    shared tensor is counted for the first that has it.
     """
     modules = dict(module.named_modules())
     uses = Counter(id(tensor) for child in modules.values() for tensor in own_tensors(child).values())
@@ -32,10 +33,22 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
                 hasattr(child, "comfy_cast_weights")
                 and next(child.children(), None) is None
                 and next(child.buffers(recurse=False), None) is None
-                and all(uses[id(tensor)] == 1 for tensor in tensors.values())
+                and all(uses[id(tensor)] == 1 and not is_quantised(tensor) for tensor in tensors.values())
             )
             layers.append(Layer(name, sum(sizes), movable, sum(map(aligned, sizes)) if movable else 0))
     return layers
+
+
+def is_quantised(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that hold the data of `tensor`: itself, or those inside a quantised one."""
+    if not is_quantised(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -50,7 +63,6 @@ def loaded_dtype(module: torch.nn.Module, name: str) -> torch.dtype:
 
 def _loaded_bytes(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> list[int]:
     """Bytes of the plain tensors of a parameter or buffer; quantised ones are loaded as they are."""
-    plain = plain_tensors(tensor)
-    if plain[0] is not tensor:
-        return [inner.nbytes for inner in plain]
+    if is_quantised(tensor):
+        return [inner.nbytes for inner in plain_tensors(tensor)]
     return [tensor.numel() * loaded_dtype(module, name).itemsize]

@@ -20,9 +20,9 @@ import comfy.utils
 import torch
 from comfy.model_patcher import CallbacksMP, ModelPatcher, move_weight_functions, wipe_lowvram_weight
 
-from .inventory import list_layers, loaded_dtype, own_tensors
+from .inventory import is_quantised, list_layers, loaded_dtype, own_tensors, plain_tensors
 from .plan import GIB, Placement, Plan, PlanError
-from .slab import SlabLayout, allocate, plain_tensors, write
+from .slab import SlabLayout, allocate
 from .streaming import StreamedLayer, Streamer
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Distribution:
         layout = SlabLayout.of(tensors, {name: loaded_dtype(child, name) for name in tensors})
         slab = allocate(layout.num_bytes, torch.device(placement.device))
         for name, parameter in layout.parameters(slab).items():
-            write(parameter, tensors[name])
+            parameter.data.copy_(tensors[name])
         return StreamedLayer(child, layout, slab)
 
     def _pin(self, slabs: Iterable[torch.Tensor]) -> None:
@@ -284,7 +284,7 @@ class DistributedPatcher(ModelPatcher):
         """Put `value` where the weight lies: into its slab, or as a new parameter of a resident module."""
         parameter, _ = self._parameter(key)
         if key.rpartition(".")[0] in self.distribution.streamed:
-            write(parameter, value)
+            parameter.data.copy_(value)
         else:
             device = plain_tensors(parameter)[0].device
             comfy.utils.set_attr_param(self.model, key, value.to(device))
@@ -318,7 +318,7 @@ class DistributedPatcher(ModelPatcher):
             yield
         finally:
             module._parameters[name] = parameter
-        write(parameter, copy)
+        parameter.data.copy_(copy)
 
     def _settle(self) -> None:
         """Wait for copies that may still read a slab."""
@@ -371,10 +371,9 @@ def _move(module: torch.nn.Module, names: Iterable[str], device: torch.device) -
 
 def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` itself where nothing changes; a quantised one keeps its dtype."""
-    plain = plain_tensors(tensor)[0]
-    if plain is not tensor:
+    if is_quantised(tensor):
         dtype = tensor.dtype
-    if plain.device == device and dtype == tensor.dtype:
+    if plain_tensors(tensor)[0].device == device and dtype == tensor.dtype:
         return tensor
     value = tensor.detach().to(device=device, dtype=dtype)
     return torch.nn.Parameter(value, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else value

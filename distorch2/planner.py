@@ -26,7 +26,8 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
 
     fixed = {index for index, layer in enumerate(layers) if not layer.movable or not layer.num_bytes}
     fixed_bytes = sum(layers[index].num_bytes for index in fixed)
-    asked = _asked_bytes(layers, request, memory, fixed_bytes)
+    total_bytes = {device: device_memory.total_bytes for device, device_memory in memory.items()}
+    asked = _asked_bytes(layers, request, total_bytes, fixed_bytes)
     room = {device: memory[device].free_bytes for device in asked if device != OVERFLOW_DEVICE}
 
     device_of = dict.fromkeys(fixed, compute_device)
@@ -47,15 +48,14 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
 
     placements = tuple(Placement(layer, device_of[index]) for index, layer in enumerate(layers))
     plan = Plan(compute_device, placements)
-    notes = (allocation.note, *_room_notes(plan, asked, room))
+    notes = (allocation.note, _fixed_note(plan, request, total_bytes, fixed_bytes), *_room_notes(plan, asked, room))
     return Plan(compute_device, placements, tuple(note for note in notes if note))
 
 
 def _asked_bytes(
-    layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory], fixed_bytes: int
+    layers: Sequence[Layer], request: ComponentRequest, total_bytes: Mapping[str, int], fixed_bytes: int
 ) -> dict[str, int]:
     """Bytes asked of each device; the compute device has at least the layers that cannot move, the others the rest."""
-    total_bytes = {device: device_memory.total_bytes for device, device_memory in memory.items()}
     model_bytes = sum(layer.num_bytes for layer in layers)
     asked = dict(request.allocation.shares(model_bytes, request.compute_device, total_bytes))
     missing = fixed_bytes - asked.get(request.compute_device, 0)
@@ -93,6 +93,15 @@ def _spread(sizes: Mapping[int, int], target: int, limit: int | None) -> list[in
             used += size
             debt -= size * total
     return taken
+
+
+def _fixed_note(plan: Plan, request: ComponentRequest, total_bytes: Mapping[str, int], fixed_bytes: int) -> str:
+    """Said when layers that cannot move keep the compute device over what was asked by a hundredth of the model."""
+    shares = dict(request.allocation.shares(plan.model_bytes, plan.compute_device, total_bytes))
+    over = fixed_bytes - shares.get(plan.compute_device, 0)
+    if over * 100 < plan.model_bytes or over <= 0:
+        return ""
+    return f"{fixed_bytes / GIB:.2f} GiB cannot leave {plan.compute_device}: quantised weights, or such as are shared"
 
 
 def _room_notes(plan: Plan, asked: Mapping[str, int], room: Mapping[str, int | None]) -> list[str]:

@@ -37,10 +37,11 @@ def main(checkpoint: str, *flags: str) -> None:
 
     device = str(mm.get_torch_device())
     with torch.inference_mode():
+        sample(*core_load(checkpoint)[:2])  # the first forward of a process may take other kernels
         expected = sample(*core_load(checkpoint)[:2])
         mm.unload_all_models()
         found = {}
-        for gb in (0.0, 0.1, 100.0):
+        for gb in (0.0, 0.03, 100.0):
             request = ComponentRequest(device, VirtualVram(gb, "cpu"))
             model, clip, _ = load_checkpoint(checkpoint, request, request, device)
             same = torch.equal(sample(model, clip), expected)
@@ -56,7 +57,7 @@ def main(checkpoint: str, *flags: str) -> None:
             mm.unload_all_models()
             del model, clip
     patcher = type(core_load(checkpoint)[0]).__name__
-    print(json.dumps({"core patcher": patcher, "runs": list(found.values()), "left": torch.cuda.memory_allocated()}))
+    print(json.dumps({"core patcher": patcher, "runs": list(found.values())}))
 
 
 if __name__ == "__main__":

@@ -250,6 +250,9 @@ def test_the_same_prompt_again_loads_nothing(newest_server):
 # --- weights on donors: simulated accelerators beside ComfyUI's real server
 
 
+on_simulated = pytest.mark.skipif(NUM_ACCELERATORS > 0, reason="simulated accelerators are not for beside real ones")
+
+
 @pytest.fixture(scope="module", params=VERSIONS)
 def server_with_donors(request, checkpoints, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
@@ -259,11 +262,13 @@ def server_with_donors(request, checkpoints, tmp_path_factory):
         yield running
 
 
+@on_simulated
 def test_the_node_offers_the_donors(server_with_donors):
     inputs = server_with_donors.get("/object_info")[NODE_ID]["input"]["required"]
     assert inputs["unet_donor_device"][1]["options"] == [*DEVICES, "sim:0", "sim:1"]
 
 
+@on_simulated
 @pytest.mark.parametrize(
     ("checkpoint", "widgets"),
     [
@@ -295,6 +300,7 @@ def test_latents_with_weights_on_donors_are_bit_identical(server_with_donors, ch
     assert after["used_bytes"] == [0, 0]
 
 
+@on_simulated
 def test_letting_go_of_models_empties_the_donors(checkpoints, tmp_path):
     (tmp_path / "custom_nodes").mkdir()
     (tmp_path / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")

@@ -1,12 +1,17 @@
-"""Weights on simulated donors, in process: the same bits as ComfyUI's own loader, whatever lies where."""
+"""Weights on donors, in process: the same bits as ComfyUI's own loader, whatever lies where.
+
+On a machine without an accelerator the CPU computes and simulated accelerators lend memory; with one, it computes and
+the CPU lends. (Simulated ones cannot be registered beside real ones: torch then takes them for the machine's own.)
+"""
 
 import gc
 import weakref
 
+import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.sd1_clip
 import pytest
-import simulated_accelerators as sim
 import torch
 from safetensors.torch import load_file
 from sampling import core_load, sample
@@ -17,13 +22,19 @@ from distorch2.patcher import DistributedPatcher
 from distorch2.plan import GIB, ComponentRequest, PlanError, VirtualVram
 
 COMPUTE = str(mm.get_torch_device())
-RESIDENT = ComponentRequest(COMPUTE, VirtualVram(0.0, "cpu"))
+HAS_SIMULATED = COMPUTE == "cpu"
+DONOR = "sim:0" if HAS_SIMULATED else "cpu"
+RESIDENT = ComponentRequest(COMPUTE, VirtualVram(0.0, DONOR))
+if HAS_SIMULATED:
+    import simulated_accelerators as sim
+on_simulated = pytest.mark.skipif(not HAS_SIMULATED, reason="for simulated accelerators; this machine has a real one")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def devices_known_to_comfyui():
     with pytest.MonkeyPatch.context() as patches:
-        sim.tell_comfyui(patches.setattr)
+        if HAS_SIMULATED:
+            sim.tell_comfyui(patches.setattr)
         yield
 
 
@@ -31,8 +42,28 @@ def devices_known_to_comfyui():
 def inference_mode():
     with torch.inference_mode():
         yield
-    gc.collect()
-    assert sim.used_bytes == [0, 0]
+    if HAS_SIMULATED:
+        gc.collect()
+        assert sim.used_bytes == [0, 0]
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Counts the forward passes of diffusion models and of CLIP's transformers."""
+    counts = {"diffusion": 0, "clip": 0}
+
+    def counted(owner, name, counter):
+        function = getattr(owner, name)
+
+        def count(*arguments, **options):
+            counts[counter] += 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, count)
+
+    counted(comfy.model_base.BaseModel, "_apply_model", "diffusion")
+    counted(comfy.sd1_clip.SDClipModel, "forward", "clip")
+    return counts
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +81,15 @@ def core_latents(checkpoints):
 
 
 def allocation_of(way, percent, model_bytes):
-    """The same part of a model on sim:0, asked for in every way that there is."""
+    """The same part of a model on the donor, asked for in every way that there is."""
     on_donor = model_bytes * percent // 100
+    fraction = on_donor / mm.get_total_memory(torch.device(DONOR))
     return {
-        "virtual VRAM": VirtualVram(on_donor / GIB, "sim:0"),
-        "ratio": None if percent in (0, 100) else parse_allocation(f"{COMPUTE},{100 - percent}%;sim:0,{percent}%"),
-        "bytes": parse_allocation(f"sim:0,{on_donor}b;{COMPUTE},*"),
-        "wildcard": parse_allocation(f"{COMPUTE},{model_bytes - on_donor}b;sim:0,*"),
-        "fraction": parse_allocation(f"sim:0,{on_donor / sim.capacity_bytes[0]:.12f};{COMPUTE},*"),
+        "virtual VRAM": VirtualVram(on_donor / GIB, DONOR),
+        "ratio": parse_allocation(f"{COMPUTE},{100 - percent}%;{DONOR},{percent}%"),
+        "bytes": parse_allocation(f"{DONOR},{on_donor}b;{COMPUTE},*"),
+        "wildcard": parse_allocation(f"{COMPUTE},{model_bytes - on_donor}b;{DONOR},*"),
+        "fraction": parse_allocation(f"{DONOR},{fraction:.12f};{COMPUTE},*"),
     }[way]
 
 
@@ -67,50 +99,48 @@ WAYS = ["virtual VRAM", "ratio", "bytes", "wildcard", "fraction"]
 
 @pytest.mark.parametrize("percent", [0, 25, 50, 90, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_latents_are_bit_identical_wherever_the_weights_lie(checkpoints, core_latents, kind, percent):
+def test_latents_are_bit_identical_wherever_the_weights_lie(checkpoints, core_latents, forwards, kind, percent):
+    expected = core_latents(kind)
     model_bytes = load_checkpoint(checkpoints(kind), RESIDENT, RESIDENT, COMPUTE)[0].distribution.plan.model_bytes
     for way in WAYS:
-        allocation = allocation_of(way, percent, model_bytes)
-        if allocation is None:
-            continue
-        model, clip, _ = load_checkpoint(checkpoints(kind), ComponentRequest(COMPUTE, allocation), RESIDENT, COMPUTE)
-        expected, before = core_latents(kind), dict(sim.counters)
+        request = ComponentRequest(COMPUTE, allocation_of(way, percent, model_bytes))
+        model, clip, _ = load_checkpoint(checkpoints(kind), request, RESIDENT, COMPUTE)
+        forwards["diffusion"] = 0
         assert torch.equal(sample(model, clip), expected), way
         plan = model.distribution.plan
-        forwards = sim.counters["diffusion_forwards"] - before["diffusion_forwards"]
-        copies = sim.counters["copies"] - before["copies"]
-        assert forwards >= 2
-        assert copies == len(plan.streamed) * forwards, way
-        assert copies == model.distribution.streamer.transfer.copies
+        assert forwards["diffusion"] >= 2
+        assert model.distribution.streamer.transfer.copies == len(plan.streamed) * forwards["diffusion"], way
         assert (len(plan.streamed) > 0) == (percent > 0)
+        assert kind != "sd3_fp8_scaled" or percent < 90 or "cannot leave" in plan.notes[-1]
         largest = max(placement.layer.num_bytes for placement in plan.placements)
         fixed = sum(placement.layer.num_bytes for placement in plan.placements if not placement.layer.movable)
-        assert abs(plan.bytes_on("sim:0") - model_bytes * percent / 100) < largest + fixed
-        assert sim.used_bytes[0] == sum(placement.layer.slab_bytes for placement in plan.streamed)
+        assert abs(plan.bytes_on(DONOR) - model_bytes * percent / 100) < largest + fixed
         assert model.loaded_size() == model.model_size() == plan.bytes_on(COMPUTE) + plan.slot_bytes
+        if HAS_SIMULATED:
+            assert sim.used_bytes[0] == sum(placement.layer.slab_bytes for placement in plan.streamed)
 
 
 @pytest.mark.parametrize("percent", [25, 50, 90, 100])
 @pytest.mark.parametrize("kind", ["sd3", "sd15_blocks"])
-def test_the_text_encoder_is_streamed_as_well(checkpoints, core_latents, kind, percent):
-    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},{100 - percent}%;sim:1,*"))
+def test_the_text_encoder_is_streamed_as_well(checkpoints, core_latents, forwards, kind, percent):
+    expected = core_latents(kind)
+    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},{100 - percent}%;{DONOR},*"))
     model, clip, _ = load_checkpoint(checkpoints(kind), RESIDENT, request, COMPUTE)
-    expected, before = core_latents(kind), dict(sim.counters)
+    forwards["clip"] = 0
     assert torch.equal(sample(model, clip), expected)
-    forwards = sim.counters["clip_forwards"] - before["clip_forwards"]
     # The position embedding is read without being called, by code of ComfyUI that casts it to its input's device.
     streamed = [p for p in clip.patcher.distribution.plan.streamed if "position_embedding" not in p.layer.name]
-    assert forwards >= 2
-    assert clip.patcher.distribution.streamer.transfer.copies == len(streamed) * forwards > 0
+    assert forwards["clip"] >= 2
+    assert clip.patcher.distribution.streamer.transfer.copies == len(streamed) * forwards["clip"] > 0
 
 
 # --- what a patcher must keep, and give back
 
 
-def on_donor(checkpoints, kind="sd3_no_clip_weights", percent=50, donor="sim:0", **options):
-    """A checkpoint's diffusion model with `percent` of it on `donor`."""
-    allocation = parse_allocation(f"{COMPUTE},{100 - percent}%;{donor},*")
-    return load_checkpoint(checkpoints(kind), ComponentRequest(COMPUTE, allocation), RESIDENT, COMPUTE, **options)
+def on_donor(checkpoints, kind="sd3_no_clip_weights", percent=50):
+    """A checkpoint with `percent` of its diffusion model on the donor."""
+    allocation = parse_allocation(f"{COMPUTE},{100 - percent}%;{DONOR},*")
+    return load_checkpoint(checkpoints(kind), ComponentRequest(COMPUTE, allocation), RESIDENT, COMPUTE)
 
 
 def bindings(module):
@@ -173,7 +203,9 @@ def test_parameters_are_in_their_slab_between_runs_and_on_the_compute_device_ins
     monkeypatch.setattr(torch.nn.functional, "linear", watched)
     sample(model, clip)
     assert inside == {torch.device(COMPUTE).type}
-    assert {parameter.device.type for leaf in leaves(model) for parameter in leaf.parameters()} == {"sim"}
+    assert {parameter.device.type for leaf in leaves(model) for parameter in leaf.parameters()} == {
+        torch.device(DONOR).type
+    }
 
 
 def test_detach_gives_back_what_was_there(checkpoints):
@@ -185,7 +217,6 @@ def test_detach_gives_back_what_was_there(checkpoints):
     mm.unload_all_models()
     assert bindings(model.model)[1] == before[1]
     assert model.loaded_size() == 0
-    assert sim.used_bytes == [0, 0]
     after = model.model.state_dict()
     assert {tensor.device.type for tensor in after.values()} == {"cpu"}
     assert all(torch.equal(after[name], expected[name]) for name in expected)
@@ -246,7 +277,6 @@ def test_a_dropped_model_is_let_go(checkpoints):
     gc.collect()
     mm.cleanup_models()
     assert [reference for reference in references if reference() is not None] == []
-    assert sim.used_bytes == [0, 0]
 
 
 # --- patches
@@ -278,7 +308,7 @@ def test_a_lora_on_the_text_encoder(checkpoints):
         return clip.encode_from_tokens(clip.tokenize("a house"), return_pooled=True)
 
     expected = patched_output(core_load(checkpoints("sd3"))[1])
-    request = ComponentRequest(COMPUTE, parse_allocation("sim:1,*"))
+    request = ComponentRequest(COMPUTE, parse_allocation(f"{DONOR},*"))
     ours = patched_output(load_checkpoint(checkpoints("sd3"), RESIDENT, request, COMPUTE)[1])
     assert all(torch.equal(a, b) for a, b in zip(ours, expected))
 
@@ -382,6 +412,7 @@ def test_other_models_are_left_alone(checkpoints, core_latents):
 # --- memory
 
 
+@on_simulated
 def test_the_donor_with_too_little_free_memory_hands_the_rest_to_the_cpu(checkpoints, core_latents, monkeypatch):
     monkeypatch.setattr(sim, "capacity_bytes", [1024**2, sim.capacity_bytes[1]])
     model, clip, _ = on_donor(checkpoints, percent=100)
@@ -391,6 +422,7 @@ def test_the_donor_with_too_little_free_memory_hands_the_rest_to_the_cpu(checkpo
     assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
 
 
+@on_simulated
 def test_out_of_memory_while_placing_is_a_clear_error_and_leaves_nothing_behind(checkpoints, core_latents, monkeypatch):
     model, clip, _ = on_donor(checkpoints, percent=100)
     before = bindings(model.model)[1]
@@ -405,6 +437,7 @@ def test_out_of_memory_while_placing_is_a_clear_error_and_leaves_nothing_behind(
     assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
 
 
+@on_simulated
 def test_weights_of_two_donors_and_the_compute_device(checkpoints, core_latents):
     allocation = parse_allocation(f"{COMPUTE},20%;sim:0,30%;sim:1,50%")
     model, clip, _ = load_checkpoint(checkpoints("flux"), ComponentRequest(COMPUTE, allocation), RESIDENT, COMPUTE)
