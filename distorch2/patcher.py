@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from .inventory import is_quantised, list_layers, loaded_dtype, own_tensors, pla
 from .plan import GIB, Placement, Plan, PlanError
 from .slab import SlabLayout, allocate
 from .streaming import StreamedLayer, Streamer
+from .transfer import Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class Distribution:
         self.is_placed = False
         self._pinned: list[torch.Tensor] = []
         setattr(module, _ATTRIBUTE, self)
+        # A dropped model is not unloaded first, and memory must not be freed while it is registered as page-locked.
+        weakref.finalize(module, _unpin, self._pinned, self.device).atexit = False
 
     @property
     def device(self) -> torch.device:
@@ -68,9 +72,7 @@ class Distribution:
         if self.streamer is not None:
             self.streamer.detach()
             self.streamer = None
-        for slab in self._pinned:
-            mm.unpin_memory(slab)
-        self._pinned.clear()
+        _unpin(self._pinned, self.device)
         for name, layer in list(self.streamed.items()):
             if layer.slab.device != _CPU:
                 del self.streamed[name]
@@ -92,7 +94,9 @@ class Distribution:
         on_host = [slab for slab in slabs if slab.device == _CPU]
         num_bytes = sum(slab.nbytes for slab in on_host)
         if on_host and mm.ensure_pin_budget(num_bytes) and mm.ensure_pin_registerable(num_bytes):
-            self._pinned = [slab for slab in on_host if mm.pin_memory(slab)]
+            for slab in on_host:
+                if mm.pin_memory(slab):
+                    self._pinned.append(slab)
         if len(self._pinned) < len(on_host):
             logger.info(
                 "DisTorch2: %d of %d layers on the host are not page-locked",
@@ -242,8 +246,10 @@ class DistributedPatcher(ModelPatcher):
         """Compute every patched weight once, from the original, on the compute device; ship the bytes to its place."""
         self._settle()
         for key in self.patches:
+            original, module = self._parameter(key)
+            if key.rpartition(".")[2] not in module._parameters:
+                continue  # a buffer, which ComfyUI does not patch either
             if key not in self.backup:
-                original, _ = self._parameter(key)
                 self.backup[key] = _Backup(_copy_to_host(original), True)
             self.patch_weight_to_device(key, self.load_device)
 
@@ -342,6 +348,14 @@ def forget(patchers: Iterable[ModelPatcher]) -> None:
         if any(loaded.model is patcher for patcher in patchers):
             loaded.model_unload()
             mm.current_loaded_models.remove(loaded)
+
+
+def _unpin(slabs: list[torch.Tensor], device: torch.device) -> None:
+    """Give page-locked slabs back, once no copy from them is under way."""
+    if slabs:
+        Transfer(device).wait()
+    while slabs:
+        mm.unpin_memory(slabs.pop())
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

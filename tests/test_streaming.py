@@ -18,8 +18,8 @@ from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
-from distorch2.patcher import DistributedPatcher
-from distorch2.plan import GIB, ComponentRequest, PlanError, VirtualVram
+from distorch2.patcher import DistributedPatcher, Distribution
+from distorch2.plan import GIB, ComponentRequest, Plan, PlanError, VirtualVram
 
 COMPUTE = str(mm.get_torch_device())
 HAS_SIMULATED = COMPUTE == "cpu"
@@ -457,3 +457,23 @@ def test_a_clone_on_another_device_gets_a_plan_of_its_own(checkpoints, core_late
     assert other.model is not model.model
     assert torch.equal(sample(other, clip), core_latents("sd3_no_clip_weights"))
     assert other.distribution.plan.donors == ()
+
+
+@pytest.mark.parametrize("released_first", [True, False])
+def test_page_locked_slabs_are_given_back_when_a_model_is_unloaded_or_dropped(monkeypatch, released_first):
+    pinned = []
+    monkeypatch.setattr(mm, "is_device_cuda", lambda device: True)
+    monkeypatch.setattr(mm, "ensure_pin_budget", lambda num_bytes: True)
+    monkeypatch.setattr(mm, "ensure_pin_registerable", lambda num_bytes: True)
+    monkeypatch.setattr(mm, "pin_memory", lambda slab: pinned.append(slab.data_ptr()) or True)
+    monkeypatch.setattr(mm, "unpin_memory", lambda slab: pinned.remove(slab.data_ptr()))
+    module = torch.nn.Module()
+    distribution = Distribution(module, Plan(COMPUTE, ()))
+    distribution._pin([torch.empty(1000, dtype=torch.uint8), torch.empty(10, dtype=torch.uint8)])
+    assert len(pinned) == 2
+    if released_first:
+        distribution.release(module)
+        assert pinned == []
+    del module, distribution
+    gc.collect()
+    assert pinned == []
