@@ -25,7 +25,7 @@ import torch
 from .checkpoint_file import CheckpointError, check_file
 from .inventory import list_layers
 from .patcher import DistributedPatcher, forget
-from .plan import ComponentRequest, DeviceMemory, Placement, Plan, PlanError
+from .plan import ComponentRequest, DeviceMemory, Plan, PlanError
 from .planner import make_plan
 from .report import render_table, rows_of_plan
 
@@ -176,9 +176,7 @@ def _plan(
             memory = {device: _less(room, plan, device) for device, room in memory.items()}
             plans[component] = plan
     if "VAE" in patchers:
-        device = str(patchers["VAE"].load_device)
-        layers = list_layers(patchers["VAE"].model)
-        plans["VAE"] = Plan(device, tuple(Placement(layer, device) for layer in layers))
+        plans["VAE"] = Plan.all_on(str(patchers["VAE"].load_device), list_layers(patchers["VAE"].model))
     return plans
 
 

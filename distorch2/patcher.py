@@ -127,8 +127,7 @@ class DistributedPatcher(ModelPatcher):
         device = str(self.load_device)
         if distribution is None or distribution.plan.compute_device != device:
             # ComfyUI gave this clone a module of its own, for another device (MultiGPU work units).
-            everything = tuple(Placement(layer, device) for layer in list_layers(self.model))
-            distribution = Distribution(self.model, Plan(device, everything, ("all on the device of this clone",)))
+            distribution = Distribution(self.model, Plan.all_on(device, list_layers(self.model)))
         return distribution
 
     def model_size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -105,6 +105,11 @@ class Plan:
     compute_device: str
     placements: tuple[Placement, ...]
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def all_on(cls, device: str, layers: Iterable[Layer]) -> Plan:
+        """Everything resident on one device."""
+        return cls(device, tuple(Placement(layer, device) for layer in layers))
 
     @cached_property
     def model_bytes(self) -> int:

@@ -8,6 +8,7 @@ total of what was asked so far (cumulative rounding), so that rounding errors do
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from .plan import GIB, OVERFLOW_DEVICE, ComponentRequest, DeviceMemory, Layer, Placement, Plan, PlanError
 
@@ -49,7 +50,7 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
     placements = tuple(Placement(layer, device_of[index]) for index, layer in enumerate(layers))
     plan = Plan(compute_device, placements)
     notes = (allocation.note, _fixed_note(plan, request, total_bytes, fixed_bytes), *_room_notes(plan, asked, room))
-    return Plan(compute_device, placements, tuple(note for note in notes if note))
+    return replace(plan, notes=tuple(note for note in notes if note))
 
 
 def _asked_bytes(

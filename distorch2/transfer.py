@@ -9,19 +9,17 @@ class Transfer:
     """Copies slabs into a slot on the compute device, in the order of the work on its current stream.
 
     The current stream is that of the computation, so a slot is overwritten only after the kernels that read it, and
-    read only after it was written. `copies` and `copied_bytes` count what was submitted.
+    read only after it was written. `copies` counts what was submitted.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.copies = 0
-        self.copied_bytes = 0
 
     def submit(self, slab: torch.Tensor, slot: torch.Tensor) -> None:
         """Copy all of `slab` to the start of `slot`; a page-locked slab without waiting for the copy."""
         slot[: slab.numel()].copy_(slab, non_blocking=True)
         self.copies += 1
-        self.copied_bytes += slab.numel()
 
     def wait(self) -> None:
         """Return when every copy is done, so that slabs and slots may be written or freed."""
