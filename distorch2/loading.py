@@ -7,6 +7,7 @@ on the same tensors, each time with a dict of its own since the loader consumes 
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import os
@@ -132,6 +133,41 @@ def load_components(
     report = _report(os.path.basename(ckpt_path), plans)
     logger.info(report)
     return LoadedCheckpoint(patchers["diffusion model"], text_encoder, vae, report)
+
+
+def distribute(patcher: comfy.model_patcher.ModelPatcher, request: ComponentRequest) -> DistributedPatcher:
+    """A patcher like `patcher`, which any loader may have made, with its patches, but with its weights as requested.
+
+    The model is loaded again by the factory that its loader left in `cached_patcher_init`, and `patcher` stays as it
+    is. A model without one is taken over, and `patcher` is not to be used any more. For a text encoder both
+    `clip.patcher` and `clip.cond_stage_model` (the new patcher's `model`) have to be set.
+
+    Raises `PlanError` for a request that this machine cannot serve, and when a model that cannot be loaded again is in
+    use by other patchers.
+    """
+    memory = _memory_of({request.compute_device}, set(request.allocation.devices))
+    if patcher.cached_patcher_init is not None:
+        factory, arguments, *index = patcher.cached_patcher_init
+        fresh = factory(*arguments)
+        for position in index:
+            fresh = fresh[position]
+        forget([fresh])
+        core = patcher.clone(model_override=fresh.get_clone_model_override())
+    else:
+        _refuse_shared(patcher)
+        core = patcher
+    return DistributedPatcher.take_over(core, make_plan(list_layers(core.model), request, memory))
+
+
+def _refuse_shared(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Another patcher would go on to patch and move the weights in its own way."""
+    gc.collect()
+    patchers = (item for item in gc.get_objects() if issubclass(type(item), comfy.model_patcher.ModelPatcher))
+    if any(other is not patcher and other.model is patcher.model for other in patchers):
+        raise PlanError(
+            f"this {type(patcher.model).__name__} is in use by other nodes, and its loader does not say how to load it "
+            "again; distribute what the loader returned, before anything else uses it"
+        )
 
 
 def reload_component(

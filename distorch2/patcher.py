@@ -12,7 +12,7 @@ import collections
 import contextlib
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import comfy.lora
@@ -23,7 +23,7 @@ from comfy.model_patcher import CallbacksMP, ModelPatcher, move_weight_functions
 
 from .inventory import is_quantised, list_layers, loaded_dtype, own_tensors, plain_tensors
 from .plan import GIB, Placement, Plan, PlanError
-from .slab import SlabLayout, allocate
+from .slab import SlabLayout
 from .streaming import StreamedLayer, Streamer
 from .transfer import Transfer
 
@@ -42,7 +42,7 @@ class Distribution:
         self.streamed: dict[str, StreamedLayer] = {}
         self.streamer: Streamer | None = None
         self.is_placed = False
-        self._pinned: list[torch.Tensor] = []
+        self._pinned: dict[int, torch.Tensor] = {}  # by address
         setattr(module, _ATTRIBUTE, self)
         # A dropped model is not unloaded first, and memory must not be freed while it is registered as page-locked.
         weakref.finalize(module, _unpin, self._pinned, self.device).atexit = False
@@ -55,16 +55,17 @@ class Distribution:
         """Put every layer where the plan has it, one after another, and start serving the streamed ones."""
         if self.is_placed:
             return
+        _fill_missing(module)
         for placement in self.plan.streamed:
             if placement.layer.name not in self.streamed:
-                self.streamed[placement.layer.name] = self._pack(module, placement)
+                self.streamed[placement.layer.name] = _pack(module, placement)
         resident = [p.layer.name for p in self.plan.placements if p.device == self.plan.compute_device]
         _move(module, resident, self.device)
         layers = list(self.streamed.values())
         self.streamer = Streamer(layers, self.device, self.plan.slot_bytes)
         self.streamer.attach()
-        self._pin(layer.slab for layer in layers)
         self.is_placed = True
+        self._pin_all(layer.slab for layer in layers)
 
     def release(self, module: torch.nn.Module) -> None:
         """Take everything back to the host and stop serving. Slabs on the host stay: they hold the weights."""
@@ -78,31 +79,70 @@ class Distribution:
                 del self.streamed[name]
         _move(module, [p.layer.name for p in self.plan.placements if p.layer.name not in self.streamed], _CPU)
 
-    def _pack(self, module: torch.nn.Module, placement: Placement) -> StreamedLayer:
-        child = module.get_submodule(placement.layer.name)
-        tensors = own_tensors(child)
-        layout = SlabLayout.of(tensors, {name: loaded_dtype(child, name) for name in tensors})
-        slab = allocate(layout.num_bytes, torch.device(placement.device))
-        for name, parameter in layout.parameters(slab).items():
-            parameter.data.copy_(tensors[name])
-        return StreamedLayer(child, layout, slab)
+    def replace(self, module: torch.nn.Module, layer_name: str, values: Mapping[str, torch.Tensor]) -> None:
+        """Give a layer new weights, by their names in it, where its weights lie. Whoever holds the old ones keeps them.
 
-    def _pin(self, slabs: Iterable[torch.Tensor]) -> None:
-        """Page-lock the slabs on the host, as far as ComfyUI's budget goes; the others are copied more slowly."""
-        if not mm.is_device_cuda(self.device):
+        No copy from the layer's slab may be under way.
+        """
+        child = module.get_submodule(layer_name)
+        layer = self._layer(layer_name, child)
+        if layer is not None and layer.fits(values):
+            self._unpin(layer.slab)
+            layer.replace(values)
+            self._pin(layer.slab)
             return
+        for name, value in values.items():
+            device = plain_tensors(getattr(child, name))[0].device
+            comfy.utils.set_attr_param(child, name, value.to(device))
+
+    def restore(self, module: torch.nn.Module, layer_name: str, originals: Mapping[str, torch.Tensor]) -> None:
+        """Undo `replace`, given what was in place before it."""
+        if self.keeps_originals(module, layer_name):
+            layer = self.streamed[layer_name]
+            self._unpin(layer.slab)
+            layer.restore()
+            self._pin(layer.slab)
+        else:
+            self.replace(module, layer_name, originals)
+
+    def keeps_originals(self, module: torch.nn.Module, layer_name: str) -> bool:
+        """Whether the weights in place stay as they are in memory when they are replaced: then they need no copy."""
+        layer = self._layer(layer_name, module.get_submodule(layer_name))
+        return layer is not None and layer.slab.device == _CPU
+
+    def _layer(self, layer_name: str, child: torch.nn.Module) -> StreamedLayer | None:
+        """The streamed layer of that name, unless an object patch has put another module in its place."""
+        layer = self.streamed.get(layer_name)
+        return layer if layer is not None and layer.module is child else None
+
+    def _pin_all(self, slabs: Iterable[torch.Tensor]) -> None:
         on_host = [slab for slab in slabs if slab.device == _CPU]
-        num_bytes = sum(slab.nbytes for slab in on_host)
-        if on_host and mm.ensure_pin_budget(num_bytes) and mm.ensure_pin_registerable(num_bytes):
-            for slab in on_host:
-                if mm.pin_memory(slab):
-                    self._pinned.append(slab)
-        if len(self._pinned) < len(on_host):
+        if mm.is_device_cuda(self.device) and not all(map(self._pin, on_host)):
             logger.info(
-                "DisTorch2: %d of %d layers on the host are not page-locked",
+                "DisTorch2: %d of %d layers on the host are not page-locked, and are copied more slowly",
                 len(on_host) - len(self._pinned),
                 len(on_host),
             )
+
+    def _pin(self, slab: torch.Tensor) -> bool:
+        """Page-lock a slab on the host as far as ComfyUI's budget goes; its memory is in use already."""
+        if not self.is_placed or slab.device != _CPU or not mm.is_device_cuda(self.device):
+            return False
+        if not (mm.ensure_pin_budget(0) and mm.ensure_pin_registerable(slab.nbytes) and mm.pin_memory(slab)):
+            return False
+        self._pinned[slab.data_ptr()] = slab
+        return True
+
+    def _unpin(self, slab: torch.Tensor) -> None:
+        if self._pinned.pop(slab.data_ptr(), None) is not None:
+            mm.unpin_memory(slab)
+
+
+def _pack(module: torch.nn.Module, placement: Placement) -> StreamedLayer:
+    child = module.get_submodule(placement.layer.name)
+    tensors = own_tensors(child)
+    layout = SlabLayout.of(tensors, {name: loaded_dtype(child, name) for name in tensors})
+    return StreamedLayer(child, layout, layout.packed(tensors, torch.device(placement.device)))
 
 
 class DistributedPatcher(ModelPatcher):
@@ -212,13 +252,12 @@ class DistributedPatcher(ModelPatcher):
         force_cast: bool = False,
     ) -> Any:
         """As ComfyUI's, but always from the original weight, since the one in place may be patched already."""
-        with self._bound_to(key, self.backup[key].weight if key in self.backup else None):
-            patched = super().patch_weight_to_device(
-                key, device_to, inplace_update=False, return_weight=True, force_cast=force_cast
-            )
         if return_weight or key not in self.patches:
-            return patched
-        self._write(key, patched)
+            return self._patched(key, device_to, force_cast)
+        layer_name, _, name = key.rpartition(".")
+        self._settle()
+        self._back_up(key)
+        self.distribution.replace(self.model, layer_name, {name: self._patched(key, device_to, force_cast)})
         return None
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter) -> None:
@@ -244,23 +283,38 @@ class DistributedPatcher(ModelPatcher):
     def _patch_weights(self) -> None:
         """Compute every patched weight once, from the original, on the compute device; ship the bytes to its place."""
         self._settle()
-        for key in self.patches:
-            original, module = self._parameter(key)
-            if key.rpartition(".")[2] not in module._parameters:
-                continue  # a buffer, which ComfyUI does not patch either
-            if key not in self.backup:
-                self.backup[key] = _Backup(_copy_to_host(original), True)
-            self.patch_weight_to_device(key, self.load_device)
+        for layer_name, keys in _by_layer(self.patches).items():
+            # A buffer is not patched, nor by ComfyUI.
+            parameters = self.model.get_submodule(layer_name)._parameters
+            keys = {name: key for name, key in keys.items() if name in parameters}
+            patched = {name: self._patched(key, self.load_device) for name, key in keys.items()}
+            for key in keys.values():
+                self._back_up(key)
+            if patched:
+                self.distribution.replace(self.model, layer_name, patched)
 
     def _unpatch_weights(self) -> None:
         self._settle()
-        for key, backup in self.backup.items():
-            self._write(key, backup.weight)
+        for layer_name, keys in _by_layer(self.backup).items():
+            originals = {name: self.backup[key].weight for name, key in keys.items()}
+            self.distribution.restore(self.model, layer_name, originals)
         self.backup.clear()
         self.model.current_weight_patches_uuid = None
         for module in self.model.modules():
             if hasattr(module, "comfy_patched_weights"):
                 del module.comfy_patched_weights
+
+    def _patched(self, key: str, device: torch.device | None, force_cast: bool = False) -> torch.Tensor:
+        """The weight with this clone's patches, or the weight in place where it has none and nothing is cast."""
+        with self._bound_to(key, self.backup[key].weight if key in self.backup else None):
+            return super().patch_weight_to_device(key, device, return_weight=True, force_cast=force_cast)
+
+    def _back_up(self, key: str) -> None:
+        if key not in self.backup:
+            weight, _ = self._parameter(key)
+            if not self.distribution.keeps_originals(self.model, key.rpartition(".")[0]):
+                weight = _copy_to_host(weight)
+            self.backup[key] = _Backup(weight, False)
 
     def _set_casting(self) -> None:
         """What ComfyUI's operations ask of their module, as for a model that is loaded completely."""
@@ -284,15 +338,6 @@ class DistributedPatcher(ModelPatcher):
         path, _, name = key.rpartition(".")
         module = self.model.get_submodule(path)
         return getattr(module, name), module
-
-    def _write(self, key: str, value: torch.Tensor) -> None:
-        """Put `value` where the weight lies: into its slab, or as a new parameter of a resident module."""
-        parameter, _ = self._parameter(key)
-        if key.rpartition(".")[0] in self.distribution.streamed:
-            parameter.data.copy_(value)
-        else:
-            device = plain_tensors(parameter)[0].device
-            comfy.utils.set_attr_param(self.model, key, value.to(device))
 
     @contextlib.contextmanager
     def _bound_to(self, key: str, value: torch.Tensor | None) -> Iterator[None]:
@@ -349,12 +394,21 @@ def forget(patchers: Iterable[ModelPatcher]) -> None:
             mm.current_loaded_models.remove(loaded)
 
 
-def _unpin(slabs: list[torch.Tensor], device: torch.device) -> None:
+def _by_layer(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Name of the layer -> name of the weight in it -> key."""
+    layers: dict[str, dict[str, str]] = {}
+    for key in keys:
+        layer_name, _, name = key.rpartition(".")
+        layers.setdefault(layer_name, {})[name] = key
+    return layers
+
+
+def _unpin(slabs: dict[int, torch.Tensor], device: torch.device) -> None:
     """Give page-locked slabs back, once no copy from them is under way."""
     if slabs:
         Transfer(device).wait()
     while slabs:
-        mm.unpin_memory(slabs.pop())
+        mm.unpin_memory(slabs.popitem()[1])
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -366,27 +420,33 @@ def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(_CPU, copy=True)
 
 
+def _fill_missing(module: torch.nn.Module) -> None:
+    """Zeros for weights that the file does not have: with DynamicVRAM they have no memory yet."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                zeros = torch.zeros(parameter.shape, dtype=loaded_dtype(child, name))
+                child._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+
+
 def _move(module: torch.nn.Module, names: Iterable[str], device: torch.device) -> None:
-    """Move the tensors of the named modules, to the dtype they are loaded in; what is shared stays shared."""
-    children = [module.get_submodule(name) for name in names]
-    uses = collections.Counter(id(tensor) for child in children for tensor in own_tensors(child).values())
-    shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the tensor itself, so that its id stays its own
-    with torch.inference_mode(False):
-        for child in children:
-            for name, tensor in own_tensors(child).items():
-                _, moved = shared.get(id(tensor), (tensor, None))
-                if moved is None:
-                    moved = _moved(tensor, device, loaded_dtype(child, name))
-                if uses[id(tensor)] > 1:
-                    shared[id(tensor)] = tensor, moved
-                (child._parameters if name in child._parameters else child._buffers)[name] = moved
+    """Move the tensors of the named modules, to the dtype they are loaded in.
 
-
-def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` itself where nothing changes; a quantised one keeps its dtype."""
-    if is_quantised(tensor):
-        dtype = tensor.dtype
-    if plain_tensors(tensor)[0].device == device and dtype == tensor.dtype:
-        return tensor
-    value = tensor.detach().to(device=device, dtype=dtype)
-    return torch.nn.Parameter(value, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else value
+    As with torch's own `.to()` a tensor stays the same object where it can: others may hold it, and are not to keep
+    memory of a device that it has left.
+    """
+    for name in names:
+        child = module.get_submodule(name)
+        for tensor_name, tensor in own_tensors(child).items():
+            quantised = is_quantised(tensor)
+            dtype = tensor.dtype if quantised else loaded_dtype(child, tensor_name)
+            if plain_tensors(tensor)[0].device == device and tensor.dtype == dtype:
+                continue
+            with torch.inference_mode(tensor.is_inference()):
+                moved = tensor.detach().to(device=device, dtype=dtype)
+                if torch._has_compatible_shallow_copy_type(tensor, moved) and not quantised:
+                    tensor.data = moved
+                elif tensor_name in child._parameters:
+                    child._parameters[tensor_name] = torch.nn.Parameter(moved, requires_grad=False)
+                else:
+                    child._buffers[tensor_name] = moved

@@ -9,6 +9,7 @@ import torch
 
 ALIGNMENT_BYTES = 256
 """Of every tensor in a slab: kernels, and so bits, may depend on alignment."""
+PAGE_BYTES = 4096
 
 
 def aligned(num_bytes: int) -> int:
@@ -54,8 +55,22 @@ class SlabLayout:
             views[field.name] = torch.nn.Parameter(view, requires_grad=False)
         return views
 
+    def packed(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+        """A new slab on `device` that holds `tensors`, converted to the dtypes of the layout."""
+        slab = allocate(self.num_bytes, device)
+        for name, parameter in self.parameters(slab).items():
+            parameter.data.copy_(tensors[name])
+        return slab
+
 
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """A buffer of bytes that can be written outside inference mode as well."""
+    """A buffer of bytes that can be written outside inference mode as well.
+
+    On the host it has its memory pages for itself, since those are what can be page-locked.
+    """
     with torch.inference_mode(False):
-        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        if device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        buffer = torch.empty(num_bytes + 2 * PAGE_BYTES, dtype=torch.uint8, device=device)
+        start = -buffer.data_ptr() % PAGE_BYTES
+        return buffer[start : start + num_bytes]

@@ -7,7 +7,7 @@ forward a layer's parameters are views into its slab, so that state dicts, patch
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,24 +17,59 @@ from .transfer import Transfer
 
 
 class StreamedLayer:
-    """A module whose parameters lie in a slab on a donor."""
+    """A module whose parameters lie in a slab on a donor.
+
+    A slab is not rewritten once it holds weights, since others may hold them too (a merge, an extraction): new weights
+    come in a new slab. While that one is served, a slab on the host is kept as `original`.
+    """
 
     def __init__(self, module: torch.nn.Module, layout: SlabLayout, slab: torch.Tensor) -> None:
         # Weak: the module reaches this object through its own forward, and a cycle would keep it alive.
         self._module = weakref.ref(module)
         self.layout = layout
-        self.slab = slab
-        with torch.inference_mode(False):
-            self.parameters = layout.parameters(slab)
-        self.bind(self.parameters)
+        self.original: torch.Tensor | None = None
+        self._bind(slab)
 
     @property
     def module(self) -> torch.nn.Module:
         return self._module()
 
-    def bind(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+    def is_bound(self) -> bool:
+        """Whether the module still has the weights in the slab: not after `module.to(...)`, say."""
+        bound = self.module._parameters
+        return all(
+            bound[name] is parameter and parameter.data_ptr() == self._addresses[name]
+            for name, parameter in self._parameters.items()
+        )
+
+    def fits(self, values: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a slab can hold these weights together with the module's others."""
+        weights = {**self.module._parameters, **values}
+        return all(
+            weights[field.name].shape == field.shape
+            and (field.name not in values or values[field.name].dtype == field.dtype)
+            for field in self.layout.fields
+        )
+
+    def replace(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Serve these weights, together with the module's others, from a new slab on the same device."""
+        slab = self.layout.packed({**self.module._parameters, **values}, self.slab.device)
+        if self.original is None and self.slab.device.type == "cpu":
+            self.original = self.slab
+        self._bind(slab)
+
+    def restore(self) -> None:
+        """Serve the weights in `original` again."""
+        slab, self.original = self.original, None
+        self._bind(self.slab if slab is None else slab)
+
+    def _bind(self, slab: torch.Tensor) -> None:
+        self.slab = slab
+        with torch.inference_mode(False):
+            self._parameters = self.layout.parameters(slab)
+        self._addresses = {name: parameter.data_ptr() for name, parameter in self._parameters.items()}
         # Not setattr: that costs more, and a compiled module guards on this dict.
-        self.module._parameters.update(parameters)
+        self.module._parameters.update(self._parameters)
 
 
 class Streamer:
@@ -69,13 +104,19 @@ class Streamer:
             in_slot = layer.layout.parameters(self.slot)
 
         def serve(*arguments: Any, **options: Any) -> Any:
-            self.transfer.submit(layer.slab, self.slot)
+            bound = layer.module._parameters
+            outside = dict(bound)
+            if layer.is_bound():
+                self.transfer.submit(layer.slab, self.slot)
+                inside = in_slot
+            else:
+                inside = {name: _copied(parameter, self.transfer.device) for name, parameter in outside.items()}
             try:
                 # An interrupt is a BaseException and may come anywhere in here: nothing but finally sees them all.
-                layer.bind(in_slot)
+                bound.update(inside)
                 return forward(*arguments, **options)
             finally:
-                layer.bind(layer.parameters)
+                bound.update(outside)
 
         return serve
 
@@ -88,3 +129,7 @@ def _forward_of_class(layer: StreamedLayer) -> Callable[..., Any]:
         return type(module).forward(module, *arguments, **options)
 
     return forward
+
+
+def _copied(parameter: torch.nn.Parameter | None, device: torch.device) -> torch.nn.Parameter | None:
+    return parameter if parameter is None else torch.nn.Parameter(parameter.to(device), requires_grad=False)

@@ -52,13 +52,14 @@ def main(checkpoint: str, plant: str = "") -> None:
     import nodes  # noqa: F401
 
     server.PromptServer.instance = type("NoClient", (), {"send_progress_text": lambda *_: None})()
+    initialised_before = torch.cuda.is_initialized()  # ComfyUI itself does so
     before, modules_before = snapshot(), set(sys.modules)
 
     spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
     imported = sorted({name.partition(".")[0] for name in set(sys.modules) - modules_before})
-    initialised = torch.cuda.is_initialized() and not comfy.cli_args.args.cpu
+    initialised = torch.cuda.is_initialized() and not initialised_before
     changed_by_import = changes(before)
 
     if plant:

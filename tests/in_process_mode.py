@@ -37,8 +37,9 @@ def main(checkpoint: str, *flags: str) -> None:
 
     device = str(mm.get_torch_device())
     with torch.inference_mode():
-        sample(*core_load(checkpoint)[:2])  # the first forward of a process may take other kernels
-        expected = sample(*core_load(checkpoint)[:2])
+        # With some flags ComfyUI itself would run the text encoder on the CPU, and make another conditioning.
+        sample(*core_load(checkpoint, clip_device=device)[:2])  # the first forward may take other kernels
+        expected = sample(*core_load(checkpoint, clip_device=device)[:2])
         mm.unload_all_models()
         found = {}
         for gb in (0.0, 0.03, 100.0):

@@ -33,6 +33,7 @@ def sample(model, clip, steps=2, seed=7):
     return latents
 
 
-def core_load(path):
-    """(model, clip, vae) as ComfyUI's checkpoint loader node returns them."""
-    return comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)[:3]
+def core_load(path, clip_device=None):
+    """(model, clip, vae) as ComfyUI's checkpoint loader node returns them; with the text encoder where asked."""
+    options = {"load_device": torch.device(clip_device)} if clip_device else {}
+    return comfy.sd.load_checkpoint_guess_config(path, te_model_options=options)[:3]

@@ -10,6 +10,7 @@ import weakref
 import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd1_clip
 import pytest
 import torch
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
-from distorch2.loading import load_checkpoint
+from distorch2.inventory import list_layers
+from distorch2.loading import distribute, load_checkpoint
 from distorch2.patcher import DistributedPatcher, Distribution
-from distorch2.plan import GIB, ComponentRequest, Plan, PlanError, VirtualVram
+from distorch2.plan import GIB, ComponentRequest, Placement, Plan, PlanError, VirtualVram
 
 COMPUTE = str(mm.get_torch_device())
 HAS_SIMULATED = COMPUTE == "cpu"
@@ -325,10 +327,10 @@ def test_originals_are_what_merging_and_saving_start_from(checkpoints):
     sample(patched, clip)
     originals = {key: value[0][0] for key, value in patched.get_key_patches().items()}
     assert originals.keys() == expected_originals.keys()
-    assert all(torch.equal(originals[key].to("cpu"), expected_originals[key]) for key in originals)
+    assert all(torch.equal(originals[key].cpu(), expected_originals[key].cpu()) for key in originals)
     for key in patched.patches:
         again = patched.patch_weight_to_device(key, torch.device(COMPUTE), return_weight=True)
-        assert torch.equal(again, core_patched.model.state_dict()[key])
+        assert torch.equal(again.cpu(), core_patched.model.state_dict()[key].cpu())
 
 
 @pytest.mark.parametrize("percent", [0, 50, 100])
@@ -344,6 +346,62 @@ def test_a_saved_checkpoint_equals_the_one_saved_from_a_resident_model(checkpoin
         saved.append(load_file(path))
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+@pytest.mark.parametrize("percent", [0, 50, 100])
+def test_weights_that_a_merge_holds_are_not_changed_by_later_patches(checkpoints, percent):
+    model, clip, _ = on_donor(checkpoints, percent=percent)
+    sample(model, clip)
+    held = {key: value[0][0] for key, value in model.get_key_patches().items()}
+    before = {key: weight.to("cpu", copy=True) for key, weight in held.items()}
+    sample(lora_for(model), clip)
+    assert all(torch.equal(held[key].to("cpu"), before[key]) for key in held)
+    sample(model, clip)
+    now = model.model.state_dict()
+    assert all(torch.equal(now[key].to("cpu"), before[key]) for key in held)
+    # As with ComfyUI's patcher, resident ones leave the compute device with their model unless they were patched.
+    mm.unload_all_models()
+    patched, streamed = (
+        lora_for(model).patches,
+        {placement.layer.name for placement in model.distribution.plan.streamed},
+    )
+    left = [weight for key, weight in held.items() if key not in patched and key.rpartition(".")[0] not in streamed]
+    assert {weight.device.type for weight in left} == {"cpu"}
+
+
+def test_a_patch_that_changes_a_weights_shape(checkpoints):
+    key = "diffusion_model.x_embedder.proj.weight"
+
+    def embedded(model, channels):
+        mm.load_models_gpu([model], force_full_load=True)
+        layer = model.model.diffusion_model.x_embedder.proj
+        x = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+        return layer(x.to(COMPUTE, layer.weight.dtype))
+
+    def widened(model):
+        patched = model.clone()
+        rows, _, height, width = model.model.state_dict()[key].shape
+        patched.add_patches({key: ("diff", (torch.full((rows, 32, height, width), 0.01), {"pad_weight": True}))})
+        return patched
+
+    core_model = core_load(checkpoints("sd3_no_clip_weights"))[0]
+    plain, expected = embedded(core_model, 16), embedded(widened(core_model), 32)
+    for percent in (0, 100):
+        model = on_donor(checkpoints, percent=percent)[0]
+        assert torch.equal(embedded(widened(model), 32), expected)
+        assert torch.equal(embedded(model, 16), plain)
+        # The last run was streamed from a slab again.
+        assert model.distribution.streamer.transfer.copies == (percent > 0)
+
+
+def test_a_module_that_another_pack_moved_is_still_served(checkpoints, core_latents):
+    """From where its weights are now, since they are not in their slab any more."""
+    model, clip, _ = on_donor(checkpoints, percent=100)
+    sample(model, clip)
+    for leaf in leaves(model):
+        dtype = next(leaf.parameters()).dtype
+        leaf.to("cpu", torch.float64).to(dtype)
+    assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
 
 
 def test_object_patches_are_those_of_the_clone_that_runs(checkpoints, core_latents):
@@ -381,14 +439,13 @@ def test_hook_loras_are_applied_between_forwards(checkpoints):
         model = model.clone()
         model.add_hook_patches(hook, patches, 1.0)
         mm.load_models_gpu([model])
-        x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-        arguments = (x, torch.tensor([0.5]))
-        context = torch.randn(1, 77, 4096, generator=torch.Generator().manual_seed(1))
-        pooled = torch.randn(1, 2048, generator=torch.Generator().manual_seed(2))
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"x": (1, 16, 8, 8), "c_crossattn": (1, 77, 4096), "y": (1, 2048)}
+        inputs = {name: torch.randn(shape, generator=generator).to(COMPUTE) for name, shape in shapes.items()}
         outputs = []
         for hooks in (None, group, None, group):
             model.apply_hooks(hooks)
-            outputs.append(model.model.apply_model(*arguments, c_crossattn=context, y=pooled))
+            outputs.append(model.model.apply_model(t=torch.tensor([0.5], device=COMPUTE), **inputs))
         model.apply_hooks(None)
         return outputs
 
@@ -449,6 +506,33 @@ def test_weights_of_two_donors_and_the_compute_device(checkpoints, core_latents)
     assert sim.used_bytes == [sum(layer.slab_bytes for layer in plan.layers_on(f"sim:{index}")) for index in (0, 1)]
 
 
+def test_distribute_takes_what_another_loader_made(checkpoints, core_latents):
+    core_model, clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
+    patched = lora_for(core_model)
+    expected = sample(patched, clip)
+    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},50%;{DONOR},50%"))
+    ours = distribute(patched, request)
+    assert len(ours.distribution.plan.streamed) > 0
+    assert torch.equal(sample(ours, clip), expected)
+    assert torch.equal(sample(core_model, clip), core_latents("sd3_no_clip_weights"))
+    assert ours.model is not core_model.model
+    again = distribute(ours, ComponentRequest(COMPUTE, parse_allocation(f"{DONOR},*")))
+    assert torch.equal(sample(again, clip), expected)
+
+
+def test_distribute_refuses_a_model_in_use_that_cannot_be_loaded_again(checkpoints, core_latents):
+    core_model, clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
+    core_model.cached_patcher_init = None
+    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},50%;{DONOR},50%"))
+    clone = core_model.clone()
+    with pytest.raises(PlanError, match="this SD3 is in use by other nodes"):
+        distribute(core_model, request)
+    del clone
+    ours = distribute(core_model, request)
+    assert ours.model is core_model.model
+    assert torch.equal(sample(ours, clip), core_latents("sd3_no_clip_weights"))
+
+
 def test_a_clone_on_another_device_gets_a_plan_of_its_own(checkpoints, core_latents):
     """As ComfyUI's MultiGPU work units make it: a module of its own, loaded again."""
     model, clip, _ = on_donor(checkpoints)
@@ -457,6 +541,18 @@ def test_a_clone_on_another_device_gets_a_plan_of_its_own(checkpoints, core_late
     assert other.model is not model.model
     assert torch.equal(sample(other, clip), core_latents("sd3_no_clip_weights"))
     assert other.distribution.plan.donors == ()
+
+
+def test_weights_that_the_file_does_not_have_are_zero():
+    """With DynamicVRAM ComfyUI leaves them without memory until they are loaded."""
+    for device in (COMPUTE, DONOR):
+        embedding = comfy.ops.disable_weight_init.Embedding(3, 5, device="meta", dtype=torch.float16)
+        module = torch.nn.Sequential(embedding)
+        plan = Plan(COMPUTE, tuple(Placement(layer, device) for layer in list_layers(module)))
+        distribution = Distribution(module, plan)
+        distribution.place(module)
+        assert torch.equal(module(torch.tensor([0, 2], device=COMPUTE)).cpu(), torch.zeros(2, 5, dtype=torch.float16))
+        distribution.release(module)
 
 
 @pytest.mark.parametrize("released_first", [True, False])
@@ -469,7 +565,8 @@ def test_page_locked_slabs_are_given_back_when_a_model_is_unloaded_or_dropped(mo
     monkeypatch.setattr(mm, "unpin_memory", lambda slab: pinned.remove(slab.data_ptr()))
     module = torch.nn.Module()
     distribution = Distribution(module, Plan(COMPUTE, ()))
-    distribution._pin([torch.empty(1000, dtype=torch.uint8), torch.empty(10, dtype=torch.uint8)])
+    distribution.is_placed = True
+    distribution._pin_all([torch.empty(1000, dtype=torch.uint8), torch.empty(10, dtype=torch.uint8)])
     assert len(pinned) == 2
     if released_first:
         distribution.release(module)

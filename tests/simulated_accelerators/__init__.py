@@ -80,7 +80,7 @@ class SimulatedTensor(torch.Tensor):
         if name == "empty_like":
             options = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
             return torch.empty(args[0].shape, dtype=options["dtype"], device=options["device"])
-        if name == "is_pinned":
+        if name in ("is_pinned", "_has_compatible_shallow_copy_type"):
             return False
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, sim and cpu! ({func})"
