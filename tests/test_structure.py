@@ -1,6 +1,7 @@
 """Who may import whom. The parts that only calculate run without torch and without ComfyUI."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -49,3 +50,12 @@ def test_pure_modules_run_with_the_standard_library_alone(module):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}; assert 'torch' not in sys.modules"
     # -S leaves site-packages out, so that nothing but the standard library can be found.
     subprocess.run([sys.executable, "-S", "-E", "-c", script], check=True)
+
+
+def test_every_test_that_the_documentation_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "how_comfyui_is_met.md").read_text()))
+    defined = set(
+        re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in ROOT.glob("tests/*.py")), re.MULTILINE)
+    )
+    assert named
+    assert named <= defined
