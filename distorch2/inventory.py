@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from .plan import Layer
-from .slab import aligned
+from .slab import SlabLayout
 
 
 def list_layers(module: torch.nn.Module) -> list[Layer]:
@@ -35,8 +35,14 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
                 and next(child.buffers(recurse=False), None) is None
                 and all(uses[id(tensor)] == 1 and not is_quantised(tensor) for tensor in tensors.values())
             )
-            layers.append(Layer(name, sum(sizes), movable, sum(map(aligned, sizes)) if movable else 0))
+            layers.append(Layer(name, sum(sizes), movable, layout_of(child).num_bytes if movable else 0))
     return layers
+
+
+def layout_of(module: torch.nn.Module) -> SlabLayout:
+    """The slab of a movable module, with its tensors in the dtypes that they are loaded in."""
+    tensors = own_tensors(module)
+    return SlabLayout.of(tensors, {name: loaded_dtype(module, name) for name in tensors})
 
 
 def is_quantised(tensor: torch.Tensor) -> bool:

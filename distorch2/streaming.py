@@ -7,7 +7,7 @@ forward a layer's parameters are views into its slab, so that state dicts, patch
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,15 +19,14 @@ from .transfer import Transfer
 class StreamedLayer:
     """A module whose parameters lie in a slab on a donor.
 
-    A slab is not rewritten once it holds weights, since others may hold them too (a merge, an extraction): new weights
-    come in a new slab. While that one is served, a slab on the host is kept as `original`.
+    Only hook patches rewrite a slab that holds weights, as they rewrite a resident weight. Otherwise new weights come
+    in a new slab: others may hold the old ones (a merge, an extraction).
     """
 
     def __init__(self, module: torch.nn.Module, layout: SlabLayout, slab: torch.Tensor) -> None:
         # Weak: the module reaches this object through its own forward, and a cycle would keep it alive.
         self._module = weakref.ref(module)
         self.layout = layout
-        self.original: torch.Tensor | None = None
         self._bind(slab)
 
     @property
@@ -53,15 +52,7 @@ class StreamedLayer:
 
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """Serve these weights, together with the module's others, from a new slab on the same device."""
-        slab = self.layout.packed({**self.module._parameters, **values}, self.slab.device)
-        if self.original is None and self.slab.device.type == "cpu":
-            self.original = self.slab
-        self._bind(slab)
-
-    def restore(self) -> None:
-        """Serve the weights in `original` again."""
-        slab, self.original = self.original, None
-        self._bind(self.slab if slab is None else slab)
+        self._bind(self.layout.packed({**self.module._parameters, **values}, self.slab.device))
 
     def _bind(self, slab: torch.Tensor) -> None:
         self.slab = slab
@@ -73,17 +64,16 @@ class StreamedLayer:
 
 
 class Streamer:
-    """Streams layers through one slot of `slot_bytes` on `device`, from `attach` to `detach`."""
+    """Streams layers through one slot of `slot_bytes` on the compute device, until `detach`.
 
-    def __init__(self, layers: list[StreamedLayer], device: torch.device, slot_bytes: int) -> None:
-        self.layers = layers
-        self.transfer = Transfer(device)
-        self.slot = allocate(slot_bytes, device)
+    It replaces the forward of every layer's module by one that binds the weights around it.
+    """
+
+    def __init__(self, layers: Iterable[StreamedLayer], transfer: Transfer, slot_bytes: int) -> None:
+        self.transfer = transfer
+        self.slot = allocate(slot_bytes, transfer.device)
         self._previous_forwards: list[tuple[StreamedLayer, Callable[..., Any] | None]] = []
-
-    def attach(self) -> None:
-        """Replace the forward of every layer's module by one that binds the weights around it."""
-        for layer in self.layers:
+        for layer in layers:
             previous = vars(layer.module).get("forward")
             layer.module.forward = self._serving(layer, previous or _forward_of_class(layer))
             self._previous_forwards.append((layer, previous))

@@ -23,6 +23,9 @@ class Transfer:
 
     def wait(self) -> None:
         """Return when every copy is done, so that slabs and slots may be written or freed."""
-        backend = getattr(torch, self.device.type)
-        if hasattr(backend, "synchronize") and self.device.type != "cpu":
-            backend.synchronize(self.device)
+        if self.device.type == "cpu":
+            return
+        if self.device.type == "mps":
+            torch.mps.synchronize()
+        else:
+            getattr(torch, self.device.type).synchronize(self.device)

@@ -53,7 +53,7 @@ def main(checkpoint: str, *flags: str) -> None:
                 "same": same,
                 "as planned": on_device == plan.bytes_on(device),
                 "streamed": len(plan.streamed),
-                "copies": model.distribution.streamer.transfer.copies,
+                "copies": model.distribution.transfer.copies,
             }
             mm.unload_all_models()
             del model, clip

@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
+from distorch2.distribution import Distribution
 from distorch2.inventory import list_layers
 from distorch2.loading import distribute, load_checkpoint
-from distorch2.patcher import DistributedPatcher, Distribution
+from distorch2.patcher import DistributedPatcher
 from distorch2.plan import GIB, ComponentRequest, Placement, Plan, PlanError, VirtualVram
+from distorch2.slab import allocate
 
 COMPUTE = str(mm.get_torch_device())
 HAS_SIMULATED = COMPUTE == "cpu"
@@ -112,7 +114,7 @@ def test_latents_are_bit_identical_wherever_the_weights_lie(checkpoints, core_la
         assert torch.equal(sample(model, clip), expected), way
         plan = model.distribution.plan
         assert forwards["diffusion"] >= 2
-        assert model.distribution.streamer.transfer.copies == len(plan.streamed) * forwards["diffusion"], way
+        assert model.distribution.transfer.copies == len(plan.streamed) * forwards["diffusion"], way
         assert (len(plan.streamed) > 0) == (percent > 0)
         assert kind != "sd3_fp8_scaled" or percent < 90 or "cannot leave" in plan.notes[-1]
         largest = max(placement.layer.num_bytes for placement in plan.placements)
@@ -134,7 +136,7 @@ def test_the_text_encoder_is_streamed_as_well(checkpoints, core_latents, forward
     # The position embedding is read without being called, by code of ComfyUI that casts it to its input's device.
     streamed = [p for p in clip.patcher.distribution.plan.streamed if "position_embedding" not in p.layer.name]
     assert forwards["clip"] >= 2
-    assert clip.patcher.distribution.streamer.transfer.copies == len(streamed) * forwards["clip"] > 0
+    assert clip.patcher.distribution.transfer.copies == len(streamed) * forwards["clip"] > 0
 
 
 # --- what a patcher must keep, and give back
@@ -154,7 +156,7 @@ def bindings(module):
 
 def leaves(patcher):
     """The modules that are streamed, in the order in which they are registered."""
-    return [patcher.model.get_submodule(name) for name in patcher.distribution.streamed]
+    return [patcher.model.get_submodule(name) for name in patcher.distribution.layers]
 
 
 def lora_for(patcher, strength=1.0, rank=4):
@@ -239,11 +241,11 @@ def test_clones_share_one_distribution_and_their_collection_releases_nothing(che
     for clone in clones:
         assert isinstance(clone, DistributedPatcher)
         assert torch.equal(sample(clone, clip), core_latents("sd3_no_clip_weights"))
-    slabs = {name: layer.slab for name, layer in model.distribution.streamed.items()}
+    slabs = {name: layer.slab for name, layer in model.distribution.layers.items()}
     del clones, clone
     gc.collect()
     assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
-    assert all(model.distribution.streamed[name].slab is slab for name, slab in slabs.items())
+    assert all(model.distribution.layers[name].slab is slab for name, slab in slabs.items())
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError, mm.InterruptProcessingException])
@@ -348,6 +350,18 @@ def test_a_saved_checkpoint_equals_the_one_saved_from_a_resident_model(checkpoin
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
+@pytest.mark.parametrize("percent", [0, 100])
+def test_a_weight_patched_before_the_model_is_loaded_is_given_back(checkpoints, percent):
+    model = on_donor(checkpoints, percent=percent)[0]
+    before = {key: weight.clone() for key, weight in model.model.state_dict().items()}
+    patched = lora_for(model)
+    for key in patched.patches:
+        patched.patch_weight_to_device(key, torch.device(COMPUTE))
+    mm.load_models_gpu([patched])
+    mm.unload_all_models()
+    assert all(torch.equal(weight, before[key]) for key, weight in model.model.state_dict().items())
+
+
 @pytest.mark.parametrize("percent", [0, 50, 100])
 def test_weights_that_a_merge_holds_are_not_changed_by_later_patches(checkpoints, percent):
     model, clip, _ = on_donor(checkpoints, percent=percent)
@@ -391,7 +405,7 @@ def test_a_patch_that_changes_a_weights_shape(checkpoints):
         assert torch.equal(embedded(widened(model), 32), expected)
         assert torch.equal(embedded(model, 16), plain)
         # The last run was streamed from a slab again.
-        assert model.distribution.streamer.transfer.copies == (percent > 0)
+        assert model.distribution.transfer.copies == (percent > 0)
 
 
 def test_a_module_that_another_pack_moved_is_still_served(checkpoints, core_latents):
@@ -550,9 +564,9 @@ def test_weights_that_the_file_does_not_have_are_zero():
         module = torch.nn.Sequential(embedding)
         plan = Plan(COMPUTE, tuple(Placement(layer, device) for layer in list_layers(module)))
         distribution = Distribution(module, plan)
-        distribution.place(module)
+        distribution.place()
         assert torch.equal(module(torch.tensor([0, 2], device=COMPUTE)).cpu(), torch.zeros(2, 5, dtype=torch.float16))
-        distribution.release(module)
+        distribution.release()
 
 
 @pytest.mark.parametrize("released_first", [True, False])
@@ -565,11 +579,12 @@ def test_page_locked_slabs_are_given_back_when_a_model_is_unloaded_or_dropped(mo
     monkeypatch.setattr(mm, "unpin_memory", lambda slab: pinned.remove(slab.data_ptr()))
     module = torch.nn.Module()
     distribution = Distribution(module, Plan(COMPUTE, ()))
-    distribution.is_placed = True
-    distribution._pin_all([torch.empty(1000, dtype=torch.uint8), torch.empty(10, dtype=torch.uint8)])
+    slabs = [allocate(num_bytes, torch.device("cpu")) for num_bytes in (10, 1000)]
+    for slab in slabs:
+        assert distribution.pinned.pin(slab)
     assert len(pinned) == 2
     if released_first:
-        distribution.release(module)
+        distribution.release()
         assert pinned == []
     del module, distribution
     gc.collect()
