@@ -54,9 +54,6 @@ class AllocationError(ValueError):
         self.position = position
         self.end = position if end is None else end
 
-    def __reduce__(self):
-        return type(self), (self.message, self.source, self.position, self.end)
-
     def __str__(self) -> str:
         first = max(0, self.position - self._CONTEXT)
         last = min(len(self.source), min(self.end, self.position + self._CONTEXT) + self._CONTEXT)

@@ -32,6 +32,7 @@ from .report import render_table, rows_of_plan
 
 logger = logging.getLogger(__name__)
 
+DIFFUSION_MODEL, TEXT_ENCODER, VAE = ("diffusion model", "text encoder", "VAE")
 _CPU = torch.device("cpu")
 _EVERYTHING = 1e32
 """More bytes than any device has: asks ComfyUI to free all it can."""
@@ -39,11 +40,14 @@ _EVERYTHING = 1e32
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """`clip` and `vae` are None where the file has none; `report` is the table of what was placed where."""
+    """`clip` is None where the file has none; a VAE that it does not have raises when it is used.
+
+    `report` is the table of what was placed where.
+    """
 
     model: comfy.model_patcher.ModelPatcher
     clip: comfy.sd.CLIP | None
-    vae: comfy.sd.VAE | None
+    vae: comfy.sd.VAE
     report: str
 
 
@@ -74,12 +78,12 @@ def load_checkpoint(
     high_precision_loras: bool = True,
     eject_models: bool = False,
     embedding_directory: list[str] | str | None = None,
-) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP | None, comfy.sd.VAE | None]:
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP | None, comfy.sd.VAE]:
     """Load a checkpoint with the diffusion model, the text encoder and the VAE on the devices asked for.
 
     `eject_models` unloads every other model from the compute device of `unet` first. `high_precision_loras` has no
-    effect yet: a patched weight is rounded to the dtype that it is stored in, as ComfyUI does. Parts that the file
-    does not have are None, except that a VAE may be an object that raises when it is used, as with ComfyUI's loader.
+    effect yet: a patched weight is rounded to the dtype that it is stored in, as ComfyUI does. A text encoder that the
+    file does not have is None, and such a VAE is an object that raises when it is used, as with ComfyUI's loader.
 
     Raises `PlanError` for a request that this machine cannot serve, and `CheckpointError` for a file that is missing,
     damaged or not a checkpoint; nothing stays loaded then.
@@ -109,30 +113,30 @@ def load_components(
     try:
         vae = _load_vae(weights, vae_device)
         if getattr(vae, "patcher", None) is not None:
-            patchers["VAE"] = vae.patcher
+            patchers[VAE] = vae.patcher
         mm.throw_exception_if_processing_interrupted()
-        patchers["diffusion model"], text_encoder = _load_model_and_clip(
+        patchers[DIFFUSION_MODEL], text_encoder = _load_model_and_clip(
             weights, unet.compute_device, clip.compute_device, embedding_directory
         )
         if text_encoder is not None:
-            patchers["text encoder"] = text_encoder.patcher
+            patchers[TEXT_ENCODER] = text_encoder.patcher
         mm.throw_exception_if_processing_interrupted()
-        plans = _plan(patchers, unet, clip, memory)
+        plans = _make_plans(patchers, unet, clip, memory)
     except BaseException:
         forget(patchers.values())
         raise
 
-    for component in ("diffusion model", "text encoder"):
+    for component in (DIFFUSION_MODEL, TEXT_ENCODER):
         if component in patchers:
             patchers[component] = DistributedPatcher.take_over(patchers[component], plans[component])
     if text_encoder is not None:
-        text_encoder.patcher = patchers["text encoder"]
+        text_encoder.patcher = patchers[TEXT_ENCODER]
     for component, patcher in patchers.items():
         arguments = (component, ckpt_path, plans[component].compute_device, embedding_directory)
         patcher.cached_patcher_init = (reload_component, arguments)
     report = _report(os.path.basename(ckpt_path), plans)
     logger.info(report)
-    return LoadedCheckpoint(patchers["diffusion model"], text_encoder, vae, report)
+    return LoadedCheckpoint(patchers[DIFFUSION_MODEL], text_encoder, vae, report)
 
 
 def distribute(patcher: comfy.model_patcher.ModelPatcher, request: ComponentRequest) -> DistributedPatcher:
@@ -179,24 +183,24 @@ def reload_component(
 ) -> comfy.model_patcher.ModelPatcher:
     """ComfyUI's own patcher of one component, loaded anew; ComfyUI calls it to clone a model for another device.
 
-    `component` is "diffusion model", "text encoder" or "VAE".
+    `component` is one of the names in this module.
     """
     weights = _read(ckpt_path)
-    if component == "VAE":
+    if component == VAE:
         return _load_vae(weights, device).patcher
     model, clip = _load_model_and_clip(
         weights,
         device,
         device,
         embedding_directory,
-        with_model=component == "diffusion model",
-        with_clip=component == "text encoder",
+        with_model=component == DIFFUSION_MODEL,
+        with_clip=component == TEXT_ENCODER,
         disable_dynamic=disable_dynamic,
     )
     return model if clip is None else clip.patcher
 
 
-def _plan(
+def _make_plans(
     patchers: Mapping[str, comfy.model_patcher.ModelPatcher],
     unet: ComponentRequest,
     clip: ComponentRequest,
@@ -204,19 +208,19 @@ def _plan(
 ) -> dict[str, Plan]:
     """A plan for every component, in the order of the report. What one keeps on donors is not free for the next."""
     plans: dict[str, Plan] = {}
-    for component, request in (("diffusion model", unet), ("text encoder", clip)):
+    for component, request in ((DIFFUSION_MODEL, unet), (TEXT_ENCODER, clip)):
         if component in patchers:
             # ComfyUI computes a text encoder on the CPU when the device asked for lacks its dtype.
             request = replace(request, compute_device=str(patchers[component].load_device))
             plan = make_plan(list_layers(patchers[component].model), request, memory)
-            memory = {device: _less(room, plan, device) for device, room in memory.items()}
+            memory = {device: _without_donated(room, plan, device) for device, room in memory.items()}
             plans[component] = plan
-    if "VAE" in patchers:
-        plans["VAE"] = Plan.all_on(str(patchers["VAE"].load_device), list_layers(patchers["VAE"].model))
+    if VAE in patchers:
+        plans[VAE] = Plan.all_on(str(patchers[VAE].load_device), list_layers(patchers[VAE].model))
     return plans
 
 
-def _less(memory: DeviceMemory, plan: Plan, device: str) -> DeviceMemory:
+def _without_donated(memory: DeviceMemory, plan: Plan, device: str) -> DeviceMemory:
     if memory.free_bytes is None or device not in plan.donors:
         return memory
     return replace(memory, free_bytes=max(0, memory.free_bytes - plan.bytes_on(device)))
@@ -376,5 +380,5 @@ def _build_diffusion_model(
 def _report(filename: str, plans: Mapping[str, Plan]) -> str:
     rows = [row for component, plan in plans.items() for row in rows_of_plan(component, plan)]
     notes = [f"{component}: {note}" for component, plan in plans.items() for note in plan.notes]
-    notes += [f"no {component} in this file" for component in ("text encoder", "VAE") if component not in plans]
+    notes += [f"no {component} in this file" for component in (TEXT_ENCODER, VAE) if component not in plans]
     return render_table(f"DisTorch2: {filename}", rows, notes)

@@ -100,7 +100,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Plan:
-    """For every layer, in execution order, the device that keeps it."""
+    """For every layer, in the order of registration, the device that keeps it."""
 
     compute_device: str
     placements: tuple[Placement, ...]
@@ -127,7 +127,7 @@ class Plan:
 
     @cached_property
     def streamed(self) -> tuple[Placement, ...]:
-        """Placements on donors, in execution order."""
+        """Placements on donors."""
         return tuple(placement for placement in self.placements if placement.device != self.compute_device)
 
     @cached_property

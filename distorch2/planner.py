@@ -1,8 +1,8 @@
 """From layers and an allocation to a plan. Pure: it moves no tensor and asks no device.
 
-Each device in turn takes its share of the layers that are left, spread evenly over the execution order, so that the
-copies of streamed layers can run while resident ones compute. A share is rounded to whole layers against the running
-total of what was asked so far (cumulative rounding), so that rounding errors do not add up over the devices.
+Each device in turn takes its share of the layers that are left, spread evenly over their order, so that copies of
+streamed layers can be spread over the time in which resident ones compute. A share is rounded to whole layers against
+the running total of what was asked so far (cumulative rounding), so that rounding errors do not add up.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .plan import GIB, OVERFLOW_DEVICE, ComponentRequest, DeviceMemory, Layer, P
 
 
 def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
-    """Place `layers` (in execution order) as `request` asks.
+    """Place `layers` (in the order in which they were registered) as `request` asks.
 
     `memory` has an entry for every device of the request. A device is never given more than its free memory, and less
     than one layer more or less than asked unless memory ran short. What fits nowhere else goes to `cpu`, with a note.
@@ -28,7 +28,11 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
     fixed = {index for index, layer in enumerate(layers) if not layer.movable or not layer.num_bytes}
     fixed_bytes = sum(layers[index].num_bytes for index in fixed)
     total_bytes = {device: device_memory.total_bytes for device, device_memory in memory.items()}
-    asked = _asked_bytes(layers, request, total_bytes, fixed_bytes)
+    model_bytes = sum(layer.num_bytes for layer in layers)
+    shares = dict(allocation.shares(model_bytes, compute_device, total_bytes))
+    # Layers that cannot move stay on the compute device, whatever was asked.
+    excess = max(0, fixed_bytes - shares.get(compute_device, 0))
+    asked = _with_excess(shares, compute_device, excess)
     room = {device: memory[device].free_bytes for device in asked if device != OVERFLOW_DEVICE}
 
     device_of = dict.fromkeys(fixed, compute_device)
@@ -49,28 +53,27 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
 
     placements = tuple(Placement(layer, device_of[index]) for index, layer in enumerate(layers))
     plan = Plan(compute_device, placements)
-    notes = (allocation.note, _fixed_note(plan, request, total_bytes, fixed_bytes), *_room_notes(plan, asked, room))
+    notes = (
+        allocation.note,
+        _fixed_note(compute_device, fixed_bytes, excess, model_bytes),
+        *_room_notes(plan, asked, room),
+    )
     return replace(plan, notes=tuple(note for note in notes if note))
 
 
-def _asked_bytes(
-    layers: Sequence[Layer], request: ComponentRequest, total_bytes: Mapping[str, int], fixed_bytes: int
-) -> dict[str, int]:
-    """Bytes asked of each device; the compute device has at least the layers that cannot move, the others the rest."""
-    model_bytes = sum(layer.num_bytes for layer in layers)
-    asked = dict(request.allocation.shares(model_bytes, request.compute_device, total_bytes))
-    missing = fixed_bytes - asked.get(request.compute_device, 0)
-    if missing <= 0:
-        return asked
-    others = {device: num_bytes for device, num_bytes in asked.items() if device != request.compute_device}
+def _with_excess(shares: Mapping[str, int], compute_device: str, excess: int) -> dict[str, int]:
+    """`shares` with `excess` more bytes on the compute device, taken from the others in proportion."""
+    if not excess:
+        return dict(shares)
+    others = {device: num_bytes for device, num_bytes in shares.items() if device != compute_device}
     total = sum(others.values())
     reduced, reached, given = {}, 0, 0
     for device, num_bytes in others.items():
         reached += num_bytes
-        boundary = reached * (total - missing) // total
+        boundary = reached * (total - excess) // total
         reduced[device] = boundary - given
         given = boundary
-    return {request.compute_device: fixed_bytes, **reduced}
+    return {compute_device: shares.get(compute_device, 0) + excess, **reduced}
 
 
 def _by_precedence(devices: Iterable[str], compute_device: str) -> list[str]:
@@ -96,13 +99,11 @@ def _spread(sizes: Mapping[int, int], target: int, limit: int | None) -> list[in
     return taken
 
 
-def _fixed_note(plan: Plan, request: ComponentRequest, total_bytes: Mapping[str, int], fixed_bytes: int) -> str:
-    """Said when layers that cannot move keep the compute device over what was asked by a hundredth of the model."""
-    shares = dict(request.allocation.shares(plan.model_bytes, plan.compute_device, total_bytes))
-    over = fixed_bytes - shares.get(plan.compute_device, 0)
-    if over * 100 < plan.model_bytes or over <= 0:
+def _fixed_note(compute_device: str, fixed_bytes: int, excess: int, model_bytes: int) -> str:
+    """Said when layers that cannot move take a hundredth of the model more than was asked."""
+    if excess * 100 < model_bytes or not excess:
         return ""
-    return f"{fixed_bytes / GIB:.2f} GiB cannot leave {plan.compute_device}: quantised weights, or such as are shared"
+    return f"{fixed_bytes / GIB:.2f} GiB cannot leave {compute_device}: quantised or shared weights and the like"
 
 
 def _room_notes(plan: Plan, asked: Mapping[str, int], room: Mapping[str, int | None]) -> list[str]:

@@ -78,7 +78,8 @@ def test_the_inventory_holds_every_byte_that_comfyui_counts(checkpoints, kind):
         assert sum(layer.num_bytes for layer in list_layers(patcher.model)) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Of models with many layers, the largest of them a few percent: else any plan would do.
+@pytest.mark.parametrize("kind", ["flux", "sd15_blocks"])
 def test_plans_of_real_models_conserve_bytes_and_keep_to_what_was_asked(checkpoints, kind):
     layers = list_layers(load(checkpoints(kind))[0].model)
     model_bytes = sum(layer.num_bytes for layer in layers)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -19,7 +20,6 @@ from safetensors.torch import load_file
 from workflows import (
     NODE_ID,
     nodes_of_class,
-    replace_missing_devices,
     with_core_loader,
     with_saved_latent,
     with_small_image,
@@ -66,8 +66,6 @@ def newest_server(checkpoints, tmp_path_factory):
 def prompt_for(server, checkpoint, **widgets):
     """The example workflow, small, on what this machine has, with its latent saved."""
     prompt = json.loads((ROOT / "example_workflows" / "api" / "text_to_image.json").read_text())
-    prompt, _ = replace_missing_devices(prompt, server.get("/object_info"), ACCELERATOR, ACCELERATOR)
-    # Not the default where there are simulated accelerators, which do not compute.
     computing = dict.fromkeys(("unet_compute_device", "clip_compute_device", "vae_device"), ACCELERATOR)
     resident = {"unet_virtual_vram_gb": 0.0, "clip_virtual_vram_gb": 0.0}
     resident |= dict.fromkeys(("unet_expert_mode_allocations", "clip_expert_mode_allocations"), "")
@@ -272,30 +270,86 @@ def test_the_node_offers_the_donors(server_with_donors):
 @pytest.mark.parametrize(
     ("checkpoint", "widgets"),
     [
-        ("sd3.safetensors", {"unet_virtual_vram_gb": 0.1, "unet_donor_device": "sim:0"}),
-        ("sd15_blocks.safetensors", {"unet_expert_mode_allocations": f"{ACCELERATOR},50%;sim:1,50%"}),
-        ("flux.safetensors", {"unet_expert_mode_allocations": f"{ACCELERATOR},10%;sim:0,20mb*"}),
-        ("sd3_fp8.safetensors", {"unet_expert_mode_allocations": "sim:0,50%;sim:1,50%"}),
-        ("sd3.safetensors", {"clip_expert_mode_allocations": f"{ACCELERATOR},50mb;sim:1,*"}),
+        ("sd3", {"unet_virtual_vram_gb": 0.1, "unet_donor_device": "sim:0"}),
+        ("sd15_blocks", {"unet_expert_mode_allocations": f"{ACCELERATOR},50%;sim:1,50%"}),
+        ("flux", {"unet_expert_mode_allocations": f"{ACCELERATOR},10%;sim:0,20mb*"}),
+        ("sd3_fp8", {"unet_expert_mode_allocations": "sim:0,50%;sim:1,50%"}),
+        ("sd3", {"clip_expert_mode_allocations": f"{ACCELERATOR},50mb;sim:1,*"}),
     ],
 )
 def test_latents_with_weights_on_donors_are_bit_identical(server_with_donors, checkpoint, widgets):
-    server = server_with_donors
-    prompt = prompt_for(server, checkpoint, **widgets)
-    if checkpoint == "flux.safetensors":
-        prompt = with_text_encoder_of_its_own(prompt)
-    expected = latent_of(server, with_core_loader(prompt))
+    assert_streamed_and_bit_identical(server_with_donors, checkpoint, widgets, expected={})
+
+
+AMOUNTS = {
+    "virtual VRAM": lambda percent, mib: {"virtual_vram_gb": percent / 100 * mib / 1024, "donor_device": "sim:0"},
+    "ratio": lambda percent, mib: f"{ACCELERATOR},{100 - percent}%;sim:0,{percent}%",
+    "bytes": lambda percent, mib: f"sim:0,{percent / 100 * mib:.3f}mb;{ACCELERATOR},*",
+    "wildcard": lambda percent, mib: f"{ACCELERATOR},{(100 - percent) / 100 * mib:.3f}mb;sim:0,*",
+    "fraction": lambda percent, mib: f"sim:0,{percent / 100 * mib / 1024:.9f};{ACCELERATOR},*",  # each has 1 GiB
+}
+COMPONENTS = [("unet", "sd3"), ("unet", "sd15_blocks"), ("unet", "flux"), ("unet", "sd3_fp8"), ("clip", "sd3")]
+
+
+@pytest.fixture(scope="module")
+def resident_runs():
+    """checkpoint -> (latent of ComfyUI's own loader, MiB of each component), filled on first use."""
+    return {}
+
+
+@on_simulated
+@pytest.mark.parametrize("server_with_donors", [NEWEST], indirect=True)
+@pytest.mark.parametrize("percent", [0, 25, 50, 90, 100])
+@pytest.mark.parametrize(("part", "checkpoint"), COMPONENTS)
+def test_every_amount_of_every_component(server_with_donors, resident_runs, part, checkpoint, percent):
+    """Each part of each component is asked for in another of the five ways, each way for every part."""
+    if checkpoint not in resident_runs:
+        before = len(server_with_donors.log)
+        latent_of(server_with_donors, prompt_with_text(server_with_donors, checkpoint, {}))
+        rows = placement_rows(server_with_donors.log[before:])
+        resident_runs[checkpoint] = {"mib": {row["component"]: row["mib"] for row in rows}}
+    mib = resident_runs[checkpoint]["mib"]["text" if part == "clip" else "diffusion"]
+    way = list(AMOUNTS)[(COMPONENTS.index((part, checkpoint)) + percent // 25) % len(AMOUNTS)]
+    amount = AMOUNTS[way](percent, mib)
+    if isinstance(amount, str):
+        amount = {"expert_mode_allocations": amount}
+    widgets = {f"{part}_{name}": value for name, value in amount.items()}
+    assert_streamed_and_bit_identical(
+        server_with_donors, checkpoint, widgets, resident_runs[checkpoint], streams=percent > 0
+    )
+
+
+def prompt_with_text(server, checkpoint, widgets):
+    prompt = prompt_for(server, f"{checkpoint}.safetensors", **widgets)
+    return with_text_encoder_of_its_own(prompt) if checkpoint == "flux" else prompt
+
+
+def placement_rows(log):
+    """Component, device and so on of the rows of placement tables in the log; MiB are printed rounded to a tenth."""
+    pattern = r"^  (diffusion|text)\S* \S+ +(\S+) +(resident|streamed) +(\d+) +([\d.]+)"
+    names = ("component", "device", "served", "layers", "mib")
+    rows = [dict(zip(names, row)) for row in re.findall(pattern, log, re.MULTILINE)]
+    return [{**row, "layers": int(row["layers"]), "mib": float(row["mib"]) + 0.05} for row in rows]
+
+
+def assert_streamed_and_bit_identical(server, checkpoint, widgets, expected, streams=True):
+    """Runs the prompt with ComfyUI's loader, unless `expected` has its latent already, and with ours."""
+    prompt = prompt_with_text(server, checkpoint, widgets)
+    if "latent" not in expected:
+        expected["latent"] = latent_of(server, with_core_loader(prompt))
     before, log_before = server.get("/simulated_accelerators"), len(server.log)
-    assert torch.equal(latent_of(server, prompt), expected)
+    assert torch.equal(latent_of(server, prompt), expected["latent"])
     after = server.get("/simulated_accelerators")
-    # The table in the log says how many layers are streamed, of the diffusion model and of the text encoder.
-    table = [line.split() for line in server.log[log_before:].splitlines() if " sim:" in line and " streamed " in line]
-    assert table
-    streamed = {part: sum(int(row[4]) for row in table if row[0] == part) for part in ("diffusion", "text")}
+    streamed = {"diffusion": 0, "text": 0}
+    for row in placement_rows(server.log[log_before:]):
+        if row["served"] == "streamed":
+            assert row["device"].startswith("sim:")
+            streamed[row["component"]] += row["layers"]
     forwards = after["diffusion_forwards"] - before["diffusion_forwards"]
     encodings = after["clip_forwards"] - before["clip_forwards"]
     copies = after["copies"] - before["copies"]
-    assert copies == streamed["diffusion"] * forwards + streamed["text"] * encodings > 0
+    assert copies == streamed["diffusion"] * forwards + streamed["text"] * encodings
+    assert (copies > 0) == streams
     # Nothing of the prompt is kept (--cache-none): its slabs go with the last patcher.
     assert after["used_bytes"] == [0, 0]
 
