@@ -77,8 +77,10 @@ def core_latents(checkpoints):
     made = {}
 
     def latents(kind):
-        if kind not in made:
-            with torch.inference_mode():
+        with torch.inference_mode():
+            if not made:
+                sample(*core_load(checkpoints(kind))[:2])  # the first forward of a process may take other kernels
+            if kind not in made:
                 made[kind] = sample(*core_load(checkpoints(kind))[:2])
         return made[kind]
 
