@@ -136,7 +136,7 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
                     "planned bytes": planned,
                     "found bytes": found,
                     "bytes equal the plan": planned == found,
-                    "slot bytes": plan.slot_bytes,
+                    "staging bytes": plan.staging_bytes,
                     "peak VRAM bytes": result["peak_bytes"],
                     "peak less activations and plan, bytes": excess,
                     "at most one layer more": excess <= largest,

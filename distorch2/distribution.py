@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import comfy.utils
 import torch
 
 from .inventory import is_quantised, layout_of, loaded_dtype, own_tensors, plain_tensors
 from .pinning import PinnedSlabs
-from .plan import Placement, Plan
-from .streaming import StreamedLayer, Streamer
+from .plan import Group, Plan
+from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Transfer
 
 logger = logging.getLogger(__name__)
@@ -26,11 +27,12 @@ class Distribution:
     def __init__(self, module: torch.nn.Module, plan: Plan) -> None:
         self.plan = plan
         self.device = torch.device(plan.compute_device)
-        self.layers: dict[str, StreamedLayer] = {}
+        self.groups: dict[Group, StreamedGroup] = {}
         self.streamer: Streamer | None = None
         self.transfer = Transfer(self.device)
         self.pinned = PinnedSlabs(self.device)
         self._module = weakref.ref(module)
+        self._served: Mapping[torch.nn.Module, tuple[StreamedGroup, StreamedLayer]] = weakref.WeakKeyDictionary()
         # A dropped module is not unloaded first.
         weakref.finalize(module, _unpin_all, self.transfer, self.pinned).atexit = False
 
@@ -39,73 +41,126 @@ class Distribution:
         return self.streamer is not None
 
     def place(self) -> None:
-        """Put every layer where the plan has it, one after another, and start serving the streamed ones."""
-        if self.is_placed:
-            return
+        """Put every layer where the plan has it, one after another, and start serving the streamed ones.
+
+        What is on the module but not in the plan, since somebody put it there, goes to the compute device as well.
+        """
         module = self._module()
+        if self.is_placed:
+            self._move_the_others(module, self.device)
+            return
         _fill_missing(module)
-        for placement in self.plan.streamed:
-            if placement.layer.name not in self.layers:
-                self.layers[placement.layer.name] = _pack(module, placement)
-        _move(module, (layer.name for layer in self.plan.layers_on(self.plan.compute_device)), self.device)
-        slabs = [layer.slab for layer in self.layers.values()]
-        self.streamer = Streamer(self.layers.values(), self.transfer, self.plan.slot_bytes)
-        on_host = [slab for slab in slabs if slab.device == _CPU]
-        num_pinned = sum([self.pinned.pin(slab) for slab in on_host])
-        if num_pinned < len(on_host) and self.device.type != "cpu":
+        for group in self.plan.groups:
+            if group not in self.groups or not self.groups[group].is_bound():
+                modules = [module.get_submodule(layer.name) for layer in group.layers]
+                layouts = [layout_of(child) for child in modules]
+                self._serve(group, StreamedGroup(modules, layouts, torch.device(group.device)))
+        self._move_the_others(module, self.device)
+        groups = [self.groups[group] for group in self.plan.groups]
+        self.streamer = Streamer(groups, self.transfer, self.plan.staging_bytes)
+        self.streamer.attach()
+        slabs = [group.slab for group in groups if group.slab.device == _CPU]
+        num_pinned = sum([self.pinned.pin(slab) for slab in slabs])
+        if num_pinned < len(slabs) and self.device != _CPU:
             logger.info(
-                "DisTorch2: %d of %d layers on the host are not page-locked, and are copied more slowly",
-                len(on_host) - num_pinned,
-                len(on_host),
+                "DisTorch2: %d of %d groups of layers on the host are not page-locked, and are copied more slowly",
+                len(slabs) - num_pinned,
+                len(slabs),
             )
 
-    def release(self) -> None:
-        """Take everything back to the host and stop serving. Slabs on the host stay: they hold the weights."""
+    def release(self, originals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Take everything back to the host and stop serving. Slabs on the host stay, if they hold the weights.
+
+        `originals` are the weights of patched layers, by layer name and name in it, on the host. Needs no memory of any
+        other device.
+        """
+        module = self._module()
         if self.streamer is not None:
             self.streamer.detach()
             self.streamer = None
         _unpin_all(self.transfer, self.pinned)
-        self.layers = {name: layer for name, layer in self.layers.items() if layer.slab.device == _CPU}
-        _move(self._module(), (p.layer.name for p in self.plan.placements if p.layer.name not in self.layers), _CPU)
+        for layer_name, values in originals.items():
+            child = module.get_submodule(layer_name)
+            for name, value in values.items():
+                child._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+        for key, group in list(self.groups.items()):
+            if group.slab.device != _CPU or not group.is_bound():
+                del self.groups[key]
+                for layer in group.living:
+                    self._served.pop(layer.module, None)
+        self._move_the_others(module, _CPU)
 
-    def replace(self, layer_name: str, values: Mapping[str, torch.Tensor]) -> None:
-        """Give a layer new weights, by their names in it, where its weights lie. Whoever holds the old ones keeps them.
+    @contextlib.contextmanager
+    def unserved(self) -> Iterator[None]:
+        """For setting forwards or modules: those that are found are the module's own."""
+        streamer = self.streamer
+        if streamer is not None:
+            streamer.detach()
+        try:
+            yield
+        finally:
+            if streamer is not None and self.streamer is streamer:
+                streamer.attach()
 
-        No copy from the layer's slab may be under way.
+    def settle(self) -> None:
+        """Before weights are written: no copy reads a slab any more, and what was copied ahead is not used."""
+        self.transfer.wait()
+        if self.streamer is not None:
+            self.streamer.forget_staged()
+
+    def batches(self, layer_names: Iterable[str]) -> Iterable[list[str]]:
+        """The names, with those of a group together: its weights are best replaced all at once."""
+        group_of = {layer.name: group for group in self.groups for layer in group.layers}
+        batches: dict[object, list[str]] = {}
+        for name in layer_names:
+            batches.setdefault(group_of.get(name, name), []).append(name)
+        return batches.values()
+
+    def replace(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Give layers new weights, by layer name and name in it, where theirs lie. To be called after `settle`.
+
+        Whoever holds the old ones keeps them.
         """
-        child = self._module().get_submodule(layer_name)
-        layer = self._layer(layer_name, child)
-        if layer is not None and layer.fits(values):
-            self.pinned.unpin(layer.slab)
-            layer.replace(values)
+        in_slabs: dict[StreamedGroup, dict[StreamedLayer, Mapping[str, torch.Tensor]]] = {}
+        for layer_name, values in weights.items():
+            child = self._module().get_submodule(layer_name)
+            group, layer = self._find(child)
+            if layer is not None and layer.fits(values):
+                in_slabs.setdefault(group, {})[layer] = values
+                continue
+            for name, value in values.items():
+                device = plain_tensors(getattr(child, name))[0].device
+                comfy.utils.set_attr_param(child, name, value.to(device))
+        for group, values in in_slabs.items():
+            replaced = group.slab
+            group.pack(values)
+            self.pinned.unpin(replaced)
             if self.is_placed:
-                self.pinned.pin(layer.slab)
-            return
-        for name, value in values.items():
-            device = plain_tensors(getattr(child, name))[0].device
-            comfy.utils.set_attr_param(child, name, value.to(device))
+                self.pinned.pin(group.slab)
 
     def keeps_replaced(self, layer_name: str) -> bool:
         """Whether weights that `replace` replaces go on lying in host memory, so that they need no copy."""
-        layer = self._layer(layer_name, self._module().get_submodule(layer_name))
-        return layer is not None and layer.slab.device == _CPU
+        group, _ = self._find(self._module().get_submodule(layer_name))
+        return group is not None and group.slab.device == _CPU
 
-    def _layer(self, layer_name: str, child: torch.nn.Module) -> StreamedLayer | None:
-        """The streamed layer of that name, unless an object patch has put another module in its place."""
-        layer = self.layers.get(layer_name)
-        return layer if layer is not None and layer.module is child else None
+    def _serve(self, key: Group, group: StreamedGroup) -> None:
+        self.groups[key] = group
+        self._served.update({layer.module: (group, layer) for layer in group.living})
+
+    def _move_the_others(self, module: torch.nn.Module, device: torch.device) -> None:
+        for child in module.modules():
+            if child not in self._served:
+                _move(child, device)
+
+    def _find(self, child: torch.nn.Module) -> tuple[StreamedGroup, StreamedLayer] | tuple[None, None]:
+        """By the module itself: an object patch may have put another in the place of a streamed one."""
+        return self._served.get(child, (None, None))
 
 
 def _unpin_all(transfer: Transfer, pinned: PinnedSlabs) -> None:
     """Memory must not be freed while it is page-locked, nor unlocked while it is copied from."""
     transfer.wait()
     pinned.unpin_all()
-
-
-def _pack(module: torch.nn.Module, placement: Placement) -> StreamedLayer:
-    child = module.get_submodule(placement.layer.name)
-    layout = layout_of(child)
-    return StreamedLayer(child, layout, layout.packed(own_tensors(child), torch.device(placement.device)))
 
 
 def _fill_missing(module: torch.nn.Module) -> None:
@@ -117,24 +172,22 @@ def _fill_missing(module: torch.nn.Module) -> None:
                 child._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
 
 
-def _move(module: torch.nn.Module, names: Iterable[str], device: torch.device) -> None:
-    """Move the tensors of the named modules, to the dtype they are loaded in.
+def _move(child: torch.nn.Module, device: torch.device) -> None:
+    """Move a module's own tensors, to the dtype they are loaded in.
 
     As with torch's own `.to()` a tensor stays the same object where it can: others may hold it, and are not to keep
     memory of a device that it has left.
     """
-    for name in names:
-        child = module.get_submodule(name)
-        for tensor_name, tensor in own_tensors(child).items():
-            quantised = is_quantised(tensor)
-            dtype = tensor.dtype if quantised else loaded_dtype(child, tensor_name)
-            if plain_tensors(tensor)[0].device == device and tensor.dtype == dtype:
-                continue
-            with torch.inference_mode(tensor.is_inference()):
-                moved = tensor.detach().to(device=device, dtype=dtype)
-                if torch._has_compatible_shallow_copy_type(tensor, moved) and not quantised:
-                    tensor.data = moved
-                elif tensor_name in child._parameters:
-                    child._parameters[tensor_name] = torch.nn.Parameter(moved, requires_grad=False)
-                else:
-                    child._buffers[tensor_name] = moved
+    for name, tensor in own_tensors(child).items():
+        quantised = is_quantised(tensor)
+        dtype = tensor.dtype if quantised else loaded_dtype(child, name)
+        if plain_tensors(tensor)[0].device == device and tensor.dtype == dtype:
+            continue
+        with torch.inference_mode(tensor.is_inference()):
+            moved = tensor.detach().to(device=device, dtype=dtype)
+            if torch._has_compatible_shallow_copy_type(tensor, moved) and not quantised:
+                tensor.data = moved
+            elif name in child._parameters:
+                child._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
+            else:
+                child._buffers[name] = moved

@@ -150,6 +150,8 @@ def distribute(patcher: comfy.model_patcher.ModelPatcher, request: ComponentRequ
     use by other patchers.
     """
     memory = _memory_of({request.compute_device}, set(request.allocation.devices))
+    if patcher.injections:
+        raise PlanError("a model with injections (a bypass LoRA, say) cannot be distributed; inject afterwards")
     if patcher.cached_patcher_init is not None:
         factory, arguments, *index = patcher.cached_patcher_init
         fresh = factory(*arguments)
@@ -157,6 +159,10 @@ def distribute(patcher: comfy.model_patcher.ModelPatcher, request: ComponentRequ
             fresh = fresh[position]
         forget([fresh])
         core = patcher.clone(model_override=fresh.get_clone_model_override())
+        # What belongs to the module of `patcher`.
+        core.parent = None
+        core.hook_backup, core.current_hooks, core.is_injected = {}, None, False
+        core.remove_additional_models("multigpu")
     else:
         _refuse_shared(patcher)
         core = patcher

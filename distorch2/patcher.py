@@ -37,7 +37,7 @@ class DistributedPatcher(ModelPatcher):
         Every attribute is copied: what a loader set on its patcher is not lost.
         """
         forget([core])
-        setattr(core.model, _ATTRIBUTE, Distribution(core.model, plan))
+        setattr(core.model, _ATTRIBUTE, {plan.compute_device: Distribution(core.model, plan)})
         patcher = cls(core.model, torch.device(plan.compute_device), _CPU)
         own = {"load_device", "offload_device", "size"}
         vars(patcher).update({name: value for name, value in vars(core).items() if name not in own})
@@ -45,17 +45,18 @@ class DistributedPatcher(ModelPatcher):
 
     @property
     def distribution(self) -> Distribution:
-        """That of the module. A module without one for this device gets one with everything on it."""
-        distribution = getattr(self.model, _ATTRIBUTE, None)
+        """That of the module for this device. One for which nothing was planned gets everything.
+
+        ComfyUI makes clones for another device by setting `load_device`, some with a module of their own.
+        """
         device = str(self.load_device)
-        if distribution is None or distribution.plan.compute_device != device:
-            # ComfyUI gave this clone a module of its own, for another device (MultiGPU work units).
-            distribution = Distribution(self.model, Plan.all_on(device, list_layers(self.model)))
-            setattr(self.model, _ATTRIBUTE, distribution)
-        return distribution
+        distributions = vars(self.model).setdefault(_ATTRIBUTE, {})
+        if device not in distributions:
+            distributions[device] = Distribution(self.model, Plan.all_on(device, list_layers(self.model)))
+        return distributions[device]
 
     def model_size(self) -> int:
-        """Bytes that the model takes on its compute device: resident layers and slot."""
+        """Bytes that the model takes on its compute device: resident layers and staging buffer."""
         return self.distribution.plan.compute_bytes
 
     def loaded_size(self) -> int:
@@ -71,13 +72,8 @@ class DistributedPatcher(ModelPatcher):
         """Place the weights and apply this clone's patches to them; `lowvram_model_memory` does not change a plan."""
         with self.use_ejected():
             self.unpatch_hooks()
-            try:
-                self.distribution.place()
-                self._patch_weights()
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                raise PlanError(self._out_of_memory_message(error)) from error
+            self._place()
+            self._patch_weights()
             self._set_casting()
             self.model.model_lowvram = False
             self.model.lowvram_patch_counter = 0
@@ -96,18 +92,22 @@ class DistributedPatcher(ModelPatcher):
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
             loaded_uuid = self.model.current_weight_patches_uuid
-            if loaded_uuid is not None and (loaded_uuid != self.patches_uuid or force_patch_weights):
-                self.unpatch_hooks()
-                self._unpatch_weights()
-            self.unpatch_model(unpatch_weights=False)  # another clone's object patches
-            self.patch_model(load_weights=False)
-            if self.distribution.is_placed and self.model.current_weight_patches_uuid == self.patches_uuid:
-                self.apply_hooks(self.forced_hooks, force_apply=True)
-                return 0
             try:
-                self.load(device_to, lowvram_model_memory=extra_memory, force_patch_weights=force_patch_weights)
-            except BaseException:
+                if loaded_uuid is not None and (loaded_uuid != self.patches_uuid or force_patch_weights):
+                    self.unpatch_hooks()
+                    self._unpatch_weights()
+                self.unpatch_model(unpatch_weights=False)  # another clone's object patches
+                self._place()
+                self.patch_model(load_weights=False)
+                if self.model.current_weight_patches_uuid == self.patches_uuid:
+                    self._place()  # what object patches brought
+                    self.apply_hooks(self.forced_hooks, force_apply=True)
+                else:
+                    self.load(device_to, lowvram_model_memory=extra_memory, force_patch_weights=force_patch_weights)
+            except BaseException as error:
                 self.detach()
+                if _is_out_of_memory(error):
+                    raise PlanError(self._out_of_memory_message(error)) from error
                 raise
             return self.loaded_size() - before
 
@@ -117,15 +117,37 @@ class DistributedPatcher(ModelPatcher):
         """Frees nothing; ComfyUI then unloads the whole model."""
         return 0
 
+    def patch_model(
+        self,
+        device_to: torch.device | None = None,
+        lowvram_model_memory: float = 0,
+        load_weights: bool = True,
+        force_patch_weights: bool = False,
+    ) -> torch.nn.Module:
+        if load_weights:
+            self._place()  # without object patches: the plan is for the model's own modules
+        with self._unserved():
+            super().patch_model(device_to, load_weights=False)
+            self.eject_model()
+        if load_weights:
+            self.load(device_to, lowvram_model_memory, force_patch_weights)
+        self.inject_model()  # around the forwards that serve weights
+        return self.model
+
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
-        super().unpatch_model(unpatch_weights=False)  # ejects, and gives object patches back
-        if unpatch_weights:
+        self.eject_model()
+        if unpatch_weights:  # before object patches: a patched weight may be one of theirs
             self.unpatch_hooks()
-            self._unpatch_weights()
-            if device_to is not None:
-                self.distribution.release()
-                self.model.device = device_to
-                self.model.model_loaded_weight_memory = 0
+            if device_to is None:
+                self._unpatch_weights()
+            else:
+                self._release(self.distribution)
+        with self._unserved():
+            super().unpatch_model(unpatch_weights=False)
+        if unpatch_weights and device_to is not None:
+            self._release(self.distribution)  # what was hidden by object patches
+            self.model.device = device_to
+            self.model.model_loaded_weight_memory = 0
 
     def patch_weight_to_device(
         self,
@@ -139,9 +161,9 @@ class DistributedPatcher(ModelPatcher):
         if return_weight or key not in self.patches:
             return self._patched(key, device_to, force_cast)
         layer_name, name = _split(key)
-        self.distribution.transfer.wait()
+        self.distribution.settle()
         self._back_up(key)
-        self.distribution.replace(layer_name, {name: self._patched(key, device_to, force_cast)})
+        self.distribution.replace({layer_name: {name: self._patched(key, device_to, force_cast)}})
         return None
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter) -> None:
@@ -154,7 +176,7 @@ class DistributedPatcher(ModelPatcher):
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         if self.hook_backup:
-            self.distribution.transfer.wait()
+            self.distribution.settle()
         super().unpatch_hooks(whitelist_keys_set)
 
     def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
@@ -168,27 +190,66 @@ class DistributedPatcher(ModelPatcher):
 
     def _patch_weights(self) -> None:
         """Compute every patched weight once, from the original, on the compute device; ship the bytes to its place."""
-        self.distribution.transfer.wait()
-        for layer_name, keys in _by_layer(self.patches).items():
-            # A buffer is not patched, nor by ComfyUI.
-            parameters = self.model.get_submodule(layer_name)._parameters
-            keys = {name: key for name, key in keys.items() if name in parameters}
-            patched = {name: self._patched(key, self.load_device) for name, key in keys.items()}
-            for key in keys.values():
-                self._back_up(key)
-            if patched:
-                self.distribution.replace(layer_name, patched)
+        self.distribution.settle()
+        by_layer = _by_layer(key for key in self.patches if self._is_patched_by_comfyui(key))
+        for batch in self.distribution.batches(by_layer):
+            patched = {}
+            for layer_name in batch:
+                keys = by_layer[layer_name]
+                patched[layer_name] = {name: self._patched(key, self.load_device) for name, key in keys.items()}
+                for key in keys.values():
+                    self._back_up(key)
+            self.distribution.replace(patched)
+
+    def _is_patched_by_comfyui(self, key: str) -> bool:
+        """Not a buffer, nor a parameter of a module whose children have parameters: those ComfyUI leaves alone."""
+        module, name = self._owner(key)
+        own = module._parameters
+        return name in own and all(child_name in own for child_name, _ in module.named_parameters())
 
     def _unpatch_weights(self) -> None:
-        self.distribution.transfer.wait()
-        for layer_name, keys in _by_layer(self.backup).items():
-            originals = {name: self.backup[key].weight for name, key in keys.items()}
-            self.distribution.replace(layer_name, originals)
-        self.backup.clear()
+        self.model.current_weight_patches_uuid = None  # first: what fails in the middle is not taken for patched
+        self.distribution.settle()
+        originals = self._originals()
+        for batch in self.distribution.batches(originals):
+            self.distribution.replace({layer_name: originals[layer_name] for layer_name in batch})
+        self._forget_patches()
+
+    def _release(self, distribution: Distribution) -> None:
         self.model.current_weight_patches_uuid = None
+        distribution.release(self._originals())
+        self._forget_patches()
+
+    def _originals(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Layer name -> name in it -> the weight as it was, for all that are patched."""
+        return {
+            layer_name: {name: self.backup[key].weight for name, key in keys.items()}
+            for layer_name, keys in _by_layer(self.backup).items()
+        }
+
+    def _forget_patches(self) -> None:
+        self.backup.clear()
         for module in self.model.modules():
             if hasattr(module, "comfy_patched_weights"):
                 del module.comfy_patched_weights
+
+    @contextlib.contextmanager
+    def _unserved(self) -> Iterator[None]:
+        """For object patches to be set or given back: they may be forwards, or modules that are served."""
+        self.eject_model()
+        if self.object_patches or self.object_patches_backup:
+            with self.distribution.unserved():
+                yield
+        else:
+            yield
+
+    def _place(self) -> None:
+        """Place the weights as planned for this device, and not for another any more."""
+        for distribution in vars(self.model)[_ATTRIBUTE].values():
+            if distribution is not self.distribution and distribution.is_placed:
+                self.unpatch_hooks()
+                self._release(distribution)
+        self.distribution.place()
 
     def _patched(self, key: str, device: torch.device | None, force_cast: bool = False) -> torch.Tensor:
         """The weight with this clone's patches, or the weight in place where it has none and nothing is cast."""
@@ -244,7 +305,7 @@ class DistributedPatcher(ModelPatcher):
         if weight.device == self.load_device:
             yield
             return
-        self.distribution.transfer.wait()
+        self.distribution.settle()
         copy = weight.to(self.load_device, copy=True)
         with self._bound_to(key, copy):
             yield
@@ -255,7 +316,7 @@ class DistributedPatcher(ModelPatcher):
         kept = ", ".join(f"{plan.bytes_on(device) / GIB:.2f} GiB on {device}" for device in plan.devices)
         return (
             f"out of memory while placing {type(self.model).__name__}: the plan keeps {kept}, and streams through "
-            f"{plan.slot_bytes / GIB:.2f} GiB on {plan.compute_device}; give the full device less, or unload other "
+            f"{plan.staging_bytes / GIB:.2f} GiB on {plan.compute_device}; give the full device less, or unload other "
             f"models ({error})"
         )
 

@@ -9,6 +9,9 @@ from functools import cached_property
 from typing import Protocol
 
 GIB = 1024**3
+GROUP_BYTES = 32 * 1024**2
+"""Large enough for a copy at the full speed of the link."""
+STAGING_BYTES = GIB
 OVERFLOW_DEVICE = "cpu"
 """Takes what no other device has room for."""
 
@@ -82,8 +85,8 @@ class DeviceMemory:
 class Layer:
     """A module with weights of its own: its dotted name ("" is the root) and its bytes as loaded.
 
-    One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab and in a
-    slot, where its tensors are aligned.
+    One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab, where its
+    tensors are aligned.
     """
 
     name: str
@@ -96,6 +99,18 @@ class Layer:
 class Placement:
     layer: Layer
     device: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers on the same donor that are moved by one copy."""
+
+    device: str
+    layers: tuple[Layer, ...]
+
+    @cached_property
+    def slab_bytes(self) -> int:
+        return sum(layer.slab_bytes for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -131,14 +146,33 @@ class Plan:
         return tuple(placement for placement in self.placements if placement.device != self.compute_device)
 
     @cached_property
-    def slot_bytes(self) -> int:
-        """Memory of the compute device through which layers are streamed: room for the largest of them."""
-        return max((placement.layer.slab_bytes for placement in self.streamed), default=0)
+    def groups(self) -> tuple[Group, ...]:
+        """The streamed layers in groups of up to `GROUP_BYTES`; a larger layer is a group of its own."""
+        groups: list[Group] = []
+        for device in self.donors:
+            layers: list[Layer] = []
+            for layer in self.layers_on(device):
+                if layers and sum(member.slab_bytes for member in (*layers, layer)) > GROUP_BYTES:
+                    groups.append(Group(device, tuple(layers)))
+                    layers = []
+                layers.append(layer)
+            groups.append(Group(device, tuple(layers)))
+        return tuple(groups)
+
+    @cached_property
+    def staging_bytes(self) -> int:
+        """Memory of the compute device through which groups are streamed.
+
+        An eighth of what is streamed, up to `STAGING_BYTES`, but room for three groups at least: two whose layers take
+        turns, and one to copy into.
+        """
+        sizes = [group.slab_bytes for group in self.groups]
+        return min(sum(sizes), max(3 * max(sizes, default=0), min(sum(sizes) // 8, STAGING_BYTES)))
 
     @cached_property
     def compute_bytes(self) -> int:
-        """What the plan takes on the compute device: resident layers and the slot."""
-        return self.bytes_on(self.compute_device) + self.slot_bytes
+        """What the plan takes on the compute device: resident layers and the staging buffer."""
+        return self.bytes_on(self.compute_device) + self.staging_bytes
 
     def layers_on(self, device: str) -> tuple[Layer, ...]:
         return tuple(placement.layer for placement in self.placements if placement.device == device)

@@ -1,4 +1,4 @@
-"""Slabs: one contiguous buffer that holds all weights of a layer, and the views into it."""
+"""Slabs: contiguous buffers that hold the weights of layers, and the views into them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Field:
 
 @dataclass(frozen=True)
 class SlabLayout:
-    """Where each parameter of a layer lies in its slab of `num_bytes` bytes."""
+    """Where each parameter of a layer lies in its `num_bytes` bytes of a slab."""
 
     fields: tuple[_Field, ...]
     num_bytes: int
@@ -54,13 +54,6 @@ class SlabLayout:
             view = buffer[field.offset : field.offset + field.num_bytes].view(field.dtype).view(field.shape)
             views[field.name] = torch.nn.Parameter(view, requires_grad=False)
         return views
-
-    def packed(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-        """A new slab on `device` that holds `tensors`, converted to the dtypes of the layout."""
-        slab = allocate(self.num_bytes, device)
-        for name, parameter in self.parameters(slab).items():
-            parameter.data.copy_(tensors[name])
-        return slab
 
 
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:

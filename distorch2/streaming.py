@@ -1,37 +1,47 @@
 """Serving layers from slabs: a layer's weights are on the compute device while its forward runs, and only then.
 
-On demand, with one slot: a layer that is entered has its slab copied into the slot, whatever ran before it. Outside its
-forward a layer's parameters are views into its slab, so that state dicts, patches and saving see real weights.
+Groups of layers are copied into a staging buffer ahead of their use, as a `Schedule` says. Outside its forward a
+layer's parameters are views into its group's slab, so that state dicts, patches and saving see real weights.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from .schedule import Schedule
 from .slab import SlabLayout, allocate
-from .transfer import Transfer
+from .transfer import Copy, Transfer
 
 
 class StreamedLayer:
-    """A module whose parameters lie in a slab on a donor.
+    """A module whose parameters lie in the slab of its group, `offset` bytes from its start."""
 
-    Only hook patches rewrite a slab that holds weights, as they rewrite a resident weight. Otherwise new weights come
-    in a new slab: others may hold the old ones (a merge, an extraction).
-    """
-
-    def __init__(self, module: torch.nn.Module, layout: SlabLayout, slab: torch.Tensor) -> None:
+    def __init__(self, module: torch.nn.Module, layout: SlabLayout, offset: int) -> None:
         # Weak: the module reaches this object through its own forward, and a cycle would keep it alive.
         self._module = weakref.ref(module)
         self.layout = layout
-        self._bind(slab)
+        self._offset = offset
+        self._parameters: dict[str, torch.nn.Parameter] = {}
 
     @property
-    def module(self) -> torch.nn.Module:
+    def module(self) -> torch.nn.Module | None:
+        """None when another has taken its place, and nobody holds it any more."""
         return self._module()
+
+    def views(self, buffer: torch.Tensor) -> dict[str, torch.nn.Parameter]:
+        """The layer's parameters in a buffer that holds its group from the start."""
+        with torch.inference_mode(False):
+            return self.layout.parameters(buffer[self._offset :])
+
+    def bind(self, slab: torch.Tensor) -> None:
+        self._parameters = self.views(slab)
+        self._addresses = {name: parameter.data_ptr() for name, parameter in self._parameters.items()}
+        # Not setattr: that costs more, and a compiled module guards on this dict.
+        self.module._parameters.update(self._parameters)
 
     def is_bound(self) -> bool:
         """Whether the module still has the weights in the slab: not after `module.to(...)`, say."""
@@ -42,7 +52,7 @@ class StreamedLayer:
         )
 
     def fits(self, values: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a slab can hold these weights together with the module's others."""
+        """Whether the layout can hold these weights together with the module's others."""
         weights = {**self.module._parameters, **values}
         return all(
             weights[field.name].shape == field.shape
@@ -50,65 +60,123 @@ class StreamedLayer:
             for field in self.layout.fields
         )
 
-    def replace(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Serve these weights, together with the module's others, from a new slab on the same device."""
-        self._bind(self.layout.packed({**self.module._parameters, **values}, self.slab.device))
 
-    def _bind(self, slab: torch.Tensor) -> None:
+class StreamedGroup:
+    """Layers that are moved by one copy of their slab, which is packed from the weights that their modules have.
+
+    Only hook patches rewrite a slab that holds weights, as they rewrite a resident weight. Otherwise new weights come
+    in a new slab: others may hold the old ones (a merge, an extraction).
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module], layouts: Sequence[SlabLayout], donor: torch.device) -> None:
+        self.layers: list[StreamedLayer] = []
+        self.num_bytes = 0
+        for module, layout in zip(modules, layouts, strict=True):
+            self.layers.append(StreamedLayer(module, layout, self.num_bytes))
+            self.num_bytes += layout.num_bytes
+        self._donor = donor
+        self.pack({})
+
+    @property
+    def living(self) -> list[StreamedLayer]:
+        return [layer for layer in self.layers if layer.module is not None]
+
+    def is_bound(self) -> bool:
+        return all(layer.is_bound() for layer in self.living)
+
+    def pack(self, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]]) -> None:
+        """Serve these weights, by layer and name, together with the others that the modules have, from a new slab."""
+        slab = allocate(self.num_bytes, self._donor)
+        for layer in self.living:
+            weights = {**layer.module._parameters, **values.get(layer, {})}
+            for name, parameter in layer.views(slab).items():
+                parameter.data.copy_(weights[name])
         self.slab = slab
-        with torch.inference_mode(False):
-            self._parameters = self.layout.parameters(slab)
-        self._addresses = {name: parameter.data_ptr() for name, parameter in self._parameters.items()}
-        # Not setattr: that costs more, and a compiled module guards on this dict.
-        self.module._parameters.update(self._parameters)
+        for layer in self.living:
+            layer.bind(slab)
 
 
 class Streamer:
-    """Streams layers through one slot of `slot_bytes` on the compute device, until `detach`.
+    """Streams groups through a staging buffer of `staging_bytes` on the compute device, from `attach` to `detach`.
 
-    It replaces the forward of every layer's module by one that binds the weights around it.
+    Meanwhile the forward of every layer's module is one that binds the weights around the module's own.
     """
 
-    def __init__(self, layers: Iterable[StreamedLayer], transfer: Transfer, slot_bytes: int) -> None:
-        self.transfer = transfer
-        self.slot = allocate(slot_bytes, transfer.device)
-        self._previous_forwards: list[tuple[StreamedLayer, Callable[..., Any] | None]] = []
-        for layer in layers:
-            previous = vars(layer.module).get("forward")
-            layer.module.forward = self._serving(layer, previous or _forward_of_class(layer))
-            self._previous_forwards.append((layer, previous))
+    def __init__(self, groups: Sequence[StreamedGroup], transfer: Transfer, staging_bytes: int) -> None:
+        self._groups = groups
+        self._transfer = transfer
+        self.staging = allocate(staging_bytes, transfer.device)
+        self._group_of = [index for index, group in enumerate(groups) for _ in group.layers]
+        self._schedule = Schedule(self._group_of, [group.num_bytes for group in groups], staging_bytes)
+        self._schedule_version = 0
+        self._copies: list[Copy] = []
+        self._inside: list[dict[str, torch.nn.Parameter]] = []
+        self._attached: list[tuple[StreamedLayer, Callable[..., Any], Callable[..., Any] | None]] = []
+
+    def attach(self) -> None:
+        for index, layer in enumerate(layer for group in self._groups for layer in group.layers):
+            if layer.module is not None:
+                previous = vars(layer.module).get("forward")
+                serve = self._serving(index, layer, previous or _forward_of_class(layer))
+                self._attached.append((layer, serve, previous))
+                layer.module.forward = serve
 
     def detach(self) -> None:
-        """Give every module back the forward that it had, and free the slot."""
-        self.transfer.wait()
-        for layer, previous in self._previous_forwards:
+        """Give every module back the forward that it had, unless another has been set since."""
+        self._transfer.wait()
+        for layer, serve, previous in self._attached:
+            if layer.module is None or vars(layer.module).get("forward") is not serve:
+                continue
             if previous is None:
                 del layer.module.forward
             else:
                 layer.module.forward = previous
-        self._previous_forwards.clear()
-        self.slot = None
+        self._attached.clear()
 
-    def _serving(self, layer: StreamedLayer, forward: Callable[..., Any]) -> Callable[..., Any]:
-        with torch.inference_mode(False):
-            in_slot = layer.layout.parameters(self.slot)
+    def forget_staged(self) -> None:
+        """Fetch everything anew: slabs were replaced or rewritten. No copy may be under way."""
+        self._schedule.forget_staged()
+        self._schedule_version = 0
+
+    def _serving(self, index: int, layer: StreamedLayer, forward: Callable[..., Any]) -> Callable[..., Any]:
+        schedule, transfer, group = self._schedule, self._transfer, self._group_of[index]
 
         def serve(*arguments: Any, **options: Any) -> Any:
+            to_fetch = schedule.enter(index)
+            if schedule.version != self._schedule_version:
+                self._lay_out()
+            if to_fetch:
+                transfer.submit([self._copies[fetched] for fetched in to_fetch])
             bound = layer.module._parameters
             outside = dict(bound)
             if layer.is_bound():
-                self.transfer.submit(layer.slab, self.slot)
-                inside = in_slot
+                transfer.use(self._copies[group])
+                inside = self._inside[index]
             else:
-                inside = {name: _copied(parameter, self.transfer.device) for name, parameter in outside.items()}
+                inside = {name: _copied(parameter, transfer.device) for name, parameter in outside.items()}
             try:
                 # An interrupt is a BaseException and may come anywhere in here: nothing but finally sees them all.
                 bound.update(inside)
-                return forward(*arguments, **options)
+                result = forward(*arguments, **options)
             finally:
                 bound.update(outside)
+            if to_fetch := schedule.leave(index):
+                transfer.submit([self._copies[fetched] for fetched in to_fetch])
+            return result
 
         return serve
+
+    def _lay_out(self) -> None:
+        """Where each group goes in the staging buffer, and the parameters of its layers there."""
+        # A copy that is under way would write where another group is now.
+        self._transfer.wait()
+        self._copies, self._inside = [], []
+        for index, group in enumerate(self._groups):
+            begin = self._schedule.offsets[index]
+            target = self.staging[begin : begin + group.num_bytes]
+            self._copies.append(Copy(group.slab, target))
+            self._inside += [layer.views(target) for layer in group.layers]
+        self._schedule_version = self._schedule.version
 
 
 def _forward_of_class(layer: StreamedLayer) -> Callable[..., Any]:

@@ -1,31 +1,61 @@
-"""Copies from slabs to the compute device. The only file that deals with the order of work on a device."""
+"""Copies from slabs to the compute device. The only file that deals with streams and events."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 
-class Transfer:
-    """Copies slabs into a slot on the compute device, in the order of the work on its current stream.
+class Copy:
+    """A copy of `source` into `target`, of as many bytes, that can be submitted again and again."""
 
-    The current stream is that of the computation, so a slot is overwritten only after the kernels that read it, and
-    read only after it was written. `copies` counts what was submitted.
+    def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        self.source = source
+        self.target = target
+        self.is_done: torch.Event | None = None
+
+
+class Transfer:
+    """Copies to one device, on a stream of their own where the device has streams; else each is done at once.
+
+    `copies` counts what was submitted.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.copies = 0
+        self._backend = getattr(torch, device.type) if device.type not in ("cpu", "mps") else None
+        self._stream = None
 
-    def submit(self, slab: torch.Tensor, slot: torch.Tensor) -> None:
-        """Copy all of `slab` to the start of `slot`; a page-locked slab without waiting for the copy."""
-        slot[: slab.numel()].copy_(slab, non_blocking=True)
-        self.copies += 1
+    def submit(self, copies: Sequence[Copy]) -> None:
+        """Start `copies`, one after another, when the work that the compute device has been given so far is done.
+
+        So what was read from their targets before may be overwritten.
+        """
+        self.copies += len(copies)
+        if self._backend is None:
+            for copy in copies:
+                copy.target.copy_(copy.source)
+            return
+        if self._stream is None:
+            self._stream = self._backend.Stream(self.device)
+        self._stream.wait_stream(self._backend.current_stream(self.device))
+        with self._backend.stream(self._stream):
+            for copy in copies:
+                copy.target.copy_(copy.source, non_blocking=True)
+                if copy.is_done is None:
+                    copy.is_done = self._backend.Event()
+                copy.is_done.record(self._stream)
+
+    def use(self, copy: Copy) -> None:
+        """Let what the compute device is given from now on wait for `copy`."""
+        if copy.is_done is not None:
+            self._backend.current_stream(self.device).wait_event(copy.is_done)
 
     def wait(self) -> None:
-        """Return when every copy is done, so that slabs and slots may be written or freed."""
-        if self.device.type == "cpu":
-            return
-        if self.device.type == "mps":
+        """Return when everything is done, so that slabs and staging buffer may be written or freed."""
+        if self._backend is not None:
+            self._backend.synchronize(self.device)
+        elif self.device.type == "mps":
             torch.mps.synchronize()
-        else:
-            getattr(torch, self.device.type).synchronize(self.device)

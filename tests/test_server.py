@@ -340,16 +340,19 @@ def assert_streamed_and_bit_identical(server, checkpoint, widgets, expected, str
     before, log_before = server.get("/simulated_accelerators"), len(server.log)
     assert torch.equal(latent_of(server, prompt), expected["latent"])
     after = server.get("/simulated_accelerators")
-    streamed = {"diffusion": 0, "text": 0}
+    streamed = {"diffusion": 0.0, "text": 0.0}
     for row in placement_rows(server.log[log_before:]):
         if row["served"] == "streamed":
             assert row["device"].startswith("sim:")
-            streamed[row["component"]] += row["layers"]
+            streamed[row["component"]] += row["mib"]
     forwards = after["diffusion_forwards"] - before["diffusion_forwards"]
     encodings = after["clip_forwards"] - before["clip_forwards"]
-    copies = after["copies"] - before["copies"]
-    assert copies == streamed["diffusion"] * forwards + streamed["text"] * encodings
-    assert (copies > 0) == streams
+    copied = (after["bytes"] - before["bytes"]) / 1024**2
+    needed = streamed["diffusion"] * forwards + streamed["text"] * encodings
+    # Some is copied twice while the order is learnt, and some ahead for a forward that does not come; what is printed
+    # is rounded, and slabs are aligned.
+    assert 0.95 * needed <= copied <= 1.05 * (needed + 2 * sum(streamed.values())) + 1
+    assert (copied > 0) == streams
     # Nothing of the prompt is kept (--cache-none): its slabs go with the last patcher.
     assert after["used_bytes"] == [0, 0]
 

@@ -16,13 +16,6 @@ def test_tensors_lie_aligned_one_after_another():
     assert layout.num_bytes == 3 * ALIGNMENT_BYTES
 
 
-def test_a_packed_slab_holds_the_tensors_in_the_dtypes_of_the_layout():
-    layout = layout_of(dict.fromkeys(SHAPES, torch.bfloat16))
-    tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
-    views = layout.parameters(layout.packed(tensors, torch.device("cpu")))
-    assert all(torch.equal(views[name], tensors[name].to(torch.bfloat16)) for name in SHAPES)
-
-
 def test_slabs_on_the_host_share_no_memory_page():
     """A page that is page-locked twice is an error, and unlocking one slab would unlock the other."""
     slabs = [allocate(num_bytes, torch.device("cpu")) for num_bytes in (1, 100, PAGE_BYTES, PAGE_BYTES + 1) * 20]

@@ -10,11 +10,18 @@ from conftest import ROOT
 
 SHIPPED = [*ROOT.glob("*.py"), *(ROOT / "distorch2").glob("*.py")]
 MAY_IMPORT_COMFYUI = {"nodes.py", "loading.py", "patcher.py", "distribution.py", "pinning.py"}
-PURE = ["allocation_parser", "distorch2.plan", "distorch2.planner", "distorch2.report", "distorch2.checkpoint_file"]
+PURE = [
+    "allocation_parser",
+    "distorch2.plan",
+    "distorch2.planner",
+    "distorch2.schedule",
+    "distorch2.report",
+    "distorch2.checkpoint_file",
+]
 COMFYUI_MODULES = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution", "comfyui_version"}
 # Each may import those after it, and none before it.
-LAYERS = ["loading", "patcher", "distribution", "streaming", "inventory", "pinning", "slab", "transfer"]
-LAYERS += ["report", "planner", "plan", "checkpoint_file", "__init__"]
+LAYERS = ["loading", "patcher", "distribution", "streaming", "schedule", "inventory", "pinning", "slab"]
+LAYERS += ["transfer", "report", "planner", "plan", "checkpoint_file", "__init__"]
 
 
 def imports(path):
