@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 
@@ -35,8 +36,19 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
                 and next(child.buffers(recurse=False), None) is None
                 and all(uses[id(tensor)] == 1 and not is_quantised(tensor) for tensor in tensors.values())
             )
-            layers.append(Layer(name, sum(sizes), movable, layout_of(child).num_bytes if movable else 0))
+            slab_bytes = layout_of(child).num_bytes if movable else 0
+            layers.append(Layer(name, sum(sizes), movable, slab_bytes, _block_of(name, modules)))
     return layers
+
+
+def _block_of(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
+    """The innermost item of a list of modules that the layer lies in: a block of a transformer, say."""
+    while name:
+        parent = name.rpartition(".")[0]
+        if isinstance(modules[parent], torch.nn.ModuleList):
+            return name
+        name = parent
+    return ""
 
 
 def layout_of(module: torch.nn.Module) -> SlabLayout:

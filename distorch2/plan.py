@@ -86,13 +86,14 @@ class Layer:
     """A module with weights of its own: its dotted name ("" is the root) and its bytes as loaded.
 
     One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab, where its
-    tensors are aligned.
+    tensors are aligned. `block` names the repeated part of the model that it belongs to.
     """
 
     name: str
     num_bytes: int
     movable: bool = True
     slab_bytes: int = 0
+    block: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """From layers and an allocation to a plan. Pure: it moves no tensor and asks no device.
 
-Each device in turn takes its share of the layers that are left, spread evenly over their order, so that copies of
-streamed layers can be spread over the time in which resident ones compute. A share is rounded to whole layers against
+The compute device takes its share first, in such a way that what it leaves is spread evenly over the time of a step, so
+that the copies of streamed layers are as well; how long a block takes is not known, and all are taken to be equal. The
+donors then take theirs in turn, spread evenly over the layers that are left. A share is rounded to whole layers against
 the running total of what was asked so far (cumulative rounding), so that rounding errors do not add up.
 """
 
@@ -9,8 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 from .plan import GIB, OVERFLOW_DEVICE, ComponentRequest, DeviceMemory, Layer, Placement, Plan, PlanError
+
+SMALL_BYTES = 64 * 1024
+_SCALE = 2**32  # for fractions of a byte
 
 
 def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
@@ -45,7 +50,11 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
         if room.get(device) is not None:
             limit = room[device] - fixed_here
             target = min(target, limit)  # what is over it is cpu's, not the next device's
-        taken = _spread(sizes, target + carried, limit)
+        wanted = min(max(0, target + carried), sum(sizes.values()))
+        if device == compute_device:
+            taken = _small_and_spread(layers, sizes, wanted, limit)
+        else:
+            taken = _spread(sizes, {index: Fraction(wanted, sum(sizes.values())) for index in sizes}, limit)
         carried += target - sum(sizes[index] for index in taken)
         device_of.update(dict.fromkeys(taken, device))
         sizes = {index: size for index, size in sizes.items() if index not in device_of}
@@ -81,21 +90,46 @@ def _by_precedence(devices: Iterable[str], compute_device: str) -> list[str]:
     return sorted(devices, key=lambda device: (device == OVERFLOW_DEVICE, device != compute_device))
 
 
-def _spread(sizes: Mapping[int, int], target: int, limit: int | None) -> list[int]:
-    """Keys whose sizes add up to about `target`, evenly spread: within half a layer, and never over `limit`.
+def _small_and_spread(layers: Sequence[Layer], sizes: Mapping[int, int], target: int, limit: int | None) -> list[int]:
+    """Keys for the compute device: the small layers, which cost more to stream than they free, and of the others so
+    many from each block that equally many bytes are left in all blocks, as far as they have so many."""
+    small = [index for index, size in sizes.items() if size <= SMALL_BYTES]
+    small_bytes = sum(sizes[index] for index in small)
+    if small_bytes > target:
+        small, small_bytes = [], 0
+    large = {index: size for index, size in sizes.items() if index not in set(small)}
+    blocks: dict[str, int] = {}
+    for index, size in large.items():
+        blocks[layers[index].block] = blocks.get(layers[index].block, 0) + size
+    left = _levelled(blocks.values(), sum(large.values()) - (target - small_bytes))
+    parts = {index: 1 - min(Fraction(1), left / blocks[layers[index].block]) for index in large}
+    return small + _spread(large, parts, None if limit is None else limit - small_bytes)
 
-    Error diffusion, as Bresenham's line (1965): every layer adds its part of the target to a debt, and is taken when
-    the debt is at least half of it.
+
+def _levelled(amounts: Iterable[int], total: int) -> Fraction:
+    """The level at which `amounts`, each cut off there, add up to `total`."""
+    rest = sorted(amounts)
+    for number, amount in enumerate(rest):
+        num_left = len(rest) - number
+        if amount * num_left >= total:
+            return Fraction(total, num_left)
+        total -= amount
+    return Fraction(0)
+
+
+def _spread(sizes: Mapping[int, int], parts: Mapping[int, Fraction], limit: int | None) -> list[int]:
+    """Keys whose sizes add up to about `parts` of each: within half a layer at any point, and never over `limit`.
+
+    Error diffusion, as Bresenham's line (1965): every layer adds the part of it that is wanted to a debt, and is taken
+    when the debt is at least half of it.
     """
-    total = sum(sizes.values())
-    target = max(0, min(target, total))
-    taken, used, debt = [], 0, 0  # the debt in units of 1/total bytes, to stay exact
+    taken, used, debt = [], 0, 0
     for index, size in sizes.items():
-        debt += size * target
-        if 2 * debt >= size * total and (limit is None or used + size <= limit):
+        debt += int(size * parts[index] * _SCALE)
+        if 2 * debt >= size * _SCALE and (limit is None or used + size <= limit):
             taken.append(index)
             used += size
-            debt -= size * total
+            debt -= size * _SCALE
     return taken
 
 

@@ -26,10 +26,10 @@ class Schedule:
         self._group_of, self._sizes, self._capacity = group_of, sizes, capacity
         self.version = 0
         """Changes with the offsets."""
-        self._seen: dict[int, None] = {}  # the layers of this pass, in their order
-        self._is_surprised = True  # by the first pass, whatever it is
         self._adopt(range(len(group_of)))
         self._is_learning = True
+        # The layers of this pass, in their order; None while they are those of the known order.
+        self._seen: dict[int, None] | None = {}
 
     def _adopt(self, order: Iterable[int]) -> None:
         """Expect layers in this order from now on. Nothing is staged then."""
@@ -42,9 +42,10 @@ class Schedule:
             self._rank.setdefault(group, len(self._rank))
             self._last[group] = position
         self._groups = list(self._rank)
-        self.offsets = self._ring_offsets([*self._groups, *(g for g in range(len(self._sizes)) if g not in self._rank)])
+        others = (group for group in range(len(self._sizes)) if group not in self._rank)
+        self.offsets = self._ring_offsets([*self._groups, *others])
         # Positions and ranks below go on counting from pass to pass.
-        self._now = -1
+        self._move(-1)
         self._next_fetch = 0
         self._needed_until: dict[int, int] = {}  # staged group -> position of the last layer that it is staged for
         self._is_learning = False
@@ -59,29 +60,33 @@ class Schedule:
             end += self._sizes[group]
         return offsets
 
-    def enter(self, layer: int) -> list[int]:
+    def _move(self, now: int) -> None:
+        self._now = now
+        self._expected = self._order[(now + 1) % len(self._order)] if self._order else None
+
+    def enter(self, layer: int) -> Sequence[int]:
         """Groups to fetch before `layer` runs: its own, first, if it is not staged, and some of those after it."""
-        if layer in self._seen:
-            self._end_pass()
-        self._seen[layer] = None
         group = self._group_of[layer]
-        self._move_to(layer)
+        if layer == self._expected and self._seen is None:
+            self._move(self._now + 1)
+        else:
+            self._follow(layer)
         if group in self._needed_until:
-            return []
+            return ()
         for other in self._overlapping(group):
             del self._needed_until[other]
         num_passes = self._now // len(self._order)
         self._needed_until[group] = num_passes * len(self._order) + self._last.get(group, 0)
         if self._is_learning or group not in self._rank:
-            return [group]
+            return (group,)
         self._next_fetch = num_passes * len(self._groups) + self._rank[group] + 1
-        return [group, *self._fetch_ahead(group)]
+        return (group, *self._fetch_ahead(group))
 
-    def leave(self, layer: int) -> list[int]:
+    def leave(self, layer: int) -> Sequence[int]:
         """Groups to fetch now that `layer` has run: if it was the last of its group there is room for others."""
         group = self._group_of[layer]
         if self._is_learning or group not in self._rank or self._needed_until.get(group) != self._now:
-            return []
+            return ()
         del self._needed_until[group]
         return self._fetch_ahead(group)
 
@@ -89,29 +94,28 @@ class Schedule:
         """What is staged is not to be used: weights were written."""
         self._needed_until.clear()
 
-    def _end_pass(self) -> None:
-        order = list(self._seen)
-        self._seen = {}
-        # A pass that broke off says nothing new.
-        if self._is_learning or (self._is_surprised and order != self._order[: len(order)]):
-            self._adopt(order)
-        self._is_surprised = False
-
-    def _move_to(self, layer: int) -> None:
-        position, length = self._position.get(layer), len(self._order)
-        if position is None:
-            self._is_surprised = True
-            return
-        if (self._now + 1) % length == position:
-            self._now += 1
-            return
-        if self._now >= 0:
-            self._is_surprised = True
-        ahead = (position - self._now) % length
-        self._now += ahead or length
-        if not self._is_learning:
-            # What was skipped is not waited for.
-            self._needed_until = {g: until for g, until in self._needed_until.items() if until >= self._now}
+    def _follow(self, layer: int) -> None:
+        """Move to a layer that was not expected, or in a pass that brought one."""
+        if self._seen is None:
+            self._seen = dict.fromkeys(self._order[: self._now % len(self._order) + 1])
+        if layer in self._seen:
+            order, self._seen = list(self._seen), None
+            # A pass that broke off says nothing new.
+            if self._is_learning or order != self._order[: len(order)]:
+                self._adopt(order)
+            if layer == self._expected:
+                self._move(self._now + 1)
+                return
+            self._seen = {}
+        self._seen[layer] = None
+        if layer == self._expected:
+            self._move(self._now + 1)
+        elif layer in self._position:
+            length = len(self._order)
+            self._move(self._now + ((self._position[layer] - self._now) % length or length))
+            if not self._is_learning:
+                # What was skipped is not waited for.
+                self._needed_until = {g: until for g, until in self._needed_until.items() if until >= self._now}
 
     def _fetch_ahead(self, group: int) -> list[int]:
         """Mark as staged what follows, up to `group` in the next pass, as far as the ring has room."""

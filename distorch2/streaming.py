@@ -25,7 +25,8 @@ class StreamedLayer:
         self._module = weakref.ref(module)
         self.layout = layout
         self._offset = offset
-        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self.outside: dict[str, torch.nn.Parameter] = {}
+        """The parameters that the module has outside its forward."""
 
     @property
     def module(self) -> torch.nn.Module | None:
@@ -38,18 +39,18 @@ class StreamedLayer:
             return self.layout.parameters(buffer[self._offset :])
 
     def bind(self, slab: torch.Tensor) -> None:
-        self._parameters = self.views(slab)
-        self._addresses = {name: parameter.data_ptr() for name, parameter in self._parameters.items()}
+        self.outside = self.views(slab)
+        self._bindings = [(name, parameter, parameter.data_ptr()) for name, parameter in self.outside.items()]
         # Not setattr: that costs more, and a compiled module guards on this dict.
-        self.module._parameters.update(self._parameters)
+        self.module._parameters.update(self.outside)
 
     def is_bound(self) -> bool:
         """Whether the module still has the weights in the slab: not after `module.to(...)`, say."""
-        bound = self.module._parameters
-        return all(
-            bound[name] is parameter and parameter.data_ptr() == self._addresses[name]
-            for name, parameter in self._parameters.items()
-        )
+        bound = self._module()._parameters
+        for name, parameter, address in self._bindings:
+            if bound.get(name) is not parameter or parameter.data_ptr() != address:
+                return False
+        return True
 
     def fits(self, values: Mapping[str, torch.Tensor]) -> bool:
         """Whether the layout can hold these weights together with the module's others."""
@@ -117,7 +118,7 @@ class Streamer:
         for index, layer in enumerate(layer for group in self._groups for layer in group.layers):
             if layer.module is not None:
                 previous = vars(layer.module).get("forward")
-                serve = self._serving(index, layer, previous or _forward_of_class(layer))
+                serve = self._serving(index, layer, previous)
                 self._attached.append((layer, serve, previous))
                 layer.module.forward = serve
 
@@ -138,33 +139,39 @@ class Streamer:
         self._schedule.forget_staged()
         self._schedule_version = 0
 
-    def _serving(self, index: int, layer: StreamedLayer, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _serving(self, index: int, layer: StreamedLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+        """A forward for the layer's module. It runs once for every layer in every step: little is done, and inline."""
         schedule, transfer, group = self._schedule, self._transfer, self._group_of[index]
 
         def serve(*arguments: Any, **options: Any) -> Any:
-            to_fetch = schedule.enter(index)
-            if schedule.version != self._schedule_version:
-                self._lay_out()
-            if to_fetch:
-                transfer.submit([self._copies[fetched] for fetched in to_fetch])
-            bound = layer.module._parameters
-            outside = dict(bound)
+            module = layer.module
+            if to_fetch := schedule.enter(index):
+                self._fetch(to_fetch)
             if layer.is_bound():
                 transfer.use(self._copies[group])
-                inside = self._inside[index]
+                inside, outside = self._inside[index], layer.outside
             else:
+                outside = dict(module._parameters)
                 inside = {name: _copied(parameter, transfer.device) for name, parameter in outside.items()}
             try:
                 # An interrupt is a BaseException and may come anywhere in here: nothing but finally sees them all.
-                bound.update(inside)
-                result = forward(*arguments, **options)
+                module._parameters.update(inside)
+                if previous is None:
+                    result = type(module).forward(module, *arguments, **options)
+                else:
+                    result = previous(*arguments, **options)
             finally:
-                bound.update(outside)
+                module._parameters.update(outside)
             if to_fetch := schedule.leave(index):
-                transfer.submit([self._copies[fetched] for fetched in to_fetch])
+                self._fetch(to_fetch)
             return result
 
         return serve
+
+    def _fetch(self, groups: Sequence[int]) -> None:
+        if self._schedule_version != self._schedule.version:
+            self._lay_out()
+        self._transfer.submit([self._copies[group] for group in groups])
 
     def _lay_out(self) -> None:
         """Where each group goes in the staging buffer, and the parameters of its layers there."""
@@ -177,16 +184,6 @@ class Streamer:
             self._copies.append(Copy(group.slab, target))
             self._inside += [layer.views(target) for layer in group.layers]
         self._schedule_version = self._schedule.version
-
-
-def _forward_of_class(layer: StreamedLayer) -> Callable[..., Any]:
-    """The forward of the module's class, as it is when it is called, without a reference to the module."""
-
-    def forward(*arguments: Any, **options: Any) -> Any:
-        module = layer.module
-        return type(module).forward(module, *arguments, **options)
-
-    return forward
 
 
 def _copied(parameter: torch.nn.Parameter | None, device: torch.device) -> torch.nn.Parameter | None:

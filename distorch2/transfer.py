@@ -14,6 +14,8 @@ class Copy:
         self.source = source
         self.target = target
         self.is_done: torch.Event | None = None
+        self.is_awaited = True
+        """Whether the compute device waits for it already, or need not."""
 
 
 class Transfer:
@@ -47,11 +49,13 @@ class Transfer:
                 if copy.is_done is None:
                     copy.is_done = self._backend.Event()
                 copy.is_done.record(self._stream)
+                copy.is_awaited = False
 
     def use(self, copy: Copy) -> None:
         """Let what the compute device is given from now on wait for `copy`."""
-        if copy.is_done is not None:
+        if not copy.is_awaited:
             self._backend.current_stream(self.device).wait_event(copy.is_done)
+            copy.is_awaited = True
 
     def wait(self) -> None:
         """Return when everything is done, so that slabs and staging buffer may be written or freed."""

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -182,3 +184,24 @@ def test_free_memory_is_never_exceeded(sizes, free, weights):
     for i, free_bytes in enumerate(free):
         given_bytes = made.bytes_on(f"cuda:{i}")
         assert given_bytes <= (max(free_bytes, fixed_bytes) if i == 0 else free_bytes)
+
+
+def test_what_is_streamed_is_the_same_in_every_block():
+    """The large blocks come first, as in Flux: a plan by bytes would copy more while they run than later."""
+    layers = [Layer(f"double.{i}.{j}", 100_000, block=f"double.{i}") for i in range(5) for j in range(24)]
+    layers += [Layer(f"single.{i}.{j}", 100_000, block=f"single.{i}") for i in range(10) for j in range(10)]
+    made = plan(layers, "cuda:0,50%;cpu,50%")
+    streamed = Counter(placement.layer.block for placement in made.streamed)
+    assert sum(streamed.values()) == 110
+    assert max(streamed.values()) - min(streamed.values()) <= 1
+    # A block that has less than its part is streamed whole.
+    streamed = Counter(placement.layer.block for placement in plan(layers, "cuda:0,10%;cpu,90%").streamed)
+    assert all(streamed[f"single.{i}"] == 10 for i in range(10))
+
+
+def test_small_layers_stay_on_the_compute_device_as_long_as_it_keeps_anything_else():
+    layers = [Layer(f"{kind}.{i}", size) for i in range(50) for kind, size in (("norm", 1000), ("linear", 1_000_000))]
+    streamed = [placement.layer.name for placement in plan(layers, "cuda:0,50%;cpu,50%").streamed]
+    assert len(streamed) == 25
+    assert not any(name.startswith("norm") for name in streamed)
+    assert len(plan(layers, "cpu,*").streamed) == 100
