@@ -112,21 +112,24 @@ class Streamer:
         self._schedule_version = 0
         self._copies: list[Copy] = []
         self._inside: list[dict[str, torch.nn.Parameter]] = []
-        self._attached: list[tuple[StreamedLayer, Callable[..., Any], Callable[..., Any] | None]] = []
+        # Only the modules hold their forwards, which hold this object: memory is freed with the modules, not by a
+        # collection of cycles some time later.
+        self._attached: list[tuple[StreamedLayer, weakref.ref[Callable], Callable[..., Any] | None]] = []
 
     def attach(self) -> None:
         for index, layer in enumerate(layer for group in self._groups for layer in group.layers):
             if layer.module is not None:
                 previous = vars(layer.module).get("forward")
                 serve = self._serving(index, layer, previous)
-                self._attached.append((layer, serve, previous))
+                self._attached.append((layer, weakref.ref(serve), previous))
                 layer.module.forward = serve
 
     def detach(self) -> None:
         """Give every module back the forward that it had, unless another has been set since."""
         self._transfer.wait()
-        for layer, serve, previous in self._attached:
-            if layer.module is None or vars(layer.module).get("forward") is not serve:
+        for layer, reference, previous in self._attached:
+            serve = reference()
+            if serve is None or layer.module is None or vars(layer.module).get("forward") is not serve:
                 continue
             if previous is None:
                 del layer.module.forward
