@@ -486,7 +486,9 @@ def test_object_patches_of_streamed_layers(checkpoints, core_latents, patch, per
             forward = type(leaf).forward
             clone.add_object_patch(f"{PATCHED}.forward", lambda x: 2 * forward(leaf, x))
         else:
-            other = comfy.ops.disable_weight_init.Linear(leaf.in_features, leaf.out_features, dtype=leaf.weight.dtype)
+            # On the compute device at once: ComfyUI does not move it there for every model.
+            size = leaf.in_features, leaf.out_features
+            other = comfy.ops.disable_weight_init.Linear(*size, dtype=leaf.weight.dtype, device=COMPUTE)
             generator = torch.Generator().manual_seed(5)
             other.weight = torch.nn.Parameter(torch.randn(leaf.weight.shape, generator=generator).to(other.weight))
             other.bias = torch.nn.Parameter(torch.zeros_like(other.bias))
