@@ -23,7 +23,10 @@ _ARGUMENTS = (
 )
 # No tutorial over the canvas, and nothing in front of the nodes in a picture.
 _SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
-# The front end opens a workflow last, and then takes away a mask over the page, which would swallow clicks.
+# While the front end starts or opens a dropped file it puts a mask over the page, which swallows clicks. A mask that is
+# taken away while it still fades in stays for good.
+_NO_ANIMATION = ".p-blockui-mask { animation: none !important; }"
+# The last thing that the front end does when it starts is to open a workflow.
 _READY = """() => window.app?.extensionManager?.workflow?.activeWorkflow && !app.extensionManager.spinner
     && !document.querySelector(".p-blockui-mask")"""
 
@@ -40,7 +43,7 @@ def chromium() -> Iterator[Browser]:
 class FrontEnd:
     """A page with the front end of a running server, in the classic renderer or in Nodes 2.0.
 
-    `page` is playwright's. `complaints` are the errors in the console and the requests that failed.
+    `page` is playwright's. `complaints` are the errors in the console and the requests to the server that failed.
     """
 
     def __init__(
@@ -48,24 +51,26 @@ class FrontEnd:
         browser: Browser,
         server: ComfyServer,
         nodes_2: bool = False,
-        width: int = 1400,
+        width: int = 1500,
         height: int = 900,
         pixels_per_point: float = 1,
     ) -> None:
         for name, value in (_SETTINGS | {"Comfy.VueNodes.Enabled": nodes_2}).items():
             server.post(f"/api/settings/{name}", value)
+        self.url = server.url
         self.nodes_2 = nodes_2
         self.complaints: list[str] = []
         size = {"width": width, "height": height}
         self.page: Page = browser.new_page(viewport=size, device_scale_factor=pixels_per_point)
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(30_000)
         self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("requestfailed", lambda request: self.complaints.append(f"failed: {request.url}"))
+        self.page.on("requestfailed", lambda request: self._complain_about(request.url, "failed"))
         self.page.on(
-            "response", lambda answer: answer.ok or self.complaints.append(f"status {answer.status}: {answer.url}")
+            "response", lambda answer: answer.ok or self._complain_about(answer.url, f"status {answer.status}")
         )
-        self.page.goto(server.url)
+        self.page.goto(self.url)
+        self.page.add_style_tag(content=_NO_ANIMATION)
         self.page.wait_for_function(_READY)
 
     def load(self, workflow: dict[str, Any], name: str) -> None:
@@ -117,6 +122,46 @@ class FrontEnd:
         button = panel.get_by_role("button", name=re.compile(f"^Info .*{input_name}"))
         button.click()
         return panel.locator(f"[id='{button.get_attribute('aria-controls')}']")
+
+    def open_help(self, node_id: str) -> Locator:
+        """Open the help of a node from its toolbox; the element with the page."""
+        self.show(node_id)
+        x, y = self.title_position(node_id)
+        self.page.mouse.click(x, y)
+        self.page.get_by_test_id("info-button").click()
+        return self.page.locator(".node-help-content")
+
+    def search(self, text: str) -> Locator:
+        """The results of the search for nodes that a double click on the empty canvas opens."""
+        everything = self.rectangle()
+        self.page.mouse.dblclick(everything["x"] + 30, everything["y"] + everything["height"] + 60)
+        self.page.get_by_placeholder("Add a node").fill(text)
+        return self.page.get_by_test_id("result-item")
+
+    @property
+    def tooltips(self) -> Locator:
+        """The tooltips on the page."""
+        return self.page.locator(".p-tooltip-text" if self.nodes_2 else ".node-tooltip")
+
+    def hover_widget(self, node_id: str, name: str) -> None:
+        """Move the mouse over a widget."""
+        if self.nodes_2:
+            self._show_advanced(node_id)
+            self.dom_node(node_id).get_by_test_id("widget-layout-field-label").get_by_text(name).hover()
+        else:
+            self._hover(*self.widget_position(node_id, name))
+
+    def hover_output(self, node_id: str, index: int) -> None:
+        """Move the mouse over an output."""
+        if self.nodes_2:
+            self.dom_node(node_id).locator(".lg-slot--output").nth(index).hover()
+            return
+        position = """([id, index]) => {
+            const {left, top} = app.canvas.canvas.getBoundingClientRect();
+            const [x, y] = app.canvas.ds.convertOffsetToCanvas(app.graph.getNodeById(id).getOutputPos(index));
+            return [x + left, y + top];
+        }"""
+        self._hover(*self.page.evaluate(position, [node_id, index]))
 
     def settle(self) -> None:
         """Wait until what was changed is drawn."""
@@ -182,6 +227,11 @@ class FrontEnd:
             self._set_canvas_widget(node_id, name, value)
         self.settle()
 
+    def title_position(self, node_id: str) -> tuple[float, float]:
+        """A place on a node's title."""
+        box = self.rectangle([node_id])
+        return box["x"] + box["width"] / 2, box["y"] + 15
+
     def widget_position(self, node_id: str, name: str) -> tuple[float, float]:
         """The middle of a widget on the page (classic)."""
         return tuple(
@@ -197,6 +247,10 @@ class FrontEnd:
                 [node_id, name],
             )
         )
+
+    def _complain_about(self, url: str, problem: str) -> None:
+        if url.startswith(self.url):
+            self.complaints.append(f"{problem}: {url}")
 
     def _set_canvas_widget(self, node_id: str, name: str, value: str | float) -> None:
         self.page.mouse.click(*self.widget_position(node_id, name))
@@ -219,7 +273,13 @@ class FrontEnd:
             row.locator("input").press("Enter")
 
     def _show_advanced(self, node_id: str) -> None:
-        button = self.dom_node(node_id).get_by_text("Show advanced inputs")
+        self.dom_node(node_id).get_by_test_id("node-widget").first.wait_for()
+        button = self.dom_node(node_id).get_by_text("Show advanced")
         if button.count():
             button.click()
             self.settle()
+
+    def _hover(self, x: float, y: float) -> None:
+        # The canvas shows a tooltip once the mouse has moved on the same thing.
+        self.page.mouse.move(x - 2, y)
+        self.page.mouse.move(x, y)
