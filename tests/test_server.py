@@ -141,6 +141,18 @@ def test_the_node_is_what_saved_workflows_expect(server):
     assert all(info["output_tooltips"])
 
 
+def test_the_locale_file_names_and_explains_what_the_node_has(newest_server):
+    info = newest_server.get("/object_info")[NODE_ID]
+    inputs = {**info["input"]["required"], **info["input"]["optional"]}
+    outputs = zip(info["output_name"], info["output_tooltips"])
+    assert newest_server.get("/i18n")["en"]["nodeDefs"][NODE_ID] == {
+        "display_name": info["display_name"],
+        "description": info["description"],
+        "inputs": {name: {"name": name, "tooltip": options["tooltip"]} for name, (_, options) in inputs.items()},
+        "outputs": {str(i): {"name": name, "tooltip": tooltip} for i, (name, tooltip) in enumerate(outputs)},
+    }
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "widgets"),
     [
