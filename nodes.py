@@ -7,7 +7,6 @@ import os
 import comfy.model_management
 import folder_paths
 from comfy_api.v0_0_2 import io
-from server import PromptServer
 
 from . import device_utils
 from .allocation_parser import AllocationError, parse_allocation
@@ -65,7 +64,6 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                 io.Clip.Output(tooltip="The text encoder, if the checkpoint has one."),
                 io.Vae.Output(tooltip="The VAE, if the checkpoint has one."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -117,8 +115,8 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
             eject_models=eject_models,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
-        PromptServer.instance.send_progress_text(loaded.report, cls.hidden.unique_id)
-        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)
+        # web/distorch2.js shows it on the node; the progress text of ComfyUI shows two lines, and no columns.
+        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui={"distorch2_placement": [loaded.report]})
 
 
 def _component_inputs(

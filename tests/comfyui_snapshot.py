@@ -47,11 +47,10 @@ def main(checkpoint: str, plant: str = "") -> None:
     comfy.cli_args.args.cpu = not torch.cuda.is_available()
     import comfy.model_management
     import comfy.sd
-    import server
+    import server  # noqa: F401
 
     import nodes  # noqa: F401
 
-    server.PromptServer.instance = type("NoClient", (), {"send_progress_text": lambda *_: None})()
     initialised_before = torch.cuda.is_initialized()  # ComfyUI itself does so
     before, modules_before = snapshot(), set(sys.modules)
 

@@ -1,7 +1,6 @@
 """A real ComfyUI server with the pack in custom_nodes, over HTTP: every ComfyUI version of the supported range."""
 
 import copy
-import json
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from host import DEFAULT_VERSION, SDISTS, fetch_comfyui
 from safetensors.torch import load_file
 from workflows import (
     NODE_ID,
+    example,
     nodes_of_class,
     with_core_loader,
     with_saved_latent,
@@ -65,7 +65,7 @@ def newest_server(checkpoints, tmp_path_factory):
 
 def prompt_for(server, checkpoint, **widgets):
     """The example workflow, small, on what this machine has, with its latent saved."""
-    prompt = json.loads((ROOT / "example_workflows" / "api" / "text_to_image.json").read_text())
+    prompt = example("two_cards_by_ratio")
     computing = dict.fromkeys(("unet_compute_device", "clip_compute_device", "vae_device"), ACCELERATOR)
     resident = {"unet_virtual_vram_gb": 0.0, "clip_virtual_vram_gb": 0.0}
     resident |= dict.fromkeys(("unet_expert_mode_allocations", "clip_expert_mode_allocations"), "")
@@ -139,6 +139,18 @@ def test_the_node_is_what_saved_workflows_expect(server):
     assert info["display_name"] == "Load Checkpoint (DisTorch2)"
     assert all(options["tooltip"] for part in ("required", "optional") for _, options in info["input"][part].values())
     assert all(info["output_tooltips"])
+
+
+def test_the_locale_file_names_and_explains_what_the_node_has(newest_server):
+    info = newest_server.get("/object_info")[NODE_ID]
+    inputs = {**info["input"]["required"], **info["input"]["optional"]}
+    outputs = zip(info["output_name"], info["output_tooltips"])
+    assert newest_server.get("/i18n")["en"]["nodeDefs"][NODE_ID] == {
+        "display_name": info["display_name"],
+        "description": info["description"],
+        "inputs": {name: {"name": name, "tooltip": options["tooltip"]} for name, (_, options) in inputs.items()},
+        "outputs": {str(i): {"name": name, "tooltip": tooltip} for i, (name, tooltip) in enumerate(outputs)},
+    }
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ class PromptRefused(Exception):
 class ComfyServer:
     """A ComfyUI process on a free loopback port, with a base folder of its own; a context manager.
 
-    `base` gets ComfyUI's folders (`models/checkpoints`, `output`, ...), with this pack linked into `custom_nodes`
-    unless `with_pack` is false. `log_path` is the server's output.
+    `base` gets ComfyUI's folders (`models/checkpoints`, `output`, ...), with this pack linked into `custom_nodes` as
+    `pack_folder` unless `with_pack` is false. `log_path` is the server's output.
     """
 
     START_SECONDS = 240
@@ -41,19 +41,21 @@ class ComfyServer:
         base: Path,
         arguments: tuple[str, ...] = (),
         with_pack: bool = True,
+        pack_folder: str = PACK_FOLDER_NAME,
     ) -> None:
         self.comfyui_path = comfyui_path
         self.base = base
         self.log_path = base / "server.log"
         self._arguments = arguments
         self._with_pack = with_pack
+        self._pack_folder = pack_folder
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
 
     def __enter__(self) -> ComfyServer:
         for folder in ("custom_nodes", "models/checkpoints", "models/text_encoders", "output", "input", "temp"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
-        link = self.base / "custom_nodes" / PACK_FOLDER_NAME
+        link = self.base / "custom_nodes" / self._pack_folder
         if self._with_pack and not link.exists():
             link.symlink_to(ROOT, target_is_directory=True)
         with socket.socket() as free:
@@ -86,13 +88,17 @@ class ComfyServer:
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=120) as response:
+        with urllib.request.urlopen(self.url + path, timeout=120) as response:
             return json.load(response)
 
     def post(self, path: str, body: Any) -> Any:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}{path}",
+            self.url + path,
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
@@ -111,7 +117,10 @@ class ComfyServer:
 
     def run(self, prompt: dict[str, Any], timeout_seconds: float = 300) -> dict[str, Any]:
         """Queue a prompt and wait for its history entry, whatever its outcome."""
-        prompt_id = self.queue(prompt)
+        return self.wait(self.queue(prompt), timeout_seconds)
+
+    def wait(self, prompt_id: str, timeout_seconds: float = 300) -> dict[str, Any]:
+        """The history entry of a queued prompt, when it has ended."""
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             history = self.get(f"/history/{prompt_id}")

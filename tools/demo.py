@@ -5,7 +5,6 @@ Run it with `make demo`. The weights are random, so the image is a texture; the 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -16,13 +15,13 @@ import torch
 from checkpoints import ensure_checkpoint
 from comfy_server import ROOT, ComfyServer
 from safetensors.torch import load_file
-from workflows import replace_missing_devices, with_core_loader, with_saved_latent, with_small_image
+from workflows import example, replace_missing_devices, with_core_loader, with_saved_latent, with_small_image
 
 sys.path.append(str(ROOT))
 
 from device_utils import HOST_DEVICE, first_accelerator, list_devices
 
-WORKFLOW = ROOT / "example_workflows" / "api" / "text_to_image.json"
+EXAMPLE = "two_cards_by_ratio"  # in percent, and so for a model of any size
 FOLDER = ROOT / ".host" / "demo"
 IMAGE_PIXELS = 256
 STEPS = 4
@@ -51,7 +50,7 @@ def main() -> None:
         (FOLDER / "custom_nodes").mkdir()
         (FOLDER / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
     with ComfyServer(comfyui_path, FOLDER, arguments=() if has_accelerator else ("--cpu",)) as server:
-        prompt = json.loads(WORKFLOW.read_text())
+        prompt = example(EXAMPLE)
         prompt["1"]["inputs"]["ckpt_name"] = checkpoint.name
         host = "sim:0" if accelerator == HOST_DEVICE else HOST_DEVICE
         prompt, replaced = replace_missing_devices(prompt, server.get("/object_info"), accelerator, host)
@@ -59,7 +58,7 @@ def main() -> None:
             print(f"replaced, since this machine has other devices: {replacement}")
         prompt = with_saved_latent(with_small_image(prompt, IMAGE_PIXELS, STEPS))
 
-        print(f"queueing {WORKFLOW.relative_to(ROOT)} at {IMAGE_PIXELS}x{IMAGE_PIXELS} px, {STEPS} steps", flush=True)
+        print(f"queueing the example {EXAMPLE} at {IMAGE_PIXELS}x{IMAGE_PIXELS} px, {STEPS} steps", flush=True)
         files = server.output_files(server.run(prompt))
         print(f"\n{_table(server.log)}\n")
         core_files = server.output_files(server.run(with_core_loader(prompt)))

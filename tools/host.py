@@ -33,6 +33,8 @@ SDISTS = {
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
 }
 DEVELOPMENT_PACKAGES = ("pytest>=8", "hypothesis>=6.100")
+BROWSER_PACKAGES = ("playwright>=1.49",)  # it drives an installed browser, and brings none
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 # Without an accelerator a CPU build of torch is enough, and several GB smaller. The second recipe is for an index that
 # has a CPU build of torch but none of its companions: torchvision 0.16.2 is a release whose operators register with a
@@ -126,14 +128,25 @@ def _existing(path: Path, origin: str) -> Host:
     return host
 
 
+def find_browser() -> str | None:
+    """The path of an installed Chromium, if there is one."""
+    return next(filter(None, map(shutil.which, _BROWSERS)), None)
+
+
 def _ensure_development_packages(host: Host) -> None:
-    python = host.python
-    has_packages = subprocess.run(
-        [python, "-c", "import pytest, hypothesis"], env=host.environment(), capture_output=True
-    )
-    if has_packages.returncode != 0:
-        _say("fetching pytest and hypothesis into .host/development")
-        _pip(python, "install", "--target", str(HOST_FOLDER / "development"), *DEVELOPMENT_PACKAGES)
+    _ensure_packages(host, "pytest, hypothesis", DEVELOPMENT_PACKAGES)
+    if find_browser():
+        # Without it the tests of the front end are skipped, and everything else works.
+        _ensure_packages(host, "playwright.sync_api", BROWSER_PACKAGES, check=False)
+
+
+def _ensure_packages(host: Host, modules: str, packages: tuple[str, ...], check: bool = True) -> None:
+    command = [host.python, "-c", f"import {modules}"]
+    if subprocess.run(command, env=host.environment(), capture_output=True).returncode != 0:
+        _say(f"fetching into .host/development: {', '.join(packages)}")
+        # The folder may hold them already, for another Python.
+        target = ("--upgrade", "--target", str(HOST_FOLDER / "development"))
+        _pip(host.python, "install", *target, *packages, check=check)
 
 
 def _virtual_environment() -> Path:
@@ -160,7 +173,7 @@ def _install(python: Path, tree: Path) -> None:
     if not (sys.platform == "linux" and not _has_gpu() and _install_cpu_build(python, requirements)):
         _say("installing ComfyUI's requirements with the index's own build of torch (up to 7 GB on disk)")
         _pip(python, "install", *requirements)
-    _pip(python, "install", *DEVELOPMENT_PACKAGES)
+    _pip(python, "install", *DEVELOPMENT_PACKAGES, *BROWSER_PACKAGES)
     marker.write_text(recipe)
     _say(f"the environment is ready after {time.monotonic() - started:.0f} s")
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+from pathlib import Path
 from typing import Any
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "example_workflows"
 NODE_ID = "CheckpointLoaderAdvancedDisTorch2MultiGPU"
 Prompt = dict[str, Any]
+
+
+def example(name: str) -> Prompt:
+    """The API format of an example workflow."""
+    return json.loads((EXAMPLES / "api" / f"{name}.json").read_text())
 
 
 def replace_missing_devices(
@@ -14,19 +23,26 @@ def replace_missing_devices(
 ) -> tuple[Prompt, list[str]]:
     """The prompt for this machine, and what was replaced in it.
 
-    Where `cuda:0` is not offered, `compute_device` takes its place and `donor` that of `cpu` in allocation strings.
+    Where a `cuda:N` is not offered, `compute_device` takes its place as a device that computes, and `donor` as one that
+    keeps weights. In an allocation string cuda:0 is the one that computes; where that is missing, `donor` also takes
+    the place of `cpu`.
     """
     prompt, replaced = copy.deepcopy(prompt), []
     offered = object_info[NODE_ID]["input"]["required"]["unet_compute_device"][1]["options"]
-    if "cuda:0" in offered:
-        return prompt, replaced
+
+    def for_allocation(device: re.Match[str]) -> str:
+        name = device[0]
+        if name == "cuda:0":
+            return name if name in offered else compute_device
+        return name if name in offered and "cuda:0" in offered else donor
+
     for node_id in nodes_of_class(prompt, NODE_ID):
         inputs = prompt[node_id]["inputs"]
         for name, value in inputs.items():
-            if name.endswith("_device"):
-                inputs[name] = value.replace("cuda:0", compute_device)
+            if name.endswith("_device") and value not in offered:
+                inputs[name] = donor if name.endswith("_donor_device") else compute_device
             elif name.endswith("_allocations"):
-                inputs[name] = value.replace("cpu", donor).replace("cuda:0", compute_device)
+                inputs[name] = re.sub(r"cpu|cuda:\d+", for_allocation, value)
             if inputs[name] != value:
                 replaced.append(f"{name}: {value} -> {inputs[name]}")
     return prompt, replaced

@@ -1,0 +1,189 @@
+"""ComfyUI's own front end on a real server, in a browser and with mouse and keyboard, in both of its renderers."""
+
+import json
+import re
+
+import pytest
+from comfy_server import ComfyServer
+from conftest import COMFYUI_PATH, NUM_ACCELERATORS, ROOT
+from host import find_browser
+from PIL import Image
+from workflows import EXAMPLES, NODE_ID, example
+
+if find_browser() is None:
+    pytest.skip("no Chromium is installed", allow_module_level=True)
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from browser import FrontEnd, chromium
+
+LOADER, LATENT, SAMPLER = "1", "4", "5"  # ids in the examples
+NAMES = sorted(path.stem for path in (EXAMPLES / "api").iterdir())
+COMPUTE, DONOR = ("cuda:0", "cpu") if NUM_ACCELERATORS else ("cpu", "sim:0")
+CHECKPOINT = "sd3_no_clip_weights.safetensors"
+SCREENSHOTS = ROOT / ".host" / "screenshots"
+PACK_FOLDER = "distorch2_under_test"  # the front end looks for the help of a folder with a dot in the wrong place
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints, tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "models" / "checkpoints").mkdir(parents=True)
+    (base / "models" / "checkpoints" / CHECKPOINT).symlink_to(checkpoints("sd3_no_clip_weights"))
+    arguments = ["--cache-none"]
+    if not NUM_ACCELERATORS:
+        arguments.append("--cpu")
+        (base / "custom_nodes").mkdir()
+        (base / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
+    with ComfyServer(COMFYUI_PATH, base, tuple(arguments), pack_folder=PACK_FOLDER) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["classic", "nodes_2"])
+def front_end(request, browser, server):
+    opened = FrontEnd(browser, server, nodes_2=request.param == "nodes_2")
+    yield opened
+    opened.page.close()
+
+
+@pytest.fixture(autouse=True)
+def screenshot(request, front_end):
+    yield
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "_", request.node.name).strip("_")
+    front_end.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def ui_file(name):
+    return (EXAMPLES / f"{name}.json").read_text()
+
+
+def on_this_machine(name):
+    """The UI format of an example with this machine's devices and checkpoint, and nothing on donors."""
+    widgets = {
+        widget: COMPUTE if widget.endswith("_device") else "" if widget.endswith("_allocations") else value
+        for widget, value in example(name)[LOADER]["inputs"].items()
+    }
+    widgets["ckpt_name"] = CHECKPOINT
+    workflow = json.loads(ui_file(name))
+    (loader,) = (node for node in workflow["nodes"] if node["type"] == NODE_ID)
+    loader["widgets_values"] = [*widgets.values()]
+    return workflow
+
+
+def pixels(files):
+    (image,) = files
+    with Image.open(image) as opened:
+        return opened.tobytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ui_format_exports_as_the_api_format(front_end, name):
+    front_end.load(json.loads(ui_file(name)), name)
+    assert front_end.export() == example(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_templates_list_every_example(server, front_end, name):
+    assert name in server.get("/workflow_templates")[PACK_FOLDER]
+    for kind in ("json", "jpg"):
+        assert front_end.page.request.get(f"{server.url}/api/workflow_templates/{PACK_FOLDER}/{name}.{kind}").ok
+
+
+def test_a_dropped_example_set_up_by_hand_runs_and_its_export_gives_the_same_image(server, front_end):
+    front_end.drop_file("two_cards_by_ratio.json", ui_file("two_cards_by_ratio"))
+    assert front_end.export() == example("two_cards_by_ratio")
+    widgets = {
+        "ckpt_name": CHECKPOINT,
+        "unet_compute_device": COMPUTE,
+        "clip_compute_device": COMPUTE,
+        "vae_device": COMPUTE,
+        "unet_expert_mode_allocations": f"{COMPUTE},60%;{DONOR},40%",
+    }
+    for name, value in widgets.items():
+        front_end.set_widget(LOADER, name, value)
+    for node, name, value in ((LATENT, "width", 64), (LATENT, "height", 64), (SAMPLER, "steps", 2)):
+        front_end.set_widget(node, name, value)
+    exported = front_end.export()
+    assert {name: exported[LOADER]["inputs"][name] for name in widgets} == widgets
+
+    status, answer = front_end.queue()
+    assert status == 200
+    history = server.wait(answer["prompt_id"])
+    assert pixels(server.output_files(history)) == pixels(server.output_files(server.run(exported)))
+
+    # The table on the node is that of the log.
+    front_end.show(LOADER)
+    table = front_end.page.locator("pre", has_text="DisTorch2: ")
+    table.wait_for()
+    assert re.search(rf"diffusion model +{DONOR} +streamed +[1-9]", table.inner_text())
+    assert table.inner_text() in server.log
+    # It is not part of the workflow.
+    assert front_end.export() == exported
+    assert "DisTorch2: " not in json.dumps(front_end.save())
+
+
+def test_a_bad_allocation_is_shown_on_the_loader_before_anything_is_loaded(server, front_end):
+    name = "unet_expert_mode_allocations"
+    front_end.load(on_this_machine("exact_bytes"), "bad")
+    front_end.set_widget(LOADER, name, "cpu,2tib;cpu,*")
+    log_before = server.log
+    status, answer = front_end.queue()
+    assert status == 400
+    assert [*answer["node_errors"]] == [LOADER]
+    assert {error["type"] for error in answer["node_errors"][LOADER]["errors"]} == {"custom_validation_failed"}
+
+    text = front_end.open_error(name)
+    text.wait_for()
+    shown = f"{name}: unknown unit 'tib'; use b, kb, mb, gb or tb\n    cpu,2tib;cpu,*\n         ~~~^"
+    assert shown in text.text_content()
+    assert text.evaluate("(element) => getComputedStyle(element).whiteSpace") == "pre-wrap"
+    with_errors = "() => app.graph.nodes.filter((node) => node.has_errors).map((node) => String(node.id))"
+    assert front_end.page.evaluate(with_errors) == [LOADER]
+    assert "model weight dtype" not in server.log[len(log_before) :]
+
+
+def test_the_node_shows_its_widgets_and_its_name(server, front_end):
+    front_end.load(json.loads(ui_file("exact_bytes")), "exact_bytes")
+    front_end.show(LOADER)
+    inputs = server.get("/object_info")[NODE_ID]["input_order"]
+    assert front_end.widget_names(LOADER) == [*inputs["required"], *inputs["optional"]]
+    title = front_end.page.evaluate("(id) => app.graph.getNodeById(id).getTitle()", LOADER)
+    assert title == "Load Checkpoint (DisTorch2)"
+
+
+def test_inputs_and_outputs_have_tooltips(server, front_end):
+    info = server.get("/object_info")[NODE_ID]
+    front_end.load(json.loads(ui_file("exact_bytes")), "exact_bytes")
+    front_end.show(LOADER)
+    front_end.hover_widget(LOADER, "unet_expert_mode_allocations")
+    text = info["input"]["optional"]["unet_expert_mode_allocations"][1]["tooltip"]
+    front_end.tooltips.filter(has_text=text).wait_for()
+    front_end.hover_output(LOADER, 0)
+    front_end.tooltips.filter(has_text=info["output_tooltips"][0]).wait_for()
+
+
+def test_the_node_is_found_by_what_people_look_for(front_end):
+    front_end.load(json.loads(ui_file("exact_bytes")), "exact_bytes")
+    results = front_end.search("virtual vram")
+    results.filter(has_text="Load Checkpoint (DisTorch2)").wait_for()
+    assert "Load Checkpoint (DisTorch2)" in results.first.inner_text()
+    front_end.page.keyboard.press("Escape")
+
+
+def test_the_help_page_opens_from_the_node(front_end):
+    front_end.load(json.loads(ui_file("exact_bytes")), "exact_bytes")
+    page = front_end.open_help(LOADER)
+    page.get_by_role("heading", name="Allocation strings").wait_for()
+    assert "unknown unit 'tib'; use b, kb, mb, gb or tb\n    cuda:0,2tib" in page.inner_text()
+
+
+def test_no_complaint_in_the_console_is_about_this_pack(front_end):
+    # About a node with an error the front end asks a server elsewhere, by name, which this one forbids it.
+    ours = [text for text in front_end.complaints if re.search("distorch|multigpu", text, re.IGNORECASE)]
+    assert [text for text in ours if "Content Security Policy" not in text] == []
