@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from comfy_server import ComfyServer
 from host import find_browser
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, TimeoutError, sync_playwright
 
 # A container has no sandbox of its own and no GPU; the rest keeps the browser from calling home.
 _ARGUMENTS = (
@@ -133,9 +133,14 @@ class FrontEnd:
 
     def search(self, text: str) -> Locator:
         """The results of the search for nodes that a double click on the empty canvas opens."""
-        everything = self.rectangle()
-        self.page.mouse.dblclick(everything["x"] + 30, everything["y"] + everything["height"] + 60)
-        self.page.get_by_placeholder("Add a node").fill(text)
+        box = self.page.get_by_placeholder("Add a node")
+        while not box.is_visible():
+            everything = self.rectangle()
+            self.page.mouse.dblclick(everything["x"] + 30, everything["y"] + everything["height"] + 60)
+            # On a busy machine the canvas may have seen two single clicks.
+            with suppress(TimeoutError):
+                box.wait_for(timeout=3000)
+        box.fill(text)
         return self.page.get_by_test_id("result-item")
 
     @property
