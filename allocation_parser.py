@@ -172,7 +172,8 @@ class Allocation:
         return tuple(asked.items())
 
     def _ratio_shares(self, model_bytes: int) -> tuple[tuple[str, int], ...]:
-        weights = [Fraction(entry.amount.value) for entry in self.entries]
+        amounts = (entry.amount for entry in self.entries)
+        weights = [Fraction(amount.value) for amount in amounts if isinstance(amount, Percent)]
         shares, reached, given = [], Fraction(0), 0
         for device, weight in zip(self.devices, weights):
             reached += weight

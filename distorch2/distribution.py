@@ -6,6 +6,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 import comfy.utils
 import torch
@@ -32,9 +33,14 @@ class Distribution:
         self.transfer = Transfer(self.device)
         self.pinned = PinnedSlabs(self.device)
         self._module = weakref.ref(module)
-        self._served: Mapping[torch.nn.Module, tuple[StreamedGroup, StreamedLayer]] = weakref.WeakKeyDictionary()
+        self._served: weakref.WeakKeyDictionary[torch.nn.Module, tuple[StreamedGroup, StreamedLayer]]
+        self._served = weakref.WeakKeyDictionary()
         # A dropped module is not unloaded first.
         weakref.finalize(module, _unpin_all, self.transfer, self.pinned).atexit = False
+
+    @property
+    def _root(self) -> torch.nn.Module:
+        return cast(torch.nn.Module, self._module())
 
     @property
     def is_placed(self) -> bool:
@@ -45,7 +51,7 @@ class Distribution:
 
         What is on the module but not in the plan, since somebody put it there, goes to the compute device as well.
         """
-        module = self._module()
+        module = self._root
         if self.is_placed:
             self._move_the_others(module, self.device)
             return
@@ -74,7 +80,7 @@ class Distribution:
         `originals` are the weights of patched layers, by layer name and name in it, on the host. Needs no memory of any
         other device.
         """
-        module = self._module()
+        module = self._root
         if self.streamer is not None:
             self.streamer.detach()
             self.streamer = None
@@ -123,24 +129,24 @@ class Distribution:
         """
         in_slabs: dict[StreamedGroup, dict[StreamedLayer, Mapping[str, torch.Tensor]]] = {}
         for layer_name, values in weights.items():
-            child = self._module().get_submodule(layer_name)
+            child = self._root.get_submodule(layer_name)
             group, layer = self._find(child)
-            if layer is not None and layer.fits(values):
+            if group is not None and layer is not None and layer.fits(values):
                 in_slabs.setdefault(group, {})[layer] = values
                 continue
             for name, value in values.items():
                 device = plain_tensors(getattr(child, name))[0].device
                 comfy.utils.set_attr_param(child, name, value.to(device))
-        for group, values in in_slabs.items():
+        for group, of_layers in in_slabs.items():
             replaced = group.slab
-            group.pack(values)
+            group.pack(of_layers)
             self.pinned.unpin(replaced)
             if self.is_placed:
                 self.pinned.pin(group.slab)
 
     def keeps_replaced(self, layer_name: str) -> bool:
         """Whether weights that `replace` replaces go on lying in host memory, so that they need no copy."""
-        group, _ = self._find(self._module().get_submodule(layer_name))
+        group, _ = self._find(self._root.get_submodule(layer_name))
         return group is not None and group.slab.device == _CPU
 
     def _serve(self, key: Group, group: StreamedGroup) -> None:

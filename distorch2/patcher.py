@@ -40,7 +40,7 @@ class DistributedPatcher(ModelPatcher):
         setattr(core.model, _ATTRIBUTE, {plan.compute_device: Distribution(core.model, plan)})
         patcher = cls(core.model, torch.device(plan.compute_device), _CPU)
         own = {"load_device", "offload_device", "size"}
-        vars(patcher).update({name: value for name, value in vars(core).items() if name not in own})
+        patcher.__dict__.update({name: value for name, value in vars(core).items() if name not in own})
         return patcher
 
     @property
@@ -50,7 +50,7 @@ class DistributedPatcher(ModelPatcher):
         ComfyUI makes clones for another device by setting `load_device`, some with a module of their own.
         """
         device = str(self.load_device)
-        distributions = vars(self.model).setdefault(_ATTRIBUTE, {})
+        distributions = self.model.__dict__.setdefault(_ATTRIBUTE, {})
         if device not in distributions:
             distributions[device] = Distribution(self.model, Plan.all_on(device, list_layers(self.model)))
         return distributions[device]
@@ -311,7 +311,7 @@ class DistributedPatcher(ModelPatcher):
             yield
         weight.data.copy_(copy)
 
-    def _out_of_memory_message(self, error: Exception) -> str:
+    def _out_of_memory_message(self, error: BaseException) -> str:
         plan = self.distribution.plan
         kept = ", ".join(f"{plan.bytes_on(device) / GIB:.2f} GiB on {device}" for device in plan.devices)
         return (
@@ -345,6 +345,6 @@ def _by_layer(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     return layers
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """On an accelerator, or on the host, for which torch has no class of its own."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

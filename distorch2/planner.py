@@ -47,8 +47,9 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
         fixed_here = fixed_bytes if device == compute_device else 0
         target = asked[device] - fixed_here
         limit = None
-        if room.get(device) is not None:
-            limit = room[device] - fixed_here
+        free_bytes = room.get(device)
+        if free_bytes is not None:
+            limit = free_bytes - fixed_here
             target = min(target, limit)  # what is over it is cpu's, not the next device's
         wanted = min(max(0, target + carried), sum(sizes.values()))
         if device == compute_device:

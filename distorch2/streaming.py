@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,9 +29,13 @@ class StreamedLayer:
         """The parameters that the module has outside its forward."""
 
     @property
-    def module(self) -> torch.nn.Module | None:
-        """None when another has taken its place, and nobody holds it any more."""
-        return self._module()
+    def is_alive(self) -> bool:
+        """Not when another module has taken its place, and nobody holds it any more."""
+        return self._module() is not None
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return cast(torch.nn.Module, self._module())
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.nn.Parameter]:
         """The layer's parameters in a buffer that holds its group from the start."""
@@ -46,7 +50,7 @@ class StreamedLayer:
 
     def is_bound(self) -> bool:
         """Whether the module still has the weights in the slab: not after `module.to(...)`, say."""
-        bound = self._module()._parameters
+        bound = self.module._parameters
         for name, parameter, address in self._bindings:
             if bound.get(name) is not parameter or parameter.data_ptr() != address:
                 return False
@@ -80,7 +84,7 @@ class StreamedGroup:
 
     @property
     def living(self) -> list[StreamedLayer]:
-        return [layer for layer in self.layers if layer.module is not None]
+        return [layer for layer in self.layers if layer.is_alive]
 
     def is_bound(self) -> bool:
         return all(layer.is_bound() for layer in self.living)
@@ -118,7 +122,7 @@ class Streamer:
 
     def attach(self) -> None:
         for index, layer in enumerate(layer for group in self._groups for layer in group.layers):
-            if layer.module is not None:
+            if layer.is_alive:
                 previous = vars(layer.module).get("forward")
                 serve = self._serving(index, layer, previous)
                 self._attached.append((layer, weakref.ref(serve), previous))
@@ -129,7 +133,7 @@ class Streamer:
         self._transfer.wait()
         for layer, reference, previous in self._attached:
             serve = reference()
-            if serve is None or layer.module is None or vars(layer.module).get("forward") is not serve:
+            if serve is None or not layer.is_alive or vars(layer.module).get("forward") is not serve:
                 continue
             if previous is None:
                 del layer.module.forward
@@ -150,6 +154,8 @@ class Streamer:
             module = layer.module
             if to_fetch := schedule.enter(index):
                 self._fetch(to_fetch)
+            inside: Mapping[str, torch.nn.Parameter | None]
+            outside: Mapping[str, torch.nn.Parameter | None]
             if layer.is_bound():
                 transfer.use(self._copies[group])
                 inside, outside = self._inside[index], layer.outside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class Transfer:
         self.device = device
         self.copies = 0
         self._backend = getattr(torch, device.type) if device.type not in ("cpu", "mps") else None
-        self._stream = None
+        self._stream: Any = None
 
     def submit(self, copies: Sequence[Copy]) -> None:
         """Start `copies`, one after another, when the work that the compute device has been given so far is done.
@@ -53,7 +54,7 @@ class Transfer:
 
     def use(self, copy: Copy) -> None:
         """Let what the compute device is given from now on wait for `copy`."""
-        if not copy.is_awaited:
+        if self._backend is not None and not copy.is_awaited and copy.is_done is not None:
             self._backend.current_stream(self.device).wait_event(copy.is_done)
             copy.is_awaited = True
 
