@@ -178,9 +178,13 @@ class Streamer:
         return serve
 
     def _fetch(self, groups: Sequence[int]) -> None:
-        if self._schedule_version != self._schedule.version:
-            self._lay_out()
-        self._transfer.submit([self._copies[group] for group in groups])
+        try:
+            if self._schedule_version != self._schedule.version:
+                self._lay_out()
+            self._transfer.submit([self._copies[group] for group in groups])
+        except BaseException:
+            self.forget_staged()  # the schedule takes what it asked for to be there
+            raise
 
     def _lay_out(self) -> None:
         """Where each group goes in the staging buffer, and the parameters of its layers there."""

@@ -25,6 +25,7 @@ from distorch2.patcher import DistributedPatcher
 from distorch2.plan import GIB, ComponentRequest, DeviceMemory, Placement, Plan, PlanError, VirtualVram
 from distorch2.planner import make_plan
 from distorch2.slab import allocate
+from distorch2.transfer import Transfer
 
 COMPUTE = str(mm.get_torch_device())
 HAS_SIMULATED = COMPUTE == "cpu"
@@ -298,6 +299,25 @@ def test_whatever_is_raised_in_any_layer_leaves_every_parameter_where_it_was(
                 sample(model, clip)
         assert bindings(model.model) == before
     assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_a_copy_that_fails_is_made_again(checkpoints, core_latents, monkeypatch, nth):
+    model, clip, _ = on_donor(checkpoints, "flux", percent=100)
+    submit, calls = Transfer.submit, []
+
+    def failing(transfer, copies):
+        calls.append(copies)
+        if len(calls) == nth:
+            raise RuntimeError("planted")
+        submit(transfer, copies)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Transfer, "submit", failing)
+        with pytest.raises(RuntimeError, match="planted"):
+            for _ in range(3):
+                sample(model, clip)
+    assert torch.equal(sample(model, clip), core_latents("flux"))
 
 
 def test_a_dropped_model_is_let_go(checkpoints):
