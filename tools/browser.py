@@ -21,6 +21,7 @@ _ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
+_TIMEOUT_MS = 30_000
 # No tutorial over the canvas, and nothing in front of the nodes in a picture.
 _SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
 # While the front end starts or opens a dropped file it puts a mask over the page, which swallows clicks. A mask that is
@@ -62,7 +63,7 @@ class FrontEnd:
         self.complaints: list[str] = []
         size = {"width": width, "height": height}
         self.page: Page = browser.new_page(viewport=size, device_scale_factor=pixels_per_point)
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(_TIMEOUT_MS)
         self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("requestfailed", lambda request: self._complain_about(request.url, "failed"))
@@ -75,12 +76,12 @@ class FrontEnd:
 
     def load(self, workflow: dict[str, Any], name: str) -> None:
         """Open a workflow in UI format in a tab of its own."""
-        self.page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [workflow, name])
+        self._run("([graph, name]) => app.loadGraphData(graph, true, true, name)", [workflow, name])
         self.settle()
 
     def load_api(self, prompt: dict[str, Any], name: str) -> None:
         """Open a workflow in API format."""
-        self.page.evaluate("([prompt, name]) => app.loadApiJson(prompt, name)", [prompt, name])
+        self._run("([prompt, name]) => app.loadApiJson(prompt, name)", [prompt, name])
         self.settle()
 
     def drop_file(self, name: str, text: str) -> None:
@@ -102,12 +103,12 @@ class FrontEnd:
 
     def export(self) -> dict[str, Any]:
         """What File > Export (API) saves."""
-        return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+        return self._run("async () => (await app.graphToPrompt()).output")
 
     def save(self) -> dict[str, Any]:
         """What File > Save saves."""
         # Through JSON, which drops what is undefined.
-        return self.page.evaluate("async () => JSON.parse(JSON.stringify((await app.graphToPrompt()).workflow))")
+        return self._run("async () => JSON.parse(JSON.stringify((await app.graphToPrompt()).workflow))")
 
     def queue(self) -> tuple[int, dict[str, Any]]:
         """Queue what is on the canvas; the HTTP status and the JSON of the server's answer."""
@@ -134,12 +135,12 @@ class FrontEnd:
     def search(self, text: str) -> Locator:
         """The results of the search for nodes that a double click on the empty canvas opens."""
         box = self.page.get_by_placeholder("Add a node")
-        while not box.is_visible():
+        for _ in range(5):  # on a busy machine the canvas may see two single clicks
             everything = self.rectangle()
             self.page.mouse.dblclick(everything["x"] + 30, everything["y"] + everything["height"] + 60)
-            # On a busy machine the canvas may have seen two single clicks.
             with suppress(TimeoutError):
                 box.wait_for(timeout=3000)
+                break
         box.fill(text)
         return self.page.get_by_test_id("result-item")
 
@@ -170,7 +171,7 @@ class FrontEnd:
 
     def settle(self) -> None:
         """Wait until what was changed is drawn."""
-        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self._run("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def show(self, node_id: str, x: float = 120, y: float = 160, scale: float = 1) -> None:
         """Move the canvas until the node's body starts at this place of the page."""
@@ -252,6 +253,11 @@ class FrontEnd:
                 [node_id, name],
             )
         )
+
+    def _run(self, function: str, argument: Any = None) -> Any:
+        """What an asynchronous function of the page gives. playwright would wait for it without end."""
+        late = f"new Promise((_, fail) => setTimeout(() => fail(new Error('not done in time')), {_TIMEOUT_MS}))"
+        return self.page.evaluate(f"(argument) => Promise.race([({function})(argument), {late}])", argument)
 
     def _complain_about(self, url: str, problem: str) -> None:
         if url.startswith(self.url):
