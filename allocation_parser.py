@@ -137,7 +137,9 @@ class Allocation:
         """What a reader may not expect of this allocation, or an empty string."""
         only = self.entries[0].amount
         if len(self.entries) == 1 and isinstance(only, Percent) and only.value != 100:
-            return f"{self} alone is a ratio of one and means the whole model; to keep a part: {self};cpu,*"
+            note = f"{self} alone is a ratio of one and means the whole model"
+            device = self.entries[0].device
+            return f"{note}; to keep a part: {self};cpu,*" if only.value < 100 and device != "cpu" else note
         return ""
 
     def shares(
@@ -306,8 +308,10 @@ def _expect_end(text: str, start: int, end: int, after: str) -> None:
 
 
 def _unexpected(text: str, start: int, end: int, after: str) -> AllocationError:
-    message = f"unexpected {_quote(text[start:end])} after {_quote(after)}; {_EXAMPLES}"
-    return AllocationError(message, text, start, end)
+    hint = _EXAMPLES
+    if text[start] == ",":
+        hint = "entries are separated by ';', and a decimal point is '.'"
+    return AllocationError(f"unexpected {_quote(text[start:end])} after {_quote(after)}; {hint}", text, start, end)
 
 
 def _is_positive(amount: Amount) -> bool:

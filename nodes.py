@@ -70,6 +70,7 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
     def validate_inputs(
         cls, unet_expert_mode_allocations: str | None = "", clip_expert_mode_allocations: str | None = ""
     ) -> bool | str:
+        mistakes = []
         # None is a linked input, which has no value before the prompt runs.
         for name, text in (
             ("unet_expert_mode_allocations", unet_expert_mode_allocations),
@@ -79,8 +80,8 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                 if text is not None and text.strip():
                     parse_allocation(text, _selectable_devices())
             except AllocationError as error:
-                return f"{name}: {error}"
-        return True
+                mistakes.append(f"{name}: {error}")
+        return "\n".join(mistakes) or True
 
     @classmethod
     def fingerprint_inputs(cls, ckpt_name: str | None, **_widgets: object) -> tuple[int, int] | None:
@@ -135,7 +136,7 @@ def _component_inputs(
             min=0.0,
             max=128.0,
             step=0.1,
-            tooltip=f"How many GB of the {component} to keep on the donor instead of the compute device.",
+            tooltip=f"How many GB of the {component} to keep on the donor instead of the compute device, 0 to 128.",
         ),
         io.Combo.Input(
             f"{prefix}_donor_device",

@@ -38,7 +38,8 @@ def _check_safetensors(path: str) -> None:
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
         if header_bytes is None or header_bytes > _MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{path} is not a safetensors file; if it is of another format, rename it accordingly"
+                f"{path} is not a safetensors file: it is empty, a saved web page or of another kind; "
+                "download it again, or give it the name of its format"
             )
         text = file.read(header_bytes)
     data_start = 8 + header_bytes

@@ -260,7 +260,9 @@ def _read(ckpt_path: str) -> _Weights:
         state_dict, metadata = comfy.utils.load_torch_file(ckpt_path, return_metadata=True)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"cannot read {ckpt_path}: {reason}; if it is damaged, download it again") from error
+        raise CheckpointError(
+            f"cannot read {ckpt_path} ({reason}): it is damaged or no checkpoint; download it again"
+        ) from error
     mm.throw_exception_if_processing_interrupted()
     return _Weights(ckpt_path, state_dict, metadata)
 

@@ -82,7 +82,11 @@ _ENTRY = "write device,amount, as in cuda:0,50%"
         ("cpu,inf%", f"'inf%' is not an amount; {_ACCEPTED}\n    cpu,inf%\n        ~~~~^"),
         ("cpu,\uff11gb", f"'\uff11gb' is not an amount; {_ACCEPTED}\n    cpu,\uff11gb\n        ~~~^"),
         ("cpu,1.2.3gb", f"unexpected '.3gb' after '1.2'; {_ACCEPTED}\n    cpu,1.2.3gb\n           ~~~~^"),
-        ("cpu,1,5gb", f"unexpected ',5gb' after '1'; {_ACCEPTED}\n    cpu,1,5gb\n         ~~~~^"),
+        (
+            "cpu,1,5gb",
+            "unexpected ',5gb' after '1'; entries are separated by ';', and a decimal point is '.'\n"
+            "    cpu,1,5gb\n         ~~~~^",
+        ),
         ("cpu,50%*", f"unexpected '*' after '%'; {_ACCEPTED}\n    cpu,50%*\n           ~^"),
         ("cpu,* 5", f"unexpected '5' after '*'; {_ACCEPTED}\n    cpu,* 5\n          ~^"),
         ("cpu,5gb*2", f"unexpected '2' after '*'; {_ACCEPTED}\n    cpu,5gb*2\n            ~^"),

@@ -106,7 +106,7 @@ def test_what_rounding_leaves_no_room_for_is_said():
     memory = {f"cuda:{i}": DeviceMemory(10**4, 250) for i in range(4)} | {"cpu": DeviceMemory(10**4)}
     made = plan([Layer(f"{i}", 100) for i in range(10)], "cuda:0,1%;cuda:1,1%;cuda:2,1%;cuda:3,1%", memory=memory)
     assert made.bytes_on("cpu") == 200  # 250 bytes hold two layers
-    assert made.notes == ("0.00 GiB that no other device has room for are on cpu",)
+    assert made.notes == ("0.0 MiB that no other device has room for are on cpu",)
 
 
 def test_a_layer_without_bytes_needs_no_donor():

@@ -66,7 +66,7 @@ def main() -> None:
     image = _with_suffix(files, ".png")
     latent, core_latent = (load_file(_with_suffix(f, ".latent"))["latent_tensor"] for f in (files, core_files))
     same = torch.equal(latent, core_latent)
-    print(f"image: {image}")
+    print(f"image: {image} (noise, since the weights are random)")
     print(f"latent bit-identical to ComfyUI's own loader: {'yes' if same else 'NO'}")
     print(f"done in {time.monotonic() - started:.0f} s")
     if not same:
