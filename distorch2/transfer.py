@@ -28,7 +28,7 @@ class Transfer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.copies = 0
-        self._backend = getattr(torch, device.type) if device.type not in ("cpu", "mps") else None
+        self._backend: Any = getattr(torch, device.type) if device.type not in ("cpu", "mps") else None
         self._stream: Any = None
 
     def submit(self, copies: Sequence[Copy]) -> None:
@@ -60,7 +60,7 @@ class Transfer:
 
     def wait(self) -> None:
         """Return when everything is done, so that slabs and staging buffer may be written or freed."""
-        if self._backend is not None:
+        if self._stream is not None:  # else nothing was submitted, and the device may not even be in use
             self._backend.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
