@@ -131,13 +131,15 @@ class Distribution:
         for layer_name, values in weights.items():
             child = self._root.get_submodule(layer_name)
             group, layer = self._find(child)
-            if group is not None and layer is not None and layer.fits(values):
+            if group is None or layer is None:
+                _set(child, values)
+            else:
                 in_slabs.setdefault(group, {})[layer] = values
-                continue
-            for name, value in values.items():
-                device = plain_tensors(getattr(child, name))[0].device
-                comfy.utils.set_attr_param(child, name, value.to(device))
         for group, of_layers in in_slabs.items():
+            if not all(layer.fits(of_layers.get(layer, {})) for layer in group.living):
+                for layer, values in of_layers.items():
+                    _set(layer.module, values)
+                continue
             replaced = group.slab
             group.pack(of_layers)
             self.pinned.unpin(replaced)
@@ -167,6 +169,13 @@ def _unpin_all(transfer: Transfer, pinned: PinnedSlabs) -> None:
     """Memory must not be freed while it is page-locked, nor unlocked while it is copied from."""
     transfer.wait()
     pinned.unpin_all()
+
+
+def _set(child: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give a module new parameters, on the devices of those that it has."""
+    for name, value in values.items():
+        device = plain_tensors(getattr(child, name))[0].device
+        comfy.utils.set_attr_param(child, name, value.to(device))
 
 
 def _fill_missing(module: torch.nn.Module) -> None:

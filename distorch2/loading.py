@@ -233,9 +233,10 @@ def _without_donated(memory: DeviceMemory, plan: Plan, device: str) -> DeviceMem
 
 
 def _memory_of(computing: set[str], keeping: set[str]) -> dict[str, DeviceMemory]:
-    """Memory of these devices, with `cpu` always among them; free means free or held by a model that can be evicted.
+    """Memory of these devices, with `cpu` always among them.
 
-    Of a device that computes, the room that ComfyUI leaves for inference does not count as free.
+    Of a device that computes, what models hold that ComfyUI can evict counts as free, and the room that it leaves for
+    inference does not. Nothing makes room on a device that only keeps weights.
     """
     present = list(dict.fromkeys(["cpu", *(str(device) for device in mm.get_all_torch_devices())]))
     memory = {"cpu": DeviceMemory(int(mm.get_total_memory(_CPU)))}
@@ -243,13 +244,10 @@ def _memory_of(computing: set[str], keeping: set[str]) -> dict[str, DeviceMemory
         if name not in present:
             raise PlanError(f"there is no device {name!r}; this machine has {', '.join(present)}")
         device = torch.device(name)
-        held_bytes = sum(
-            loaded.model_loaded_memory()
-            for loaded in mm.current_loaded_models
-            if loaded.device == device and loaded.model is not None
-        )
-        reserved_bytes = mm.minimum_inference_memory() if name in computing else 0
-        free_bytes = int(mm.get_free_memory(device) + held_bytes - reserved_bytes)
+        free_bytes = int(mm.get_free_memory(device))
+        if name in computing:
+            loaded = (item for item in mm.current_loaded_models if item.device == device and item.model is not None)
+            free_bytes += int(sum(item.model_loaded_memory() for item in loaded) - mm.minimum_inference_memory())
         memory[name] = DeviceMemory(int(mm.get_total_memory(device)), max(0, free_bytes))
     return memory
 

@@ -25,6 +25,18 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
     than one layer more or less than asked unless memory ran short. What fits nowhere else goes to `cpu`, with a note.
     Raises `PlanError` when a device of the request is not in `memory`.
     """
+    plan = _plan_within(layers, request, memory)
+    compute_memory, reserved = memory[plan.compute_device], 0
+    free_bytes = compute_memory.free_bytes
+    # The staging buffer needs room beside the resident layers.
+    while free_bytes is not None and plan.compute_bytes > free_bytes and reserved < plan.staging_bytes:
+        reserved = plan.staging_bytes
+        less = replace(compute_memory, free_bytes=max(0, free_bytes - reserved))
+        plan = _plan_within(layers, request, {**memory, plan.compute_device: less})
+    return plan
+
+
+def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
     compute_device, allocation = request.compute_device, request.allocation
     for device in (compute_device, *allocation.devices):
         if device not in memory:
@@ -50,7 +62,7 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
         free_bytes = room.get(device)
         if free_bytes is not None:
             limit = free_bytes - fixed_here
-            target = min(target, limit)  # what is over it is cpu's, not the next device's
+            target = max(0, min(target, limit))  # what is over it is cpu's, not the next device's
         wanted = min(max(0, target + carried), sum(sizes.values()))
         if device == compute_device:
             taken = _small_and_spread(layers, sizes, wanted, limit)

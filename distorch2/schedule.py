@@ -80,7 +80,7 @@ class Schedule:
         if self._is_learning or group not in self._rank:
             return (group,)
         self._next_fetch = num_passes * len(self._groups) + self._rank[group] + 1
-        return (group, *self._fetch_ahead(group))
+        return (group, *self._fetch_ahead(self._next_fetch + len(self._groups) - 1))
 
     def leave(self, layer: int) -> Sequence[int]:
         """Groups to fetch now that `layer` has run: if it was the last of its group there is room for others."""
@@ -88,7 +88,8 @@ class Schedule:
         if self._is_learning or group not in self._rank or self._needed_until.get(group) != self._now:
             return ()
         del self._needed_until[group]
-        return self._fetch_ahead(group)
+        num_passes = self._now // len(self._order)
+        return self._fetch_ahead((num_passes + 1) * len(self._groups) + self._rank[group] + 1)
 
     def forget_staged(self) -> None:
         """What is staged is not to be used: weights were written."""
@@ -117,11 +118,10 @@ class Schedule:
                 # What was skipped is not waited for.
                 self._needed_until = {g: until for g, until in self._needed_until.items() if until >= self._now}
 
-    def _fetch_ahead(self, group: int) -> list[int]:
-        """Mark as staged what follows, up to `group` in the next pass, as far as the ring has room."""
+    def _fetch_ahead(self, limit: int) -> list[int]:
+        """Mark as staged what comes before the rank `limit`, as far as the ring has room."""
         fetched, num_groups, length = [], len(self._groups), len(self._order)
-        limit = self._now // length * num_groups + self._rank[group] + num_groups
-        while self._next_fetch <= limit:
+        while self._next_fetch < limit:
             num_passes, rank = divmod(self._next_fetch, num_groups)
             candidate = self._groups[rank]
             if candidate not in self._needed_until:

@@ -145,6 +145,7 @@ class Streamer:
         """Fetch everything anew: slabs were replaced or rewritten. No copy may be under way."""
         self._schedule.forget_staged()
         self._schedule_version = 0
+        self._copies, self._inside = [], []  # they hold the slabs that were replaced
 
     def _serving(self, index: int, layer: StreamedLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         """A forward for the layer's module. It runs once for every layer in every step: little is done, and inline."""

@@ -60,7 +60,7 @@ class Transfer:
 
     def wait(self) -> None:
         """Return when everything is done, so that slabs and staging buffer may be written or freed."""
-        if self._stream is not None:  # else nothing was submitted, and the device may not even be in use
+        if self._backend is not None and self._backend.is_initialized():
             self._backend.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()

@@ -205,3 +205,20 @@ def test_small_layers_stay_on_the_compute_device_as_long_as_it_keeps_anything_el
     assert len(streamed) == 25
     assert not any(name.startswith("norm") for name in streamed)
     assert len(plan(layers, "cpu,*").streamed) == 100
+
+
+def test_the_staging_buffer_has_room_beside_the_resident_layers():
+    mib = 1024**2
+    layers = [Layer(f"{i}", 100 * mib, slab_bytes=100 * mib) for i in range(100)]
+    for free in (2, 5, 9):
+        memory = {**MEMORY, "cuda:0": DeviceMemory(24 * GIB, free * GIB)}
+        made = plan(layers, "cuda:0,100%", memory=memory)
+        assert free * GIB - 400 * mib < made.compute_bytes <= free * GIB
+        assert made.bytes_on("cpu") + made.bytes_on("cuda:0") == 10_000 * mib
+
+
+def test_layers_that_cannot_move_and_do_not_fit_take_nothing_from_the_donors():
+    layers = [Layer("fixed", 6 * GIB, movable=False), *(Layer(f"{i}", GIB // 10) for i in range(100))]
+    memory = {**MEMORY, "cuda:0": DeviceMemory(24 * GIB, 2 * GIB)}
+    made = plan(layers, "cuda:0,6gb;cuda:1,9gb;cpu,*", memory=memory)
+    assert made.bytes_on("cuda:1") == pytest.approx(9 * GIB, abs=GIB // 10)

@@ -449,6 +449,10 @@ def test_a_patch_that_changes_a_weights_shape(checkpoints):
         patched = model.clone()
         rows, _, height, width = model.model.state_dict()[key].shape
         patched.add_patches({key: ("diff", (torch.full((rows, 32, height, width), 0.01), {"pad_weight": True}))})
+        # And others of the same group, whose shape stays.
+        for name, weight in model.model.state_dict().items():
+            if name.startswith("diffusion_model.") and name.endswith(".weight") and name != key and weight.dim() == 2:
+                patched.add_patches({name: ("diff", (torch.full(weight.shape, 0.01),))})
         return patched
 
     core_model = core_load(checkpoints("sd3_no_clip_weights"))[0]
