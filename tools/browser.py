@@ -65,7 +65,7 @@ class FrontEnd:
         self.page: Page = browser.new_page(viewport=size, device_scale_factor=pixels_per_point)
         self.page.set_default_timeout(_TIMEOUT_MS)
         self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("pageerror", lambda error: self.complaints.append(f"{error}\n{error.stack}"))
         self.page.on("requestfailed", lambda request: self._complain_about(request.url, "failed"))
         self.page.on(
             "response", lambda answer: answer.ok or self._complain_about(answer.url, f"status {answer.status}")

@@ -1,5 +1,5 @@
 // The placement table on the loader node, in both renderers, after each run.
-import { app } from "../../../scripts/app.js";
+import { app } from "../../scripts/app.js";
 
 const NODE_ID = "CheckpointLoaderAdvancedDisTorch2MultiGPU";
 const WIDGET = "distorch2_placement";
@@ -21,7 +21,7 @@ function addTable(node) {
     font: `${FONT_PX}px/${LINE_PX}px monospace`,
     whiteSpace: "pre-wrap",
     overflowWrap: "anywhere",
-    overflow: "hidden",
+    overflow: "auto",
     userSelect: "text",
   });
   const height = () =>
