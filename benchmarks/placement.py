@@ -157,14 +157,20 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
     }
 
 
+def save_model(name: str, folder: Path) -> Path:
+    """Write the checkpoint of a model, in a process of its own: this one is not to import ComfyUI."""
+    path = folder / f"distorch2_{name}.safetensors"
+    script = "import sys, placement; placement.start_comfyui(False); import models; from pathlib import Path; "
+    script += f"models.{name.upper()}.save(Path(sys.argv[1]))"
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT / "benchmarks"), *sys.path]))
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=environment)
+    return path
+
+
 def main(folder: Path) -> None:
     results, failed = {}, []
     for name in ("Flux", "SDXL"):
-        path = folder / f"distorch2_{name}.safetensors"
-        script = "import sys, placement; placement.start_comfyui(False); import models; from pathlib import Path; "
-        script += f"models.{name.upper()}.save(Path(sys.argv[1]))"
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT / "benchmarks"), *sys.path]))
-        subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=environment)
+        path = save_model(name, folder)
         try:
             for dynamic_vram in (False, True):
                 label = f"{name}, DynamicVRAM {'on' if dynamic_vram else 'off'}"

@@ -18,8 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from placement import start_comfyui
-from record import ROOT, write_results
+from placement import save_model, start_comfyui
+from record import write_results
 
 PERCENTAGES = (0, 10, 25, 50, 75, 90, 100)
 EQUAL_MEMORY_PERCENTAGES = (50,)
@@ -183,11 +183,7 @@ def equal_memory(name: str, path: str, percent: int) -> list[dict]:
 def main(folder: Path, names: list[str]) -> None:
     results = {}
     for name in names:
-        path = folder / f"distorch2_{name}.safetensors"
-        script = "import sys, placement; placement.start_comfyui(False); import models; from pathlib import Path; "
-        script += f"models.{name.upper()}.save(Path(sys.argv[1]))"
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT / "benchmarks"), *sys.path]))
-        subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=environment)
+        path = save_model(name, folder)
         try:
             equal = [row for percent in EQUAL_MEMORY_PERCENTAGES for row in equal_memory(name, str(path), percent)]
             results[name] = {"at equal memory": equal}

@@ -245,11 +245,12 @@ class DistributedPatcher(ModelPatcher):
 
     def _place(self) -> None:
         """Place the weights as planned for this device, and not for another any more."""
+        here = self.distribution  # which a module for another device does not have before it is asked for
         for distribution in vars(self.model)[_ATTRIBUTE].values():
-            if distribution is not self.distribution and distribution.is_placed:
+            if distribution is not here and distribution.is_placed:
                 self.unpatch_hooks()
                 self._release(distribution)
-        self.distribution.place()
+        here.place()
 
     def _patched(self, key: str, device: torch.device | None, force_cast: bool = False) -> torch.Tensor:
         """The weight with this clone's patches, or the weight in place where it has none and nothing is cast."""

@@ -51,14 +51,14 @@ def main(checkpoint: str, plant: str = "") -> None:
 
     import nodes  # noqa: F401
 
-    initialised_before = torch.cuda.is_initialized()  # ComfyUI itself does so
+    accelerator_before = torch.cuda.is_initialized(), torch.cuda.memory_allocated()  # ComfyUI itself initialises it
     before, modules_before = snapshot(), set(sys.modules)
 
     spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
     imported = sorted({name.partition(".")[0] for name in set(sys.modules) - modules_before})
-    initialised = torch.cuda.is_initialized() and not initialised_before
+    touched = (torch.cuda.is_initialized(), torch.cuda.memory_allocated()) != accelerator_before
     changed_by_import = changes(before)
 
     if plant:
@@ -82,7 +82,7 @@ def main(checkpoint: str, plant: str = "") -> None:
                 "changed_by_import": changed_by_import,
                 "changed": changes(before),
                 "imported": imported,
-                "accelerator_initialised_by_import": initialised,
+                "accelerator_touched_by_import": touched,
             }
         )
     )
