@@ -11,9 +11,11 @@ from typing import cast
 import comfy.utils
 import torch
 
-from .inventory import is_quantised, layout_of, loaded_dtype, own_tensors, plain_tensors
+from .inventory import layout_of, loaded_dtypes
+from .moving import Mover
 from .pinning import PinnedSlabs
 from .plan import Group, Plan
+from .quantised import plain_tensors, to_device
 from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Transfer
 
@@ -156,9 +158,10 @@ class Distribution:
         self._served.update({layer.module: (group, layer) for layer in group.living})
 
     def _move_the_others(self, module: torch.nn.Module, device: torch.device) -> None:
-        for child in module.modules():
-            if child not in self._served:
-                _move(child, device)
+        with Mover(device, self.pinned) as mover:
+            for child in module.modules():
+                if child not in self._served:
+                    mover.move(child)
 
     def _find(self, child: torch.nn.Module) -> tuple[StreamedGroup, StreamedLayer] | tuple[None, None]:
         """By the module itself: an object patch may have put another in the place of a streamed one."""
@@ -175,7 +178,7 @@ def _set(child: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Give a module new parameters, on the devices of those that it has."""
     for name, value in values.items():
         device = plain_tensors(getattr(child, name))[0].device
-        comfy.utils.set_attr_param(child, name, value.to(device))
+        comfy.utils.set_attr_param(child, name, to_device(value, device))
 
 
 def _fill_missing(module: torch.nn.Module) -> None:
@@ -183,26 +186,6 @@ def _fill_missing(module: torch.nn.Module) -> None:
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None and parameter.is_meta:
-                zeros = torch.zeros(parameter.shape, dtype=loaded_dtype(child, name))
+                (dtype,) = loaded_dtypes(child, name)
+                zeros = torch.zeros(parameter.shape, dtype=dtype)
                 child._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
-
-
-def _move(child: torch.nn.Module, device: torch.device) -> None:
-    """Move a module's own tensors, to the dtype they are loaded in.
-
-    As with torch's own `.to()` a tensor stays the same object where it can: others may hold it, and are not to keep
-    memory of a device that it has left.
-    """
-    for name, tensor in own_tensors(child).items():
-        quantised = is_quantised(tensor)
-        dtype = tensor.dtype if quantised else loaded_dtype(child, name)
-        if plain_tensors(tensor)[0].device == device and tensor.dtype == dtype:
-            continue
-        with torch.inference_mode(tensor.is_inference()):
-            moved = tensor.detach().to(device=device, dtype=dtype)
-            if torch._has_compatible_shallow_copy_type(tensor, moved) and not quantised:
-                tensor.data = moved
-            elif name in child._parameters:
-                child._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
-            else:
-                child._buffers[name] = moved

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from .plan import Layer
+from .quantised import is_quantised, plain_tensors
 from .slab import SlabLayout
 
 
@@ -16,8 +17,7 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
 
     Movable are the leaves that ComfyUI itself can keep off the compute device (its casting operations), since code
     that reads such weights without calling the leaf is written for that. Not movable: a module that holds others, one
-    with buffers, one that shares a tensor with another, and one whose weights are quantised (tensor subclasses). A
-    shared tensor is counted for the first that has it.
+    with buffers, and one that shares a tensor with another. A shared tensor is counted for the first that has it.
     """
     modules = dict(module.named_modules())
     uses = Counter(id(tensor) for child in modules.values() for tensor in own_tensors(child).values())
@@ -28,13 +28,15 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
         for tensor_name, tensor in tensors.items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                sizes += _loaded_bytes(child, tensor_name, tensor)
+                parts = zip(plain_tensors(tensor), loaded_dtypes(child, tensor_name), strict=True)
+                sizes += [part.numel() * dtype.itemsize for part, dtype in parts]
         if tensors:
             movable = (
                 hasattr(child, "comfy_cast_weights")
+                and type(child).forward is not torch.nn.Module.forward  # a container that others read
                 and next(child.children(), None) is None
                 and next(child.buffers(recurse=False), None) is None
-                and all(uses[id(tensor)] == 1 and not is_quantised(tensor) for tensor in tensors.values())
+                and all(uses[id(tensor)] == 1 for tensor in tensors.values())
             )
             slab_bytes = layout_of(child).num_bytes if movable else 0
             layers.append(Layer(name, sum(sizes), movable, slab_bytes, _block_of(name, modules)))
@@ -54,19 +56,7 @@ def _block_of(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
 def layout_of(module: torch.nn.Module) -> SlabLayout:
     """The slab of a movable module, with its tensors in the dtypes that they are loaded in."""
     tensors = own_tensors(module)
-    return SlabLayout.of(tensors, {name: loaded_dtype(module, name) for name in tensors})
-
-
-def is_quantised(tensor: torch.Tensor) -> bool:
-    return hasattr(tensor, "__tensor_flatten__")
-
-
-def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that hold the data of `tensor`: itself, or those inside a quantised one."""
-    if not is_quantised(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [getattr(tensor, name) for name in names]
+    return SlabLayout.of(tensors, {name: loaded_dtypes(module, name) for name in tensors})
 
 
 def own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -74,13 +64,12 @@ def own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
 
 
-def loaded_dtype(module: torch.nn.Module, name: str) -> torch.dtype:
-    """The dtype that ComfyUI loads a plain tensor in, which it notes beside it."""
-    return getattr(module, f"{name}_comfy_model_dtype", None) or getattr(module, name).dtype
+def loaded_dtypes(module: torch.nn.Module, name: str) -> list[torch.dtype]:
+    """The dtypes in which the plain tensors of a parameter or buffer are loaded.
 
-
-def _loaded_bytes(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> list[int]:
-    """Bytes of the plain tensors of a parameter or buffer; quantised ones are loaded as they are."""
+    ComfyUI notes that of a plain one beside it; quantised ones are loaded as they are.
+    """
+    tensor = getattr(module, name)
     if is_quantised(tensor):
-        return [inner.nbytes for inner in plain_tensors(tensor)]
-    return [tensor.numel() * loaded_dtype(module, name).itemsize]
+        return [part.dtype for part in plain_tensors(tensor)]
+    return [getattr(module, f"{name}_comfy_model_dtype", None) or tensor.dtype]

@@ -21,6 +21,7 @@ from comfy.model_patcher import CallbacksMP, ModelPatcher, move_weight_functions
 from .distribution import Distribution
 from .inventory import list_layers, own_tensors
 from .plan import GIB, Plan, PlanError
+from .quantised import is_quantised, to_device
 
 _CPU = torch.device("cpu")
 _ATTRIBUTE = "distorch2"
@@ -253,8 +254,14 @@ class DistributedPatcher(ModelPatcher):
         here.place()
 
     def _patched(self, key: str, device: torch.device | None, force_cast: bool = False) -> torch.Tensor:
-        """The weight with this clone's patches, or the weight in place where it has none and nothing is cast."""
-        with self._bound_to(key, self.backup[key].weight) if key in self.backup else contextlib.nullcontext():
+        """The weight with this clone's patches, or the one in place (if quantised, on `device`) where it has none and
+        nothing is cast."""
+        module, name = self._owner(key)
+        in_place = getattr(module, name)
+        weight = self.backup[key].weight if key in self.backup else in_place
+        if device is not None and is_quantised(weight):
+            weight = to_device(weight, device)  # before ComfyUI takes it there in full precision
+        with contextlib.nullcontext() if weight is in_place else self._bound_to(key, weight):
             return super().patch_weight_to_device(key, device, return_weight=True, force_cast=force_cast)
 
     def _back_up(self, key: str) -> None:
@@ -262,7 +269,7 @@ class DistributedPatcher(ModelPatcher):
             module, name = self._owner(key)
             weight = getattr(module, name)
             if not self.distribution.keeps_replaced(_split(key)[0]):
-                weight = weight.detach().to(_CPU, copy=True)
+                weight = to_device(weight, _CPU, copy=True)
             self.backup[key] = _Backup(weight, False)
 
     def _set_casting(self) -> None:

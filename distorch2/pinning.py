@@ -1,4 +1,4 @@
-"""Page-locking slabs on the host, in ComfyUI's account of page-locked memory: copies from them are fast."""
+"""Page-locking slabs and upload buffers, in ComfyUI's account of page-locked memory: copies from them are fast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 
 class PinnedSlabs:
-    """The slabs that are page-locked for copies to one device. Their memory must not be freed before `unpin`."""
+    """Host memory that is page-locked for copies to one device. Their memory must not be freed before `unpin`."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_useful = mm.is_device_cuda(device)

@@ -11,7 +11,9 @@ from typing import Protocol
 GIB = 1024**3
 GROUP_BYTES = 32 * 1024**2
 """Large enough for a copy at the full speed of the link."""
-STAGING_BYTES = GIB
+STAGING_BYTES = 512 * 1024**2
+"""Enough, unless three groups need more: in forecasts of `benchmarks/simulator.py` twice as much gains under 1 % for
+Flux- and SDXL-sized models at any fraction, whether the link or the computation takes longer."""
 OVERFLOW_DEVICE = "cpu"
 """Takes what no other device has room for."""
 
@@ -152,11 +154,13 @@ class Plan:
         groups: list[Group] = []
         for device in self.donors:
             layers: list[Layer] = []
+            num_bytes = 0
             for layer in self.layers_on(device):
-                if layers and sum(member.slab_bytes for member in (*layers, layer)) > GROUP_BYTES:
+                if layers and num_bytes + layer.slab_bytes > GROUP_BYTES:
                     groups.append(Group(device, tuple(layers)))
-                    layers = []
+                    layers, num_bytes = [], 0
                 layers.append(layer)
+                num_bytes += layer.slab_bytes
             groups.append(Group(device, tuple(layers)))
         return tuple(groups)
 

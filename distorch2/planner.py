@@ -65,9 +65,9 @@ def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Map
             target = max(0, min(target, limit))  # what is over it is cpu's, not the next device's
         wanted = min(max(0, target + carried), sum(sizes.values()))
         if device == compute_device:
-            taken = _small_and_spread(layers, sizes, wanted, limit)
+            taken = _for_compute_device(layers, sizes, wanted, limit)
         else:
-            taken = _spread(sizes, {index: Fraction(wanted, sum(sizes.values())) for index in sizes}, limit)
+            taken = _spread(sizes, wanted, limit)
         carried += target - sum(sizes[index] for index in taken)
         device_of.update(dict.fromkeys(taken, device))
         sizes = {index: size for index, size in sizes.items() if index not in device_of}
@@ -103,20 +103,39 @@ def _by_precedence(devices: Iterable[str], compute_device: str) -> list[str]:
     return sorted(devices, key=lambda device: (device == OVERFLOW_DEVICE, device != compute_device))
 
 
-def _small_and_spread(layers: Sequence[Layer], sizes: Mapping[int, int], target: int, limit: int | None) -> list[int]:
+def _for_compute_device(layers: Sequence[Layer], sizes: Mapping[int, int], target: int, limit: int | None) -> list[int]:
     """Keys for the compute device: the small layers, which cost more to stream than they free, and of the others so
-    many from each block that equally many bytes are left in all blocks, as far as they have so many."""
+    many from each block that equally many bytes are left in all blocks, as far as they have so many.
+
+    In a block the largest are left first: fewer layers for the same bytes. Error diffusion from block to block, as in
+    `_spread`, and never over `limit`. A layer that belongs to no block is one.
+    """
     small = [index for index, size in sizes.items() if size <= SMALL_BYTES]
     small_bytes = sum(sizes[index] for index in small)
     if small_bytes > target:
         small, small_bytes = [], 0
-    large = {index: size for index, size in sizes.items() if index not in set(small)}
-    blocks: dict[str, int] = {}
-    for index, size in large.items():
-        blocks[layers[index].block] = blocks.get(layers[index].block, 0) + size
-    left = _levelled(blocks.values(), sum(large.values()) - (target - small_bytes))
-    parts = {index: 1 - min(Fraction(1), left / blocks[layers[index].block]) for index in large}
-    return small + _spread(large, parts, None if limit is None else limit - small_bytes)
+    chosen = set(small)
+    blocks: dict[str, list[int]] = {}
+    for index in sizes:
+        if index not in chosen:
+            blocks.setdefault(layers[index].block or layers[index].name, []).append(index)
+    amounts = [sum(sizes[index] for index in members) for members in blocks.values()]
+    level = int(_levelled(amounts, sum(amounts) - (target - small_bytes)) * _SCALE)
+    kept: list[int] = []
+    debt = 0
+    for members, amount in zip(blocks.values(), amounts, strict=True):
+        debt += min(level, amount * _SCALE)
+        by_size = sorted(members, key=lambda index: -sizes[index])
+        while by_size and 2 * debt > sizes[by_size[0]] * _SCALE:
+            debt -= sizes[by_size.pop(0)] * _SCALE
+        kept += by_size
+    kept_bytes = small_bytes + sum(sizes[index] for index in kept)
+    for index in sorted(kept, key=lambda index: -sizes[index]):
+        if limit is None or kept_bytes <= limit:
+            break
+        kept.remove(index)
+        kept_bytes -= sizes[index]
+    return small + kept
 
 
 def _levelled(amounts: Iterable[int], total: int) -> Fraction:
@@ -130,19 +149,20 @@ def _levelled(amounts: Iterable[int], total: int) -> Fraction:
     return Fraction(0)
 
 
-def _spread(sizes: Mapping[int, int], parts: Mapping[int, Fraction], limit: int | None) -> list[int]:
-    """Keys whose sizes add up to about `parts` of each: within half a layer at any point, and never over `limit`.
+def _spread(sizes: Mapping[int, int], target: int, limit: int | None) -> list[int]:
+    """Keys whose sizes add up to about `target`: within half a layer of its part at any point, and never over `limit`.
 
-    Error diffusion, as Bresenham's line (1965): every layer adds the part of it that is wanted to a debt, and is taken
-    when the debt is at least half of it.
+    Error diffusion, as Bresenham's line (1965): every layer adds its part of the target to a debt, and is taken when
+    the debt is at least half of it.
     """
-    taken, used, debt = [], 0, 0
+    total = sum(sizes.values())
+    taken, used, debt = [], 0, 0  # the debt in bytes times the total
     for index, size in sizes.items():
-        debt += int(size * parts[index] * _SCALE)
-        if 2 * debt >= size * _SCALE and (limit is None or used + size <= limit):
+        debt += size * target
+        if 2 * debt >= size * total and (limit is None or used + size <= limit):
             taken.append(index)
             used += size
-            debt -= size * _SCALE
+            debt -= size * total
     return taken
 
 
@@ -150,7 +170,7 @@ def _fixed_note(compute_device: str, fixed_bytes: int, excess: int, model_bytes:
     """Said when layers that cannot move take a hundredth of the model more than was asked."""
     if excess * 100 < model_bytes or not excess:
         return ""
-    return f"{_size(fixed_bytes)} cannot leave {compute_device}: quantised or shared weights, buffers and the like"
+    return f"{_size(fixed_bytes)} cannot leave {compute_device}: shared weights, buffers and the like"
 
 
 def _room_notes(plan: Plan, asked: Mapping[str, int], room: Mapping[str, int | None]) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from .quantised import description, plain_tensors, rebuilder
 
 ALIGNMENT_BYTES = 256
 """Of every tensor in a slab: kernels, and so bits, may depend on alignment."""
@@ -17,10 +19,9 @@ def aligned(num_bytes: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Field:
-    """One parameter in a slab."""
+class _Part:
+    """One plain tensor in a slab."""
 
-    name: str
     offset: int
     shape: torch.Size
     dtype: torch.dtype
@@ -28,6 +29,28 @@ class _Field:
     @property
     def num_bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[self.offset : self.offset + self.num_bytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One parameter in a slab: `rebuild` makes it of its plain tensors."""
+
+    name: str
+    parts: tuple[_Part, ...]
+    rebuild: Callable[[Sequence[torch.Tensor]], torch.nn.Parameter]
+    description: object
+
+    def fits(self, tensor: torch.Tensor | None) -> bool:
+        if tensor is None or description(tensor) != self.description:
+            return False
+        # A scale of shape [1] in the file comes back with shape [] when the weight is quantised anew.
+        whole, *scales = plain_tensors(tensor)
+        found = [(whole.shape, whole.dtype), *((scale.numel(), scale.dtype) for scale in scales)]
+        first, *others = self.parts
+        return found == [(first.shape, first.dtype), *((part.shape.numel(), part.dtype) for part in others)]
 
 
 @dataclass(frozen=True)
@@ -38,22 +61,30 @@ class SlabLayout:
     num_bytes: int
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> SlabLayout:
-        """Lay out `tensors` one after another, each in the dtype that `dtypes` has for its name."""
+    def of(cls, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, Sequence[torch.dtype]]) -> SlabLayout:
+        """Lay out `tensors` one after another; `dtypes`, by name, has one for each of their plain tensors."""
         fields, offset = [], 0
         for name, tensor in tensors.items():
-            field = _Field(name, offset, tensor.shape, dtypes[name])
-            fields.append(field)
-            offset += aligned(field.num_bytes)
+            parts = []
+            for plain, dtype in zip(plain_tensors(tensor), dtypes[name], strict=True):
+                parts.append(_Part(offset, plain.shape, dtype))
+                offset += aligned(parts[-1].num_bytes)
+            fields.append(_Field(name, tuple(parts), rebuilder(tensor), description(tensor)))
         return cls(tuple(fields), offset)
 
     def parameters(self, buffer: torch.Tensor) -> dict[str, torch.nn.Parameter]:
         """Parameters that are views into `buffer` (uint8, at least `num_bytes` long)."""
-        views = {}
+        return {field.name: field.rebuild([part.view(buffer) for part in field.parts]) for field in self.fields}
+
+    def write(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy `tensors`, by name, into `buffer`, in the dtypes of the layout."""
         for field in self.fields:
-            view = buffer[field.offset : field.offset + field.num_bytes].view(field.dtype).view(field.shape)
-            views[field.name] = torch.nn.Parameter(view, requires_grad=False)
-        return views
+            for part, plain in zip(field.parts, plain_tensors(tensors[field.name]), strict=True):
+                part.view(buffer).copy_(plain.view(part.shape))
+
+    def fits(self, tensors: Mapping[str, torch.Tensor | None]) -> bool:
+        """Whether these parameters, by name, are what is laid out."""
+        return all(field.fits(tensors.get(field.name)) for field in self.fields)
 
 
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:

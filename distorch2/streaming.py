@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from .quantised import to_device
 from .schedule import Schedule
 from .slab import SlabLayout, allocate
 from .transfer import Copy, Transfer
@@ -42,6 +43,10 @@ class StreamedLayer:
         with torch.inference_mode(False):
             return self.layout.parameters(buffer[self._offset :])
 
+    def pack(self, slab: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
+        """Copy these weights, by name, and the others of the module into its place in the slab."""
+        self.layout.write(slab[self._offset :], {**self.module._parameters, **values})
+
     def bind(self, slab: torch.Tensor) -> None:
         self.outside = self.views(slab)
         self._bindings = [(name, parameter, parameter.data_ptr()) for name, parameter in self.outside.items()]
@@ -57,13 +62,8 @@ class StreamedLayer:
         return True
 
     def fits(self, values: Mapping[str, torch.Tensor]) -> bool:
-        """Whether the layout can hold these weights together with the module's others."""
-        weights = {**self.module._parameters, **values}
-        return all(
-            weights[field.name].shape == field.shape
-            and (field.name not in values or values[field.name].dtype == field.dtype)
-            for field in self.layout.fields
-        )
+        """Whether these weights and the module's others are what is laid out."""
+        return self.layout.fits({**self.module._parameters, **values})
 
 
 class StreamedGroup:
@@ -93,9 +93,7 @@ class StreamedGroup:
         """Serve these weights, by layer and name, together with the others that the modules have, from a new slab."""
         slab = allocate(self.num_bytes, self._donor)
         for layer in self.living:
-            weights = {**layer.module._parameters, **values.get(layer, {})}
-            for name, parameter in layer.views(slab).items():
-                parameter.data.copy_(weights[name])
+            layer.pack(slab, values.get(layer, {}))
         self.slab = slab
         for layer in self.living:
             layer.bind(slab)
@@ -201,4 +199,4 @@ class Streamer:
 
 
 def _copied(parameter: torch.nn.Parameter | None, device: torch.device) -> torch.nn.Parameter | None:
-    return parameter if parameter is None else torch.nn.Parameter(parameter.to(device), requires_grad=False)
+    return parameter if parameter is None else to_device(parameter, device)

@@ -1,5 +1,4 @@
 import comfy.ops
-import pytest
 import torch
 
 from distorch2.inventory import list_layers
@@ -38,12 +37,14 @@ def test_what_may_move_and_its_bytes():
     ]
 
 
-@pytest.mark.parametrize("kind", ["sd3_fp8_scaled"])
-def test_quantised_layers_do_not_move(checkpoints, kind):
+def test_quantised_layers_are_counted_as_the_bytes_that_they_are(checkpoints):
     from sampling import core_load
 
-    layers = {layer.name: layer for layer in list_layers(core_load(checkpoints(kind))[0].model)}
-    quantised = [layer for name, layer in layers.items() if name.endswith("attn.qkv")]
+    model = core_load(checkpoints("sd3_fp8_scaled"))[0].model
+    layers = {layer.name: layer for layer in list_layers(model)}
+    quantised = {name: layer for name, layer in layers.items() if name.endswith("attn.qkv")}
     assert quantised
-    assert not any(layer.movable for layer in quantised)
-    assert any(layer.movable for layer in layers.values())
+    for name, layer in quantised.items():
+        module = model.get_submodule(name)
+        assert layer.movable
+        assert layer.num_bytes == module.weight.numel() + 4 + module.bias.nbytes  # fp8, one scale in float32

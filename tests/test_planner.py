@@ -116,6 +116,7 @@ def test_a_layer_without_bytes_needs_no_donor():
 def test_layers_that_cannot_move_stay_on_the_compute_device():
     layers = [Layer("a", 100, movable=False), Layer("b", 100), Layer("c", 100), Layer("d", 100, movable=False)]
     assert drawing(plan(layers, "cpu,*")) == ".uu."
+    assert plan(layers, "cpu,*").notes == ("0.0 MiB cannot leave cuda:0: shared weights, buffers and the like",)
     assert drawing(plan(layers, "cuda:1,50%;cpu,50%")) == ".1u."  # the 200 bytes left are still halved
     assert drawing(plan(layers, "cuda:0,50%;cpu,50%")) == ".uu."  # the 200 bytes asked are those that cannot move
 

@@ -159,7 +159,7 @@ def test_the_locale_file_names_and_explains_what_the_node_has(newest_server):
         ("sd3.safetensors", {}),
         ("sd15_blocks.safetensors", {"unet_expert_mode_allocations": f" {ACCELERATOR.upper()} , 100% ;"}),
         ("flux.safetensors", {"unet_expert_mode_allocations": f"{ACCELERATOR},1gb*", "eject_models": True}),
-        ("sd3_no_clip_weights.safetensors", {"clip_expert_mode_allocations": f"{ACCELERATOR},*"}),
+        ("sd3.safetensors", {"clip_expert_mode_allocations": f"{ACCELERATOR},*"}),
     ],
 )
 def test_latents_are_bit_identical_to_those_of_the_core_loader(server, checkpoint, widgets):

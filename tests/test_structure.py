@@ -20,8 +20,8 @@ PURE = [
 ]
 COMFYUI_MODULES = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution", "comfyui_version"}
 # Each may import those after it, and none before it.
-LAYERS = ["loading", "patcher", "distribution", "streaming", "schedule", "inventory", "pinning", "slab"]
-LAYERS += ["transfer", "report", "planner", "plan", "checkpoint_file", "__init__"]
+LAYERS = ["loading", "patcher", "distribution", "streaming", "schedule", "moving", "inventory", "pinning"]
+LAYERS += ["slab", "quantised", "transfer", "report", "planner", "plan", "checkpoint_file", "__init__"]
 
 
 def imports(path):

@@ -1,0 +1,73 @@
+"""Moving modules' own tensors from device to device; large ones from the host by way of page-locked memory."""
+
+from __future__ import annotations
+
+import torch
+
+from .inventory import loaded_dtypes, own_tensors
+from .pinning import PinnedSlabs
+from .quantised import is_quantised, plain_tensors, rebuilder
+from .slab import allocate
+from .transfer import Upload
+
+_CPU = torch.device("cpu")
+_BUFFER_BYTES = 32 * 1024**2
+_LARGE_BYTES = 1024**2
+
+
+class Mover:
+    """Moves to one device, from `with` to its end. `pinned` page-locks the buffers, where that can be done.
+
+    As with torch's own `.to()` a tensor stays the same object where it can: others may hold it, and are not to keep
+    memory of a device that it has left.
+    """
+
+    def __init__(self, device: torch.device, pinned: PinnedSlabs) -> None:
+        self._device, self._pinned = device, pinned
+        self._buffers: list[torch.Tensor] = []
+        self._upload: Upload | None = None
+
+    def __enter__(self) -> Mover:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._upload is not None:
+            self._upload.wait()
+        for buffer in self._buffers:
+            self._pinned.unpin(buffer)
+
+    def move(self, module: torch.nn.Module) -> None:
+        """Move the tensors of the module itself, to the dtypes they are loaded in."""
+        for name, tensor in own_tensors(module).items():
+            with torch.inference_mode(tensor.is_inference()):
+                self._move(module, name, tensor)
+
+    def _move(self, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+        parts = list(zip(plain_tensors(tensor), loaded_dtypes(module, name), strict=True))
+        if all(part.device == self._device and part.dtype == dtype for part, dtype in parts):
+            return
+        moved = [self._moved(part.detach(), dtype) for part, dtype in parts]
+        if not is_quantised(tensor) and torch._has_compatible_shallow_copy_type(tensor, moved[0]):
+            tensor.data = moved[0]
+        elif name in module._parameters:
+            module._parameters[name] = rebuilder(tensor)(moved)
+        else:
+            module._buffers[name] = rebuilder(tensor)(moved).detach()
+
+    def _moved(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        # Other types than torch's own may have a shape that is not that of their data.
+        is_on_host = type(tensor) is torch.Tensor and tensor.device == _CPU != self._device
+        if is_on_host and tensor.is_contiguous() and tensor.nbytes >= _LARGE_BYTES:
+            self._set_up()
+            if self._upload is not None:
+                moved = torch.empty(tensor.shape, dtype=dtype, device=self._device)
+                self._upload.copy(tensor, moved)
+                return moved
+        return tensor.to(device=self._device, dtype=dtype)
+
+    def _set_up(self) -> None:
+        """At the first large tensor: an `Upload`, where its buffers can be page-locked."""
+        if not self._buffers:
+            self._buffers = [allocate(_BUFFER_BYTES, _CPU) for _ in range(2)]
+            if all(self._pinned.pin(buffer) for buffer in self._buffers):
+                self._upload = Upload(self._device, self._buffers)

@@ -1,0 +1,47 @@
+import torch
+
+from distorch2.moving import Mover
+from distorch2.pinning import PinnedSlabs
+from distorch2.transfer import Upload
+
+CPU = torch.device("cpu")
+
+
+class Stream:
+    def synchronize(self):
+        pass
+
+
+class Event(Stream):
+    def record(self, stream):
+        pass
+
+
+def upload_on_the_cpu(monkeypatch, buffers):
+    """The host in the place of an accelerator, with streams that do everything at once."""
+    monkeypatch.setattr(torch.cpu, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cpu, "Event", Event, raising=False)
+    return Upload(CPU, buffers)
+
+
+def test_tensors_larger_than_the_buffers_arrive_whole_and_in_the_dtype_asked_for(monkeypatch):
+    buffers = [torch.zeros(1000, dtype=torch.uint8) for _ in range(2)]
+    upload = upload_on_the_cpu(monkeypatch, buffers)
+    for shape in ((3, 5), (40, 50), (7,), (500,), ()):
+        source = torch.randn(shape)
+        for dtype in (torch.float32, torch.float16):
+            target = torch.zeros(shape, dtype=dtype)
+            upload.copy(source, target)
+            assert torch.equal(target, source.to(dtype))
+    upload.wait()
+
+
+def test_a_tensor_stays_the_same_object_and_a_cpu_needs_no_buffers():
+    module = torch.nn.Linear(1000, 1000)
+    module.weight_comfy_model_dtype = torch.float16
+    weight, expected = module.weight, module.weight.detach().half()
+    with Mover(CPU, PinnedSlabs(CPU)) as mover:
+        mover.move(module)
+        assert mover._buffers == []
+    assert module.weight is weight
+    assert torch.equal(weight, expected)
