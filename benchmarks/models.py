@@ -73,3 +73,4 @@ class Model:
 
 FLUX = Model("Flux", comfy.ldm.flux.model.Flux, _FLUX_DEV, torch.bfloat16)
 SDXL = Model("SDXL", comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel, _SDXL, torch.float16)
+BY_NAME = {model.name: model for model in (FLUX, SDXL)}

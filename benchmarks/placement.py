@@ -50,7 +50,7 @@ def start_comfyui(dynamic_vram: bool) -> None:
 
 def bytes_by_device(module) -> dict[str, int]:
     """Bytes of all parameters and buffers, by the device on which they are found."""
-    from distorch2.inventory import plain_tensors
+    from distorch2.quantised import plain_tensors
 
     found: dict[str, int] = {}
     for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
@@ -103,7 +103,7 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
-    model = {"Flux": models.FLUX, "SDXL": models.SDXL}[name]
+    model = models.BY_NAME[name]
     device = str(mm.get_torch_device())
     rows = []
     with torch.inference_mode():
@@ -161,7 +161,7 @@ def save_model(name: str, folder: Path) -> Path:
     """Write the checkpoint of a model, in a process of its own: this one is not to import ComfyUI."""
     path = folder / f"distorch2_{name}.safetensors"
     script = "import sys, placement; placement.start_comfyui(False); import models; from pathlib import Path; "
-    script += f"models.{name.upper()}.save(Path(sys.argv[1]))"
+    script += f"models.BY_NAME[{name!r}].save(Path(sys.argv[1]))"
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT / "benchmarks"), *sys.path]))
     subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=environment)
     return path

@@ -1,31 +1,38 @@
-"""On one GPU: how long a forward takes with part of the model on the CPU, against what the link allows.
+"""On one GPU: how long a step takes with part of the model on the CPU, against the link and ComfyUI's own ways.
 
     python3 tools/host.py run benchmarks/streaming.py [FOLDER] [MODEL ...]
 
-Models of full size with random weights (Flux, SDXL) are written to FOLDER (default /dev/shm; 27 GiB). The floor of a
-row is the longer of the resident forward and the copy of the streamed bytes at the measured speed of the link. Resident
-and streamed forwards take turns, so that both see the same machine. ComfyUI's own ways to run a model that does not fit
-run in processes of their own, on a GPU that has no more memory free than ours used.
+Models of full size with random weights (Flux, SDXL) are written to FOLDER (default /dev/shm; 27 GiB). A step is one
+forward among others of the same model, timed until its result is there; what it copies ahead for the next step goes on.
+Steps of the resident model and of ours take turns, three at a time, of which the first is not counted. The floor of a
+row is the longer of the resident step and the copy of the streamed bytes at the measured speed of the link.
+
+ComfyUI's own two ways to run a model that does not fit, classic and DynamicVRAM, then run on a GPU that has as much
+memory free as ours took by the driver's count; they decide themselves what they keep there. DynamicVRAM needs a process
+of its own. The forecast is that of `simulator.py` for the times of the layers in one recorded step.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from placement import save_model, start_comfyui
 from record import write_results
 
 PERCENTAGES = (0, 10, 25, 50, 75, 90, 100)
-EQUAL_MEMORY_PERCENTAGES = (50,)
 PIXELS = (512, 1024)
-WARM_UP_FORWARDS = 3
-TIMED_FORWARDS = 8
+WARM_UP_STEPS = 2
+TURNS = 4
+STEPS_IN_A_TURN = 3
 
 
 def link_gb_per_second(page_locked: bool, num_bytes: int = 1024**3) -> float:
@@ -44,17 +51,138 @@ def link_gb_per_second(page_locked: bool, num_bytes: int = 1024**3) -> float:
     return num_bytes / statistics.median(seconds[1:]) / 1e9
 
 
-def milliseconds(patcher, inputs) -> float:
+def step(patcher, inputs):
     import torch
 
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    patcher.model.apply_model(**inputs)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - started) * 1000
+    output = patcher.model.apply_model(**inputs)
+    torch.cuda.current_stream().synchronize()
+    return output
 
 
-def measure(name: str, path: str) -> dict:
+def turn_ms(patcher, inputs, num_steps: int = STEPS_IN_A_TURN) -> list[float]:
+    """Milliseconds of the steps of one turn but the first."""
+    times = []
+    for _ in range(num_steps):
+        started = time.perf_counter()
+        step(patcher, inputs)
+        times.append((time.perf_counter() - started) * 1000)
+    return times[1:]
+
+
+def recorded_step(patcher, inputs):
+    """(LayerTime by layer, in the order of running, and milliseconds in which the GPU waited for weights) of a step."""
+    import simulator
+    import torch
+
+    distribution = patcher.distribution
+    modules = [layer.module for key in distribution.plan.groups for layer in distribution.groups[key].layers]
+    number_of = {module: number for number, module in enumerate(modules)}
+    use, marks = distribution.transfer.use, []
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def recording_use(copy) -> None:
+        before = mark()
+        use(copy)
+        marks.append([before, mark()])
+
+    def after_forward(module, arguments, output) -> None:
+        marks[-1] += [mark(), number_of[module]]
+
+    hooks = [module.register_forward_hook(after_forward) for module in modules]
+    distribution.transfer.use = recording_use
+    try:
+        start = mark()
+        step(patcher, inputs)
+        end = mark()
+        torch.cuda.synchronize()
+    finally:
+        del distribution.transfer.use
+        for hook in hooks:
+            hook.remove()
+    times, nexts = {}, [record[0] for record in marks[1:]] + [end]
+    for (_, begin, leave, number), following in zip(marks, nexts, strict=True):
+        after_ms = leave.elapsed_time(following)
+        if following is end:  # what comes before the first streamed layer comes after the last of the step before
+            after_ms += start.elapsed_time(marks[0][0])
+        times[number] = simulator.LayerTime(begin.elapsed_time(leave) / 1000, after_ms / 1000)
+    stall_ms = sum(before.elapsed_time(begin) for before, begin, *_ in marks)
+    return times, stall_ms
+
+
+def forecast_ms(patcher, times, link: float) -> float:
+    import simulator
+
+    groups = patcher.distribution.plan.groups
+    group_of = [index for index, group in enumerate(groups) for _ in group.layers]
+    sizes = [group.slab_bytes for group in groups]
+    made = simulator.forecast(group_of, sizes, patcher.distribution.plan.staging_bytes, times, link * 1e9)
+    return made.step_s * 1000
+
+
+def anonymous_gib() -> float:
+    """Memory of this process that is not a file's, in GiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024**2, 2)
+
+
+@contextlib.contextmanager
+def free_memory_limited_to(num_bytes: int) -> Iterator[None]:
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    excess = torch.cuda.mem_get_info()[0] - num_bytes
+    ballast = torch.empty(excess, dtype=torch.uint8, device="cuda") if excess > 0 else None
+    try:
+        yield
+    finally:
+        del ballast
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def comfyuis_own(name: str, path: str, free_bytes: int) -> dict:
+    """ComfyUI's checkpoint loader and memory manager, in the mode that this process runs in."""
+    import comfy.model_management as mm
+    import comfy.sd
+    import models
+    import torch
+
+    model = models.BY_NAME[name]
+    inputs = {pixels: model.inputs(pixels) for pixels in PIXELS}
+    row: dict = {}
+    with free_memory_limited_to(free_bytes):
+        started = time.perf_counter()
+        patcher = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+        for pixels in PIXELS:
+            mm.load_models_gpu([patcher], memory_required=patcher.memory_required([2, *inputs[pixels]["x"].shape[1:]]))
+            step(patcher, inputs[pixels])
+            row.setdefault("load to first step s", round(time.perf_counter() - started, 2))
+            for _ in range(WARM_UP_STEPS):
+                step(patcher, inputs[pixels])
+            times = turn_ms(patcher, inputs[pixels], 1 + TURNS * (STEPS_IN_A_TURN - 1))
+            row[f"ms at {pixels} px"] = round(statistics.median(times), 1)
+        row["VRAM GiB"] = round((free_bytes - torch.cuda.mem_get_info()[0]) / 1024**3, 2)
+        mm.unload_all_models()
+        del patcher
+    return row
+
+
+def warm_up_gpu(dtype) -> None:
+    """What the first matrix product of a process takes for good is not counted for a model."""
+    import torch
+
+    square = torch.zeros(64, 64, device="cuda", dtype=dtype)
+    square @ square
+    torch.cuda.synchronize()
+
+
+def measure(name: str, path: str) -> None:
+    """Resident, ours and classic, in this process. Prints a JSON object after each row: the last one is complete."""
     start_comfyui(dynamic_vram=False)
     import comfy.model_management as mm
     import comfy.sd
@@ -65,119 +193,100 @@ def measure(name: str, path: str) -> dict:
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
-    model = {"Flux": models.FLUX, "SDXL": models.SDXL}[name]
-    device = str(mm.get_torch_device())
+    model, device = models.BY_NAME[name], str(mm.get_torch_device())
     link = link_gb_per_second(page_locked=True)
-    rows = []
+    pageable = link_gb_per_second(page_locked=False)
+    result = {"pinned link GB/s": round(link, 1), "pageable link GB/s": round(pageable, 1), "rows": []}
     with torch.inference_mode():
         inputs = {pixels: model.inputs(pixels) for pixels in PIXELS}
+        warm_up_gpu(model.dtype)
         resident = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
-        mm.load_models_gpu([resident], force_full_load=True)
+        model_bytes = resident.model_size()
+        resident.patch_model(resident.load_device)  # not through the manager, which might unload it
         expected = {}
         for pixels in PIXELS:
-            for _ in range(WARM_UP_FORWARDS):
-                expected[pixels] = resident.model.apply_model(**inputs[pixels])
-        model_bytes = resident.model_size()
+            for _ in range(WARM_UP_STEPS):
+                expected[pixels] = step(resident, inputs[pixels])
         for percent in PERCENTAGES:
+            gc.collect()
+            torch.cuda.empty_cache()
+            free_before = torch.cuda.mem_get_info()[0]
             request = ComponentRequest(device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
             started = time.perf_counter()
             patcher = load_checkpoint(path, request, request, device)[0]
             patcher.patch_model()
+            torch.cuda.synchronize()
+            step(patcher, inputs[PIXELS[0]])
             load_s = time.perf_counter() - started
             plan = patcher.distribution.plan
-            streamed_bytes = sum(group.slab_bytes for group in plan.groups)
+            copy_ms = sum(group.slab_bytes for group in plan.groups) / link / 1e6
+            rows = []
             for pixels in PIXELS:
-                for _ in range(WARM_UP_FORWARDS):
-                    output = patcher.model.apply_model(**inputs[pixels])
-                torch.cuda.synchronize()
-                same = torch.equal(output, expected[pixels])
+                for _ in range(WARM_UP_STEPS):
+                    output = step(patcher, inputs[pixels])
+                row = {
+                    "percent on cpu": percent,
+                    "pixels": pixels,
+                    "bit-identical": torch.equal(output, expected[pixels]),
+                }
                 del output
-                turns = [
-                    (milliseconds(resident, inputs[pixels]), milliseconds(patcher, inputs[pixels]))
-                    for _ in range(TIMED_FORWARDS)
-                ]
-                resident_ms, ours_ms = (statistics.median(values) for values in zip(*turns))
-                copy_ms = streamed_bytes / link / 1e6
+                turns = [(turn_ms(resident, inputs[pixels]), turn_ms(patcher, inputs[pixels])) for _ in range(TURNS)]
+                resident_ms, ours_ms = (statistics.median(itertools.chain(*times)) for times in zip(*turns))
                 floor_ms = max(resident_ms, copy_ms)
-                rows.append(
-                    {
-                        "pixels": pixels,
-                        "percent on cpu": percent,
-                        "streamed GiB": round(streamed_bytes / GIB, 2),
-                        "groups": len(plan.groups),
-                        "staging MiB": plan.staging_bytes >> 20,
-                        "resident ms": round(resident_ms, 1),
-                        "ours ms": round(ours_ms, 1),
-                        "floor ms": round(floor_ms, 1),
-                        "ours / floor": round(ours_ms / floor_ms, 3),
-                        "percent of link": round(100 * copy_ms / ours_ms, 1),
-                        "bit-identical": same,
-                        "load s": round(load_s, 2),
+                row |= {
+                    "resident ms": round(resident_ms, 1),
+                    "ours ms": round(ours_ms, 1),
+                    "floor ms": round(floor_ms, 1),
+                    "ours / floor": round(ours_ms / floor_ms, 3),
+                    "percent of link": round(100 * copy_ms / ours_ms, 1),
+                }
+                if plan.groups:
+                    times, stall_ms = recorded_step(patcher, inputs[pixels])
+                    row |= {
+                        "exposed stall ms": round(stall_ms, 1),
+                        "forecast ms": round(forecast_ms(patcher, times, link), 1),
                     }
-                )
-                print(name, json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                rows.append(row)
+            used_bytes = free_before - torch.cuda.mem_get_info()[0]
+            facts = {
+                "streamed GiB": round(sum(group.slab_bytes for group in plan.groups) / GIB, 2),
+                "streamed layers": len(plan.streamed),
+                "groups": len(plan.groups),
+                "staging MiB": plan.staging_bytes >> 20,
+                "VRAM GiB": round(used_bytes / GIB, 2),
+                "host memory GiB": anonymous_gib(),
+                "load to first step s": round(load_s, 2),
+            }
             patcher.detach()
             del patcher
-    return {"pinned link GB/s": round(link, 1), "pageable link GB/s": round(link_gb_per_second(False), 1), "rows": rows}
+            classic = comfyuis_own(name, path, used_bytes) if percent else {}
+            result["rows"].append({**facts, "used bytes": used_bytes, "at": rows, "classic at equal VRAM": classic})
+            print(name, json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+            print(json.dumps(result), flush=True)
 
 
-def with_limited_memory(mode: str, name: str, path: str, percent: int, free_bytes: int) -> dict:
-    """One of "ours", "classic" and "dynamic" in a process of its own, on a GPU with `free_bytes` free (0: all of it).
-
-    Classic and dynamic are ComfyUI's own ways to run a model that does not fit, with DynamicVRAM off and on, and they
-    decide themselves what they keep on the GPU. Memory is what the driver counts.
-    """
-    start_comfyui(dynamic_vram=mode == "dynamic")
-    import comfy.model_management as mm
-    import comfy.sd
+def measure_dynamic(name: str, path: str, free_bytes: list[int]) -> None:
+    """DynamicVRAM on a GPU with so much free, one row after another. Prints as `measure` does."""
+    start_comfyui(dynamic_vram=True)
     import models
     import torch
 
-    from distorch2.loading import load_checkpoint
-    from distorch2.plan import GIB, ComponentRequest, VirtualVram
-
     torch.set_grad_enabled(False)
-    model = {"Flux": models.FLUX, "SDXL": models.SDXL}[name]
-    device = mm.get_torch_device()
-    inputs = {pixels: model.inputs(pixels) for pixels in PIXELS}
-    torch.zeros(64, 64, device=device, dtype=model.dtype) @ torch.zeros(64, 64, device=device, dtype=model.dtype)
-    torch.cuda.synchronize()
-    free_at_start = torch.cuda.mem_get_info()[0]
-    ballast = torch.empty(free_at_start - free_bytes, dtype=torch.uint8, device=device) if free_bytes else None
-    result = {"mode": mode}
+    warm_up_gpu(models.BY_NAME[name].dtype)
+    rows = []
     with torch.inference_mode():
-        if mode == "ours":
-            model_bytes = os.path.getsize(path)
-            request = ComponentRequest(str(device), VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
-            patcher = load_checkpoint(path, request, request, str(device))[0]
-        else:
-            patcher = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
-        started = time.perf_counter()
-        for pixels in PIXELS:
-            needed = patcher.memory_required([2, *inputs[pixels]["x"].shape[1:]])
-            mm.load_models_gpu([patcher], memory_required=needed)
-            result.setdefault("place s", round(time.perf_counter() - started, 2))
-            for _ in range(WARM_UP_FORWARDS):
-                patcher.model.apply_model(**inputs[pixels])
-            result[f"ms at {pixels} px"] = round(
-                statistics.median(milliseconds(patcher, inputs[pixels]) for _ in range(TIMED_FORWARDS)), 1
-            )
-    result["used bytes"] = (free_bytes or free_at_start) - torch.cuda.mem_get_info()[0]
-    del ballast
-    return result
+        for num_bytes in free_bytes:
+            rows.append(comfyuis_own(name, path, num_bytes))
+            print(name, "dynamic", json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            print(json.dumps({"rows": rows}), flush=True)
 
 
-def equal_memory(name: str, path: str, percent: int) -> list[dict]:
-    """Ours, then ComfyUI's own two ways on a GPU that has no more free than ours used."""
-    rows, free_bytes = [], 0
-    for mode in ("ours", "classic", "dynamic"):
-        command = [sys.executable, __file__, "--limited", mode, name, path, str(percent), str(free_bytes)]
-        result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        row = json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else {"mode": mode, "failed": True}
-        rows.append({"percent on cpu": percent, **row})
-        print(name, json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        free_bytes = free_bytes or row.get("used bytes", 0)
-    return rows
+def run(*arguments: str) -> dict:
+    """What this script prints last with these arguments, also when it breaks off: it says so then."""
+    result = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+    printed = json.loads(lines[-1]) if lines else {"rows": []}
+    return printed if result.returncode == 0 else {**printed, "broke off with status": result.returncode}
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -185,12 +294,12 @@ def main(folder: Path, names: list[str]) -> None:
     for name in names:
         path = save_model(name, folder)
         try:
-            equal = [row for percent in EQUAL_MEMORY_PERCENTAGES for row in equal_memory(name, str(path), percent)]
-            results[name] = {"at equal memory": equal}
+            results[name] = run("--measure", name, str(path))
             write_results("streaming", results)
-            command = [sys.executable, __file__, "--measure", name, str(path)]
-            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            results[name] |= json.loads(result.stdout.splitlines()[-1])
+            limited = [row for row in results[name]["rows"] if row["streamed GiB"]]
+            dynamic = run("--dynamic", name, str(path), *(str(row["used bytes"]) for row in limited))
+            for row, measured in itertools.zip_longest(limited, dynamic["rows"]):
+                row["DynamicVRAM at equal VRAM"] = measured
             write_results("streaming", results)
         finally:
             path.unlink(missing_ok=True)
@@ -198,8 +307,8 @@ def main(folder: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measure(sys.argv[2], sys.argv[3])))
-    elif sys.argv[1:2] == ["--limited"]:
-        print(json.dumps(with_limited_memory(*sys.argv[2:5], int(sys.argv[5]), int(sys.argv[6]))))
+        measure(sys.argv[2], sys.argv[3])
+    elif sys.argv[1:2] == ["--dynamic"]:
+        measure_dynamic(sys.argv[2], sys.argv[3], [int(number) for number in sys.argv[4:]])
     else:
         main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"), sys.argv[2:] or ["Flux", "SDXL"])
