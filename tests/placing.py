@@ -1,0 +1,67 @@
+"""Loading with weights on a donor, for tests in process.
+
+On a machine without an accelerator the CPU computes and simulated accelerators lend memory; with one, it computes and
+the CPU lends. (Simulated ones cannot be registered beside real ones: torch then takes them for the machine's own.)
+"""
+
+import gc
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_management as mm
+import pytest
+import torch
+
+from allocation_parser import parse_allocation
+from distorch2.loading import load_checkpoint
+from distorch2.plan import ComponentRequest, VirtualVram
+
+COMPUTE = str(mm.get_torch_device())
+HAS_SIMULATED = COMPUTE == "cpu"
+DONOR = "sim:0" if HAS_SIMULATED else "cpu"
+RESIDENT = ComponentRequest(COMPUTE, VirtualVram(0.0, DONOR))
+if HAS_SIMULATED:
+    import simulated_accelerators as sim
+
+
+@pytest.fixture(autouse=True, scope="module")
+def devices_known_to_comfyui():
+    with pytest.MonkeyPatch.context() as patches:
+        if HAS_SIMULATED:
+            sim.tell_comfyui(patches.setattr)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def inference_mode():
+    with torch.inference_mode():
+        yield
+    if HAS_SIMULATED:
+        gc.collect()
+        assert sim.used_bytes == [0, 0]
+
+
+def partly_on_donor(percent):
+    return ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},{100 - percent}%;{DONOR},*"))
+
+
+def on_donor(checkpoints, kind="sd3_no_clip_weights", percent=50):
+    """A checkpoint with `percent` of its diffusion model on the donor; LoRAs are rounded as ComfyUI rounds them."""
+    return load_checkpoint(checkpoints(kind), partly_on_donor(percent), RESIDENT, COMPUTE, high_precision_loras=False)
+
+
+def lora_for(patcher, strength=1.0, rank=4):
+    """A LoRA on every Linear of the diffusion model, as ComfyUI's loader makes it, with random numbers."""
+    generator = torch.Generator().manual_seed(3)
+    state_dict = {}
+    for name, module in patcher.model.diffusion_model.named_modules():
+        if type(module).__name__ == "Linear":  # quantised ones have a class of their own
+            rows, columns = module.weight.shape
+            state_dict[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * 0.02
+            state_dict[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(rank, columns, generator=generator)
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state_dict), keys)
+    assert patches
+    patched = patcher.clone()
+    assert set(patched.add_patches(patches, strength)) == set(patches)
+    return patched

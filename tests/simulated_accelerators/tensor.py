@@ -1,0 +1,433 @@
+"""Tensors on simulated devices: torch's own, whose memory is the host's, and the operations on them.
+
+Such a tensor is a real one, with storage, views, versions and autograd's bookkeeping in torch's hands. torch only has
+no kernels for it. The ones here run the CPU's on host tensors of the same memory, so that results are the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from . import devices
+
+_CPU = torch.device("cpu")
+_CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_SIM_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+_aten = torch.ops.aten
+
+counters = {"copies": 0, "bytes": 0, "copies_in": 0, "bytes_in": 0, "copies_across": 0, "bytes_across": 0}
+"""Copies from a simulated device to the host, from there to one, and from one to another."""
+
+
+# --- memory
+
+
+class _DLDevice(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int32), ("index", ctypes.c_int32)]
+
+
+class _DLDataType(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+class _DLManagedTensor(ctypes.Structure):
+    """DLPack's, the one way for memory of ours into a tensor of any device without C++."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device", _DLDevice),
+        ("num_dimensions", ctypes.c_int32),
+        ("dtype", _DLDataType),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    ]
+
+
+_DLPACK_EXTENSION_DEVICE, _DLPACK_UINT8 = 12, _DLDataType(1, 8, 1)
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+# One for all: torch looks for a deleter in it when it frees a storage.
+_shape = (ctypes.c_int64 * 1)()
+_managed = _DLManagedTensor(num_dimensions=1, dtype=_DLPACK_UINT8, shape=_shape)
+_managed_is_free = threading.Lock()
+
+
+def _bytes_at(address: int, num_bytes: int, index: int) -> torch.Tensor:
+    with _managed_is_free:
+        _managed.data, _managed.device, _shape[0] = address, _DLDevice(_DLPACK_EXTENSION_DEVICE, index), num_bytes
+        return torch._C._from_dlpack(_new_capsule(ctypes.addressof(_managed), b"dltensor", None))
+
+
+def on_device(host: torch.Tensor, index: int) -> torch.Tensor:
+    """A tensor on `sim:index` of the memory of `host`, which is not to be used any more. Its whole storage counts."""
+    storage = host.untyped_storage()
+    whole = _bytes_at(storage.data_ptr(), storage.nbytes(), index)
+    devices.take(storage.nbytes(), index, whole.untyped_storage(), storage)
+    return _view(whole, host)
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A host tensor of the same memory, which lives as long as `tensor` does."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() == 0:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_CPU)
+    # No operation can resize it: that would free memory which is not its own.
+    of_host = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), _CPU, storage.nbytes())
+    empty = torch.empty(0, dtype=tensor.dtype, device=_CPU)
+    return _with_marks(empty.set_(of_host, tensor.storage_offset(), tensor.shape, tensor.stride()), tensor)
+
+
+def _with_marks(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor`, to be read as conjugated or negated where `like` is."""
+    if tensor.is_conj() != like.is_conj():
+        tensor = tensor.conj()
+    return torch._neg_view(tensor) if tensor.is_neg() != like.is_neg() else tensor
+
+
+def _view(base: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+    """A tensor of the storage of `base`, but of the dtype, shape and strides of `host`."""
+    if base.dtype != host.dtype:
+        base = _with_marks(base, torch.empty(0))
+        whole = base.untyped_storage().nbytes() // base.itemsize // host.itemsize * host.itemsize
+        flat = _aten.as_strided.default.redispatch(_CPU_KERNELS, base, [whole], [1], 0)
+        base = _aten.view.dtype.redispatch(_SIM_KERNELS, flat, host.dtype)
+    # The CPU's kernel asks nothing about the device, and the result is of the kind of `base`.
+    view = _aten.as_strided.default.redispatch(_CPU_KERNELS, base, host.shape, host.stride(), host.storage_offset())
+    return _with_marks(view, host)
+
+
+def _is_simulated(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == devices.NAME
+
+
+# --- operations
+
+
+# Beside those that torch calls pointwise, these take scalars that lie on the host.
+_TAKE_HOST_SCALARS = {"where", "masked_fill", "masked_fill_", "fill", "fill_", "index_fill", "index_fill_", "full_like"}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+
+
+_PlainGenerator = torch.Generator
+_generators: set[int] = set()
+
+
+class _GeneratorType(type(_PlainGenerator)):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _PlainGenerator)
+
+
+class _Generator(_PlainGenerator, metaclass=_GeneratorType):
+    """A generator of random numbers for a simulated device; those of other devices stay torch's own."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> torch.Generator:
+        if torch.device(device).type != devices.NAME:
+            return _PlainGenerator(device)
+        generator = super().__new__(cls)
+        generator._simulated = torch.device(devices.NAME, devices.index_of(device))
+        # Operations get another Python object for it.
+        _generators.add(generator._cdata)
+        weakref.finalize(generator, _generators.discard, generator._cdata).atexit = False
+        return generator
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+
+    @property
+    def device(self) -> torch.device:
+        return self._simulated
+
+
+class _Operation:
+    """Runs one operation of torch on the host."""
+
+    def __init__(self, operation: torch._ops.OpOverload) -> None:
+        self.operation = operation
+        self.name = operation._schema.name.partition("::")[2]
+        self._packet = packet = operation.overloadpacket
+        self._takes_host_scalars = self.name in _TAKE_HOST_SCALARS or any(
+            torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+        )
+        arguments = operation._schema.arguments
+        # A number that takes the place of a tensor comes as a number, which only another overload takes.
+        self._tensors = [i for i, a in enumerate(arguments) if str(a.type) == "Tensor"]
+        self._written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+        self._written_names = {arguments[i].name for i in self._written}
+        self._is_view = any(r.alias_info and not r.alias_info.is_write for r in operation._schema.returns)
+        self._index_positions = {1} if self.name in _INDEXING else set()
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        call = _Call(self.name)
+        host_args = []
+        for position, argument in enumerate(args):
+            is_written = position in self._written
+            may_be_scalar = self._takes_host_scalars and not is_written
+            may_be_host = position in self._index_positions
+            # The values that are put may be a scalar of the host, too.
+            may_be_scalar |= bool(self._index_positions) and position == 2
+            host_args.append(call.argument(argument, is_written, may_be_scalar, may_be_host))
+        host_options = {
+            name: call.argument(value, name in self._written_names, False, False) for name, value in options.items()
+        }
+        if not self._is_view:
+            call.wait_for_copies()
+        has_numbers = any(isinstance(args[i], (int, float, complex)) for i in self._tensors if i < len(args))
+        result = (self._packet if has_numbers else self.operation)(*host_args, **host_options)
+        call.take_over_resized()
+        return call.result(result)
+
+
+class _Call:
+    """Which host tensor stands for which simulated one in one call."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._index: int | None = None
+        self._first_host: torch.Tensor | None = None
+        self._results_on_host = False
+        self._originals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._bases: dict[int, torch.Tensor] = {}
+        self._written: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def argument(self, value: Any, is_written: bool, may_be_scalar: bool, may_be_host: bool) -> Any:
+        if isinstance(value, torch.Tensor):
+            if not _is_simulated(value):
+                if not (may_be_host or (may_be_scalar and value.dim() == 0)):
+                    self._first_host = value
+                    self._refuse_mixed("cpu")
+                return value
+            self._set_index(value.device.index)
+            host = on_host(value)
+            self._originals[id(host)] = (host, value)
+            if address := host.untyped_storage().data_ptr():
+                self._bases[address] = value
+            if is_written:
+                self._written.append((host, value))
+            return host
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.argument(item, is_written, may_be_scalar, may_be_host) for item in value)
+        if isinstance(value, dict):
+            return {k: self.argument(item, is_written, may_be_scalar, may_be_host) for k, item in value.items()}
+        if isinstance(value, torch.device):
+            if value.type != devices.NAME:
+                self._results_on_host = True
+                return value
+            self._set_index(devices.index_of(value))
+            return _CPU
+        if isinstance(value, _PlainGenerator) and value._cdata not in _generators:
+            raise RuntimeError(f"Expected a 'sim' device type for generator but found '{value.device.type}'")
+        return value
+
+    def _set_index(self, index: int) -> None:
+        if self._index not in (None, index):
+            self._refuse(f"{devices.NAME}:{self._index}", f"{devices.NAME}:{index}")
+        self._index = index
+        self._refuse_mixed("cpu")
+
+    def _refuse_mixed(self, other: str) -> None:
+        if self._index is not None and self._first_host is not None:
+            self._refuse(f"{devices.NAME}:{self._index}", other)
+
+    def _refuse(self, one: str, other: str) -> None:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {one} and {other}! "
+            f"(when running {self._name})"
+        )
+
+    def wait_for_copies(self) -> None:
+        """Work on a stream comes after the copies that were submitted to it."""
+        if devices.defers_copies and self._index is not None:
+            devices.current_stream(self._index).finish()
+
+    def take_over_resized(self) -> None:
+        """What was resized has another shape, and other memory if it had none."""
+        for host, original in self._written:
+            if host.shape != original.shape or host.stride() != original.stride():
+                if host.untyped_storage().data_ptr() == original.untyped_storage().data_ptr():
+                    _set_data(original, _view(original, host))
+                else:
+                    _set_data(original, on_device(host, original.device.index))
+
+    def result(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) in self._originals:
+                return self._originals[id(value)][1]
+            if self._results_on_host:
+                return value
+            address = value.untyped_storage().data_ptr()
+            if address in self._bases:
+                return _view(self._bases[address], value)
+            made = on_device(value, devices.index_of(self._index))
+            if address:
+                self._bases[address] = made
+            return made
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.result(item) for item in value)
+        return value
+
+
+_operations: dict[torch._ops.OpOverload, _Operation] = {}
+
+
+def _run(operation: torch._ops.OpOverload, *args: Any, **options: Any) -> Any:
+    if operation not in _operations:
+        _operations[operation] = _Operation(operation)
+    return _operations[operation](*args, **options)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    simulated = [tensor.device for tensor in (target, source) if _is_simulated(tensor)]
+    kind = {(False, True): "", (True, False): "_in"}.get((_is_simulated(target), _is_simulated(source)))
+    if kind is None and target.device != source.device:
+        kind = "_across"
+    if kind is not None:
+        counters[f"copies{kind}"] += 1
+        counters[f"bytes{kind}"] += source.nbytes
+    host_target = on_host(target) if _is_simulated(target) else target
+    host_source = on_host(source) if _is_simulated(source) else source
+    streams = [stream for stream in map(devices.current_stream, simulated) if not stream.is_default]
+    if devices.defers_copies and non_blocking and streams:
+        # `target` and `source` keep the memory.
+        streams[0].submit(lambda: (host_target.copy_(host_source), target, source))
+        return target
+    for stream in streams:
+        stream.finish()
+    host_target.copy_(host_source)
+    return target
+
+
+def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    return _copy(target, source, non_blocking)
+
+
+def _to_copy(
+    source: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> torch.Tensor:
+    host = on_host(source) if _is_simulated(source) else source
+    target = torch.empty_like(host, dtype=dtype, device=_CPU, memory_format=memory_format or torch.preserve_format)
+    device = device or source.device
+    if device.type == devices.NAME:
+        target = on_device(target, devices.index_of(device))
+    return _copy(target, source, non_blocking)
+
+
+def _resize(
+    tensor: torch.Tensor, size: Sequence[int], *, memory_format: torch.memory_format | None = None
+) -> torch.Tensor:
+    options = {} if memory_format is None else {"memory_format": memory_format}
+    if tensor.numel() < math.prod(size):
+        new = torch.empty(size, dtype=tensor.dtype, device=_CPU, **options)
+        flat = torch.as_strided(new, (tensor.numel(),), (1,))
+        flat.copy_(on_host(tensor).reshape(-1))
+        _set_data(tensor, on_device(new, tensor.device.index))
+    else:
+        _set_data(tensor, _view(tensor, on_host(tensor).resize_(size, **options)))
+    return tensor
+
+
+def _set_storage(operation: torch._ops.OpOverload, *args: Any) -> torch.Tensor:
+    return operation.redispatch(_CPU_KERNELS, *args)
+
+
+# --- what torch has to know
+
+
+_set_data = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
+_get_data = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
+
+
+def _crosses_over(one: torch.Tensor, other: torch.Tensor) -> bool:
+    are_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (one, other))
+    return are_plain and {one.device.type, other.device.type} == {"cpu", devices.NAME}
+
+
+def _can_take_data(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return _crosses_over(one, other) or one.device.type == other.device.type
+
+
+_KERNELS = {
+    "_has_compatible_shallow_copy_type": _can_take_data,
+    "copy_": _copy,
+    "_copy_from": _copy_from,
+    "_copy_from_and_resize": _copy_from,
+    "_to_copy": _to_copy,
+    "resize_": _resize,
+    "set_.source_Storage_storage_offset": functools.partial(_set_storage, _aten.set_.source_Storage_storage_offset),
+    "is_pinned": lambda tensor, device=None: False,
+    "record_stream": lambda tensor, stream: None,
+}
+_IN_PARTS_BY_DEVICE = {"linear", "matmul", "scaled_dot_product_attention", "convolution"}
+"""Beside those for which the CPU has a kernel, torch runs these in other parts on other devices."""
+
+
+def _ready_made() -> Iterable[str]:
+    """Operations that torch would run in parts on this device, and the CPU does not."""
+    for full_name in torch._C._dispatch_get_all_op_names():
+        namespace, _, name = full_name.partition("::")
+        if namespace != "aten" or name in _KERNELS:
+            continue
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(full_name, "CPU")
+        if not has_kernel and name.partition(".")[0] not in _IN_PARTS_BY_DEVICE:
+            continue
+        if torch._C._dispatch_has_computed_kernel_for_dispatch_key(full_name, "PrivateUse1"):
+            yield name
+
+
+def _assign_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """`tensor.data = data`, from device to device as well, which torch does for its own devices only."""
+    if not (isinstance(data, torch.Tensor) and _crosses_over(tensor, data)):
+        _set_data(tensor, data)
+        return
+    other = data.detach().requires_grad_(tensor.requires_grad)
+    torch._C._swap_tensor_impl(tensor, other)
+
+
+def _storage_clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """For deep copies: torch takes memory of a device from an allocator in C++."""
+    if storage.device.type != devices.NAME:
+        return _plain_clone(storage)
+    copy = torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device)
+    return copy.copy_(copy.new_empty(0).set_(storage, 0, (storage.nbytes(),), (1,))).untyped_storage()
+
+
+_plain_clone = torch.UntypedStorage.clone
+
+
+def install() -> None:
+    """Register the backend, once in a process."""
+    if hasattr(torch, devices.NAME):
+        return
+    _setup_privateuseone_for_python_backend(devices.NAME, backend_module=devices.torch_module)
+    global _libraries  # what is registered lasts as long as these objects
+    _libraries = [torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")]
+    fallback, aten = _libraries
+    ready_made = list(_ready_made())
+    fallback.fallback(_run, "PrivateUse1")
+    kernels: dict[str, Callable[..., Any]] = {}
+    for name in ready_made:
+        packet, _, overload = name.partition(".")
+        kernels[name] = functools.partial(_run, getattr(getattr(_aten, packet), overload or "default"))
+    for name, kernel in {**kernels, **_KERNELS}.items():
+        aten.impl(name, kernel, "PrivateUse1")
+    torch.Generator = _Generator
+    torch.UntypedStorage.clone = _storage_clone
+    torch.Tensor.data = property(lambda tensor: _get_data(tensor), _assign_data)
