@@ -48,8 +48,9 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                     default=True,
                     optional=True,
                     advanced=True,
-                    tooltip="No effect in this version: the result of a LoRA is rounded to the precision that its "
-                    "weight is stored in, as ComfyUI does.",
+                    tooltip="For checkpoints in fp8 or smaller: a weight that a LoRA changes is kept in the precision "
+                    "of computation, and takes two to four times its memory. Off: it is rounded to fp8 again, as "
+                    "ComfyUI does.",
                 ),
                 io.Boolean.Input(
                     "eject_models",
@@ -113,6 +114,7 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
             _request(unet_compute_device, unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations),
             _request(clip_compute_device, clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations),
             vae_device,
+            high_precision_loras=high_precision_loras,
             eject_models=eject_models,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar, cast
 
 import comfy.utils
 import torch
 
-from .inventory import layout_of, loaded_dtypes
+from .donor_share import DonorShare
+from .inventory import layout_of, loaded_dtypes, note_dtype
 from .moving import Mover
 from .pinning import PinnedSlabs
-from .plan import Group, Plan
-from .quantised import plain_tensors, to_device
+from .plan import GIB, Group, Plan
+from .quantised import as_parameter, plain_tensors, to_device
 from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Transfer
 
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
+_T = TypeVar("_T")
 
 
 class Distribution:
-    """Where the weights of one module lie. Held by the module, so that all who share the module share it."""
+    """Where the weights of one module lie. Held by the module, so that all who share the module share it.
+
+    `asked` is the plan as it was made, and `plan` the one that is served: groups are evicted from the compute device
+    while there is no room for them. Groups that are planned for an accelerator lie on the host while that has none.
+    """
 
     def __init__(self, module: torch.nn.Module, plan: Plan) -> None:
-        self.plan = plan
+        self.asked = self.plan = plan
         self.device = torch.device(plan.compute_device)
         self.groups: dict[Group, StreamedGroup] = {}
         self.streamer: Streamer | None = None
         self.transfer = Transfer(self.device)
         self.pinned = PinnedSlabs(self.device)
+        self.shares = [DonorShare(self, torch.device(donor)) for donor in plan.donors if torch.device(donor) != _CPU]
+        self._limits: dict[torch.device, float] = {}
+        self._is_interrupted = False
         self._module = weakref.ref(module)
         self._served: weakref.WeakKeyDictionary[torch.nn.Module, tuple[StreamedGroup, StreamedLayer]]
         self._served = weakref.WeakKeyDictionary()
@@ -48,33 +58,56 @@ class Distribution:
     def is_placed(self) -> bool:
         return self.streamer is not None
 
-    def place(self) -> None:
-        """Put every layer where the plan has it, one after another, and start serving the streamed ones.
+    @property
+    def compute_bytes(self) -> int:
+        """What is on the compute device: resident layers and the staging buffer."""
+        if self.streamer is None:
+            return 0
+        return self.plan.bytes_on(self.plan.compute_device) + self.streamer.staging.nbytes
 
-        What is on the module but not in the plan, since somebody put it there, goes to the compute device as well.
+    def bytes_asked_of(self, donor: torch.device) -> int:
+        return sum(key.slab_bytes for key in self.asked.groups if torch.device(key.device) == donor)
+
+    def bytes_on(self, donor: torch.device) -> int:
+        return sum(group.num_bytes for group in self.groups.values() if group.slab.device == donor)
+
+    def place(self, plan: Plan | None = None) -> None:
+        """Put every layer where `plan` has it, one after another, and start serving the streamed ones.
+
+        The plan is `asked`, perhaps with layers evicted or with extra bytes. What is on the module but not in the plan,
+        since somebody put it there, goes to the compute device as well.
         """
-        module = self._root
-        if self.is_placed:
+        module, plan, before = self._root, plan or self.asked, self.plan
+        self.plan = plan
+        if self.is_placed and plan.evicted == before.evicted:
             self._move_the_others(module, self.device)
             return
+        self._stop_serving()
+        self._log_evicted(before)
         _fill_missing(module)
-        for group in self.plan.groups:
-            if group not in self.groups or not self.groups[group].is_bound():
-                modules = [module.get_submodule(layer.name) for layer in group.layers]
-                layouts = [layout_of(child) for child in modules]
-                self._serve(group, StreamedGroup(modules, layouts, torch.device(group.device)))
+        # What leaves the compute device does so before anything else is put there.
+        homes = self._homes()
+        for key in plan.groups:
+            if key not in self.groups or not self.groups[key].is_bound():
+                self._serve(key, [module.get_submodule(layer.name) for layer in key.layers], homes[key])
+            elif self.groups[key].slab.device != homes[key]:
+                self._move(key, homes[key])
+        returned = [self._unserve(key).slab for key in list(self.groups) if key not in homes]
         self._move_the_others(module, self.device)
-        groups = [self.groups[group] for group in self.plan.groups]
-        self.streamer = Streamer(groups, self.transfer, self.plan.staging_bytes)
-        self.streamer.attach()
-        slabs = [group.slab for group in groups if group.slab.device == _CPU]
-        num_pinned = sum([self.pinned.pin(slab) for slab in slabs])
-        if num_pinned < len(slabs) and self.device != _CPU:
-            logger.info(
-                "DisTorch2: %d of %d groups of layers on the host are not page-locked, and are copied more slowly",
-                len(slabs) - num_pinned,
-                len(slabs),
-            )
+        for slab in returned:
+            self.pinned.unpin(slab)
+        self._start_serving()
+
+    def limit(self, donor: torch.device, num_bytes: float) -> None:
+        """Keep no more than `num_bytes` of slabs on a donor, and the others that are planned for it on the host."""
+        self._limits[donor] = num_bytes
+        homes = self._homes() if self.is_placed else {}
+        moving = [key for key, home in homes.items() if self.groups[key].slab.device != home]
+        if moving:
+            self.settle()
+        for key in moving:
+            if self.groups[key].is_bound():
+                self._move(key, homes[key])
 
     def release(self, originals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Take everything back to the host and stop serving. Slabs on the host stay, if they hold the weights.
@@ -83,19 +116,17 @@ class Distribution:
         other device.
         """
         module = self._root
-        if self.streamer is not None:
-            self.streamer.detach()
-            self.streamer = None
+        self._stop_serving()
+        self._is_interrupted = False
         _unpin_all(self.transfer, self.pinned)
         for layer_name, values in originals.items():
             child = module.get_submodule(layer_name)
             for name, value in values.items():
-                child._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+                child._parameters[name] = as_parameter(value)
+                note_dtype(child, name, value)
         for key, group in list(self.groups.items()):
             if group.slab.device != _CPU or not group.is_bound():
-                del self.groups[key]
-                for layer in group.living:
-                    self._served.pop(layer.module, None)
+                self._unserve(key)
         self._move_the_others(module, _CPU)
 
     @contextlib.contextmanager
@@ -138,24 +169,100 @@ class Distribution:
             else:
                 in_slabs.setdefault(group, {})[layer] = values
         for group, of_layers in in_slabs.items():
-            if not all(layer.fits(of_layers.get(layer, {})) for layer in group.living):
+            if all(layer.fits(of_layers.get(layer, {})) for layer in group.living):
+                replaced = group.slab
+                _there_or_on_host(functools.partial(group.pack, of_layers), replaced.device)
+                self.pinned.unpin(replaced)
+                if self.is_placed:
+                    self.pinned.pin(group.slab)
+            else:
                 for layer, values in of_layers.items():
                     _set(layer.module, values)
-                continue
-            replaced = group.slab
-            group.pack(of_layers)
-            self.pinned.unpin(replaced)
-            if self.is_placed:
-                self.pinned.pin(group.slab)
+                self._lay_out_again(group)
+
+    def resume(self) -> None:
+        """After `replace`: serve again, if weights of another size made it stop."""
+        if self._is_interrupted:
+            self._start_serving()
 
     def keeps_replaced(self, layer_name: str) -> bool:
         """Whether weights that `replace` replaces go on lying in host memory, so that they need no copy."""
         group, _ = self._find(self._root.get_submodule(layer_name))
         return group is not None and group.slab.device == _CPU
 
-    def _serve(self, key: Group, group: StreamedGroup) -> None:
-        self.groups[key] = group
+    def is_streamed(self, module: torch.nn.Module) -> bool:
+        return module in self._served
+
+    def _homes(self) -> dict[Group, torch.device]:
+        """Where the slab of every group is to lie: the first on their donors, as far as the limits there allow."""
+        homes, used = {}, dict.fromkeys(self._limits, 0)
+        for key in self.plan.groups:
+            device = torch.device(key.device)
+            if device in self._limits:
+                if used[device] + key.slab_bytes > self._limits[device]:
+                    device = _CPU
+                else:
+                    used[device] += key.slab_bytes
+            homes[key] = device
+        return homes
+
+    def _serve(self, key: Group, modules: Sequence[torch.nn.Module], device: torch.device) -> None:
+        """From `device`, or from the host where that has no memory."""
+        layouts = [layout_of(module) for module in modules]
+        self.groups[key] = group = _there_or_on_host(lambda there: StreamedGroup(modules, layouts, there), device)
         self._served.update({layer.module: (group, layer) for layer in group.living})
+
+    def _lay_out_again(self, group: StreamedGroup) -> None:
+        self._is_interrupted |= self.is_placed
+        self._stop_serving()
+        key = next(key for key, each in self.groups.items() if each is group)
+        self._serve(key, [layer.module for layer in group.living], group.slab.device)
+        self.pinned.unpin(group.slab)
+
+    def _move(self, key: Group, device: torch.device) -> None:
+        group = self.groups[key]
+        replaced = group.slab
+        _there_or_on_host(group.move, device)
+        self.pinned.unpin(replaced)
+        if self.is_placed:
+            self.pinned.pin(group.slab)
+
+    def _unserve(self, key: Group) -> StreamedGroup:
+        group = self.groups.pop(key)
+        for layer in group.living:
+            if self._find(layer.module)[0] is group:
+                del self._served[layer.module]
+        return group
+
+    def _start_serving(self) -> None:
+        groups = [self.groups[key] for key in self.plan.groups]
+        self.streamer = _with_staging_buffer(groups, self.transfer, self.plan.staging_bytes)
+        self.streamer.attach()
+        self._is_interrupted = False
+        slabs = [group.slab for group in groups if group.slab.device == _CPU]
+        num_pinned = sum([self.pinned.pin(slab) for slab in slabs])
+        if num_pinned < len(slabs) and self.device != _CPU:
+            logger.info(
+                "DisTorch2: %d of %d groups of layers on the host are not page-locked, and are copied more slowly",
+                len(slabs) - num_pinned,
+                len(slabs),
+            )
+
+    def _stop_serving(self) -> None:
+        if self.streamer is not None:
+            self.streamer.detach()
+            self.streamer = None
+
+    def _log_evicted(self, plan_before: Plan) -> None:
+        before, now = (sum(group.num_bytes for group in plan.evicted) for plan in (plan_before, self.plan))
+        if before != now:
+            logger.info(
+                "DisTorch2: %.2f GiB of %s planned for %s are %s",
+                (now or before) / GIB,
+                type(self._root).__name__,
+                self.device,
+                "streamed from the host, for want of room" if now else "resident again",
+            )
 
     def _move_the_others(self, module: torch.nn.Module, device: torch.device) -> None:
         with Mover(device, self.pinned) as mover:
@@ -168,6 +275,33 @@ class Distribution:
         return self._served.get(child, (None, None))
 
 
+def _there_or_on_host(make: Callable[[torch.device], _T], device: torch.device) -> _T:
+    """What `make` makes on `device`, or on the host where that has no memory left."""
+    try:
+        return make(device)
+    except torch.OutOfMemoryError as error:
+        if device == _CPU:
+            raise
+        logger.warning(
+            "DisTorch2: %s is full; a group of layers planned for it is on the host (%s)", device, str(error)
+        )
+        return make(_CPU)
+
+
+def _with_staging_buffer(groups: Sequence[StreamedGroup], transfer: Transfer, num_bytes: int) -> Streamer:
+    """With a smaller buffer where there is no memory for `num_bytes`: the largest group has to fit."""
+    smallest = max((group.num_bytes for group in groups), default=0)
+    num_bytes = max(num_bytes, smallest)
+    while True:
+        try:
+            return Streamer(groups, transfer, num_bytes)
+        except torch.OutOfMemoryError:
+            if num_bytes <= smallest:
+                raise
+            num_bytes = max(smallest, num_bytes // 2)
+            logger.warning("DisTorch2: %s is full; streaming through %d MiB", transfer.device, num_bytes >> 20)
+
+
 def _unpin_all(transfer: Transfer, pinned: PinnedSlabs) -> None:
     """Memory must not be freed while it is page-locked, nor unlocked while it is copied from."""
     transfer.wait()
@@ -178,6 +312,7 @@ def _set(child: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Give a module new parameters, on the devices of those that it has."""
     for name, value in values.items():
         device = plain_tensors(getattr(child, name))[0].device
+        note_dtype(child, name, value)
         comfy.utils.set_attr_param(child, name, to_device(value, device))
 
 

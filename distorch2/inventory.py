@@ -11,6 +11,8 @@ from .plan import Layer
 from .quantised import is_quantised, plain_tensors
 from .slab import SlabLayout
 
+_REPLACED = "distorch2_replaced_dtypes"
+
 
 def list_layers(module: torch.nn.Module) -> list[Layer]:
     """The modules with weights of their own, in the order in which they were registered.
@@ -67,9 +69,24 @@ def own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def loaded_dtypes(module: torch.nn.Module, name: str) -> list[torch.dtype]:
     """The dtypes in which the plain tensors of a parameter or buffer are loaded.
 
-    ComfyUI notes that of a plain one beside it; quantised ones are loaded as they are.
+    ComfyUI notes that of a plain one beside it; quantised ones are loaded as they are, and replaced ones too.
     """
     tensor = getattr(module, name)
     if is_quantised(tensor):
         return [part.dtype for part in plain_tensors(tensor)]
-    return [getattr(module, f"{name}_comfy_model_dtype", None) or tensor.dtype]
+    return [replaced_dtypes(module).get(name) or getattr(module, f"{name}_comfy_model_dtype", None) or tensor.dtype]
+
+
+def replaced_dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
+    """The dtypes of parameters that were replaced by ones of another than they are loaded in, by name."""
+    return vars(module).get(_REPLACED, {})
+
+
+def note_dtype(module: torch.nn.Module, name: str, replacement: torch.Tensor) -> None:
+    """Remember the dtype of what takes the place of a parameter, where ComfyUI notes another one."""
+    noted = vars(module).setdefault(_REPLACED, {})
+    noted.pop(name, None)
+    if getattr(module, f"{name}_comfy_model_dtype", None) not in (None, replacement.dtype):
+        noted[name] = replacement.dtype
+    if not noted:
+        delattr(module, _REPLACED)

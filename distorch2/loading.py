@@ -81,14 +81,15 @@ def load_checkpoint(
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP | None, comfy.sd.VAE]:
     """Load a checkpoint with the diffusion model, the text encoder and the VAE on the devices asked for.
 
-    `eject_models` unloads every other model from the compute device of `unet` first. `high_precision_loras` has no
-    effect yet: a patched weight is rounded to the dtype that it is stored in, as ComfyUI does. A text encoder that the
-    file does not have is None, and such a VAE is an object that raises when it is used, as with ComfyUI's loader.
+    `eject_models` unloads every other model from the compute device of `unet` first. With `high_precision_loras` a
+    weight that is stored in 8 bits or fewer is kept in the dtype of computation while a LoRA patches it, and takes that
+    much more memory; otherwise it is rounded to what it is stored in, as ComfyUI does. A text encoder that the file
+    does not have is None, and such a VAE is an object that raises when it is used, as with ComfyUI's loader.
 
     Raises `PlanError` for a request that this machine cannot serve, and `CheckpointError` for a file that is missing,
     damaged or not a checkpoint; nothing stays loaded then.
     """
-    loaded = load_components(ckpt_path, unet, clip, vae_device, eject_models, embedding_directory)
+    loaded = load_components(ckpt_path, unet, clip, vae_device, high_precision_loras, eject_models, embedding_directory)
     return loaded.model, loaded.clip, loaded.vae
 
 
@@ -97,6 +98,7 @@ def load_components(
     unet: ComponentRequest,
     clip: ComponentRequest,
     vae_device: str,
+    high_precision_loras: bool = True,
     eject_models: bool = False,
     embedding_directory: list[str] | str | None = None,
 ) -> LoadedCheckpoint:
@@ -128,7 +130,9 @@ def load_components(
 
     for component in (DIFFUSION_MODEL, TEXT_ENCODER):
         if component in patchers:
-            patchers[component] = DistributedPatcher.take_over(patchers[component], plans[component])
+            patchers[component] = DistributedPatcher.take_over(
+                patchers[component], plans[component], high_precision_loras
+            )
     if text_encoder is not None:
         text_encoder.patcher = patchers[TEXT_ENCODER]
     for component, patcher in patchers.items():
@@ -139,8 +143,12 @@ def load_components(
     return LoadedCheckpoint(patchers[DIFFUSION_MODEL], text_encoder, vae, report)
 
 
-def distribute(patcher: comfy.model_patcher.ModelPatcher, request: ComponentRequest) -> DistributedPatcher:
+def distribute(
+    patcher: comfy.model_patcher.ModelPatcher, request: ComponentRequest, high_precision_loras: bool = True
+) -> DistributedPatcher:
     """A patcher like `patcher`, which any loader may have made, with its patches, but with its weights as requested.
+
+    `high_precision_loras` is as for `load_checkpoint`.
 
     The model is loaded again by the factory that its loader left in `cached_patcher_init`, and `patcher` stays as it
     is. A model without one is taken over, and `patcher` is not to be used any more. For a text encoder both
@@ -166,7 +174,8 @@ def distribute(patcher: comfy.model_patcher.ModelPatcher, request: ComponentRequ
     else:
         _refuse_shared(patcher)
         core = patcher
-    return DistributedPatcher.take_over(core, make_plan(list_layers(core.model), request, memory))
+    plan = make_plan(list_layers(core.model), request, memory)
+    return DistributedPatcher.take_over(core, plan, high_precision_loras)
 
 
 def _refuse_shared(patcher: comfy.model_patcher.ModelPatcher) -> None:

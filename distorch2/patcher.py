@@ -9,40 +9,80 @@ module, which clones share.
 
 from __future__ import annotations
 
-import collections
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+import math
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import comfy.lora
 import comfy.model_management as mm
 import torch
-from comfy.model_patcher import CallbacksMP, ModelPatcher, move_weight_functions, wipe_lowvram_weight
+from comfy.model_patcher import (
+    CallbacksMP,
+    ModelPatcher,
+    get_key_weight,
+    move_weight_functions,
+    wipe_lowvram_weight,
+)
+from comfy.weight_adapter import WeightAdapterBase
 
 from .distribution import Distribution
 from .inventory import list_layers, own_tensors
 from .plan import GIB, Plan, PlanError
-from .quantised import is_quantised, to_device
+from .quantised import as_parameter, is_quantised, plain_tensors, to_device
 
 _CPU = torch.device("cpu")
 _ATTRIBUTE = "distorch2"
-_Backup = collections.namedtuple("_Backup", ["weight", "inplace_update"])  # the fields that ComfyUI reads
+
+
+@dataclass
+class _Shared:
+    """What all patchers of a module share; the module holds it."""
+
+    distributions: dict[str, Distribution]
+    """By compute device."""
+    high_precision_loras: bool
+
+
+class _Backup(NamedTuple):
+    """The original of a patched weight. ComfyUI reads the first two fields.
+
+    `patches` are those in the weight that is in place; None where that is not known, or may be the original still.
+    """
+
+    weight: torch.Tensor
+    inplace_update: bool
+    patches: list[tuple] | None
 
 
 class DistributedPatcher(ModelPatcher):
     """Serves a module's weights from the devices of a plan. Made by `take_over`."""
 
     @classmethod
-    def take_over(cls, core: ModelPatcher, plan: Plan) -> DistributedPatcher:
+    def take_over(cls, core: ModelPatcher, plan: Plan, high_precision_loras: bool = True) -> DistributedPatcher:
         """A patcher in the place of `core`, a freshly loaded one that nothing else uses.
 
-        Every attribute is copied: what a loader set on its patcher is not lost.
+        Every attribute is copied: what a loader set on its patcher is not lost. With `high_precision_loras` a weight
+        that is stored in 8 bits or fewer is kept in the dtype of computation while it is patched.
         """
         forget([core])
-        setattr(core.model, _ATTRIBUTE, {plan.compute_device: Distribution(core.model, plan)})
+        distributions = {plan.compute_device: Distribution(core.model, plan)}
+        setattr(core.model, _ATTRIBUTE, _Shared(distributions, high_precision_loras))
         patcher = cls(core.model, torch.device(plan.compute_device), _CPU)
         own = {"load_device", "offload_device", "size"}
         patcher.__dict__.update({name: value for name, value in vars(core).items() if name not in own})
         return patcher
+
+    def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
+        """As ComfyUI's; one with a module of its own serves LoRAs in the same way."""
+        clone = super().clone(*arguments, **options)
+        clone._shared.high_precision_loras = self._shared.high_precision_loras
+        return clone
+
+    @property
+    def _shared(self) -> _Shared:
+        return self.model.__dict__.setdefault(_ATTRIBUTE, _Shared({}, True))
 
     @property
     def distribution(self) -> Distribution:
@@ -50,18 +90,22 @@ class DistributedPatcher(ModelPatcher):
 
         ComfyUI makes clones for another device by setting `load_device`, some with a module of their own.
         """
-        device = str(self.load_device)
-        distributions = self.model.__dict__.setdefault(_ATTRIBUTE, {})
+        device, distributions = str(self.load_device), self._shared.distributions
         if device not in distributions:
             distributions[device] = Distribution(self.model, Plan.all_on(device, list_layers(self.model)))
         return distributions[device]
 
     def model_size(self) -> int:
-        """Bytes that the model takes on its compute device: resident layers and staging buffer."""
-        return self.distribution.plan.compute_bytes
+        """Bytes that the model needs on its compute device: resident layers, patched, and staging buffer."""
+        return self._plan().compute_bytes
 
     def loaded_size(self) -> int:
-        return self.model_size() if self.distribution.is_placed else 0
+        """Bytes that it has there."""
+        return self.distribution.compute_bytes
+
+    def model_patches_models(self) -> list[ModelPatcher]:
+        """Models to be loaded with this one: those of ComfyUI's patches, and what lies on other accelerators."""
+        return [*super().model_patches_models(), *self.distribution.shares]
 
     def load(
         self,
@@ -70,11 +114,13 @@ class DistributedPatcher(ModelPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
-        """Place the weights and apply this clone's patches to them; `lowvram_model_memory` does not change a plan."""
+        """Place the weights, in up to `lowvram_model_memory` bytes of the compute device if it is not 0, and apply this
+        clone's patches to them."""
         with self.use_ejected():
             self.unpatch_hooks()
-            self._place()
-            self._patch_weights()
+            self._place(lowvram_model_memory or math.inf)
+            self._patch_weights(anew=force_patch_weights)
+            self.distribution.resume()
             self._set_casting()
             self.model.model_lowvram = False
             self.model.lowvram_patch_counter = 0
@@ -89,34 +135,49 @@ class DistributedPatcher(ModelPatcher):
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
-        """Load, whatever `extra_memory`: a plan is served whole. Returns the bytes that this added."""
+        """Load as planned, or as much as fits into `extra_memory` bytes more than are used; returns the bytes added."""
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
-            loaded_uuid = self.model.current_weight_patches_uuid
-            try:
-                if loaded_uuid is not None and (loaded_uuid != self.patches_uuid or force_patch_weights):
-                    self.unpatch_hooks()
-                    self._unpatch_weights()
-                self.unpatch_model(unpatch_weights=False)  # another clone's object patches
-                self._place()
-                self.patch_model(load_weights=False)
-                if self.model.current_weight_patches_uuid == self.patches_uuid:
-                    self._place()  # what object patches brought
+            granted = before + extra_memory
+            with self._all_or_nothing():
+                self._place_unpatched(granted)
+                if self.model.current_weight_patches_uuid == self.patches_uuid and not force_patch_weights:
+                    self._place(granted)  # what object patches brought
                     self.apply_hooks(self.forced_hooks, force_apply=True)
                 else:
-                    self.load(device_to, lowvram_model_memory=extra_memory, force_patch_weights=force_patch_weights)
-            except BaseException as error:
-                self.detach()
-                if _is_out_of_memory(error):
-                    raise PlanError(self._out_of_memory_message(error)) from error
-                raise
+                    self.load(device_to, lowvram_model_memory=granted, force_patch_weights=force_patch_weights)
             return self.loaded_size() - before
 
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> int:
-        """Frees nothing; ComfyUI then unloads the whole model."""
-        return 0
+        """Stream resident weights from the host until so much is free, or no more can be; returns the bytes freed."""
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            before = self.loaded_size()
+            with self._all_or_nothing():
+                self._place_unpatched(before - memory_to_free)
+            return before - self.loaded_size()
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Nothing of the model stays on any device when it could not be placed."""
+        try:
+            yield
+        except BaseException as error:
+            self.detach()
+            if _is_out_of_memory(error):
+                raise PlanError(self._out_of_memory_message(error)) from error
+            raise
+
+    def _place_unpatched(self, compute_bytes: float) -> None:
+        """Place the module's own weights, then set this clone's object patches."""
+        if self.model.current_weight_patches_uuid != self.patches_uuid:
+            # Backups go by name, and these weights are, or will be, those of another module.
+            paths = tuple(f"{path}." for path in {*self.object_patches, *self.object_patches_backup})
+            self._unpatch_weights([key for key in self.backup if key.startswith(paths)])
+        self.unpatch_model(unpatch_weights=False)  # another clone's object patches
+        self._place(compute_bytes)
+        self.patch_model(load_weights=False)
 
     def patch_model(
         self,
@@ -126,7 +187,8 @@ class DistributedPatcher(ModelPatcher):
         force_patch_weights: bool = False,
     ) -> torch.nn.Module:
         if load_weights:
-            self._place()  # without object patches: the plan is for the model's own modules
+            # Without object patches: the plan is for the model's own modules.
+            self._place(lowvram_model_memory or math.inf)
         with self._unserved():
             super().patch_model(device_to, load_weights=False)
             self.eject_model()
@@ -140,7 +202,8 @@ class DistributedPatcher(ModelPatcher):
         if unpatch_weights:  # before object patches: a patched weight may be one of theirs
             self.unpatch_hooks()
             if device_to is None:
-                self._unpatch_weights()
+                self._unpatch_weights(list(self.backup))
+                self._forget_patches()
             else:
                 self._release(self.distribution)
         with self._unserved():
@@ -165,6 +228,7 @@ class DistributedPatcher(ModelPatcher):
         self.distribution.settle()
         self._back_up(key)
         self.distribution.replace({layer_name: {name: self._patched(key, device_to, force_cast)}})
+        self.distribution.resume()
         return None
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter) -> None:
@@ -182,53 +246,86 @@ class DistributedPatcher(ModelPatcher):
 
     def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
         """As ComfyUI's, with weights on donors in host memory."""
-        state_dict = super().model_state_dict_for_saving(model, prefix)
+        streamed = [child for child in self.model.modules() if getattr(child, "comfy_patched_weights", None) is False]
+        for child in streamed:
+            child.comfy_patched_weights = True  # so that what is in place is taken
+        try:
+            state_dict = super().model_state_dict_for_saving(model, prefix)
+        finally:
+            for child in streamed:
+                child.comfy_patched_weights = False
         donors = {torch.device(donor) for donor in self.distribution.plan.donors}
         return {
             name: value.to(_CPU) if getattr(value, "device", _CPU) in donors else value
             for name, value in state_dict.items()
         }
 
-    def _patch_weights(self) -> None:
-        """Compute every patched weight once, from the original, on the compute device; ship the bytes to its place."""
+    def _patch_weights(self, anew: bool = False) -> None:
+        """Bring the weights in place from the patches that they have to those of this clone.
+
+        What changes is computed once, from the original, on the compute device, and its bytes are shipped to its place.
+        All of it, if `anew`.
+        """
+        wanted = {key: list(self.patches[key]) for key in self.patches if self._is_patched_by_comfyui(key)}
+        changed = [
+            key
+            for key in dict.fromkeys([*self.backup, *wanted])
+            if anew or not (key in self.backup and key in wanted and _same(self.backup[key].patches, wanted[key]))
+        ]
+        if not changed:
+            return
+        self.model.current_weight_patches_uuid = None  # first: what fails in the middle is not taken for patched
         self.distribution.settle()
-        by_layer = _by_layer(key for key in self.patches if self._is_patched_by_comfyui(key))
+        by_layer = _by_layer(changed)
         for batch in self.distribution.batches(by_layer):
-            patched = {}
-            for layer_name in batch:
-                keys = by_layer[layer_name]
-                patched[layer_name] = {name: self._patched(key, self.load_device) for name, key in keys.items()}
-                for key in keys.values():
-                    self._back_up(key)
-            self.distribution.replace(patched)
+            weights: dict[str, dict[str, torch.Tensor]] = {}
+            keys = {key: (layer_name, name) for layer_name in batch for name, key in by_layer[layer_name].items()}
+            for key, (layer_name, name) in keys.items():
+                weight = self._patched(key, self.load_device) if key in wanted else self.backup[key].weight
+                weights.setdefault(layer_name, {})[name] = weight
+                self._back_up(key)
+            self.distribution.replace(weights)
+            for key in keys:
+                if key in wanted:
+                    self.backup[key] = self.backup[key]._replace(patches=wanted[key])
+                else:
+                    del self.backup[key]
 
     def _is_patched_by_comfyui(self, key: str) -> bool:
         """Not a buffer, nor a parameter of a module whose children have parameters: those ComfyUI leaves alone."""
-        module, name = self._owner(key)
+        try:
+            module, name = self._owner(key)
+        except AttributeError:  # of a module that an object patch will bring
+            return False
         own = module._parameters
         return name in own and all(child_name in own for child_name, _ in module.named_parameters())
 
-    def _unpatch_weights(self) -> None:
+    def _unpatch_weights(self, keys: Collection[str]) -> None:
+        if not keys:
+            return
         self.model.current_weight_patches_uuid = None  # first: what fails in the middle is not taken for patched
         self.distribution.settle()
-        originals = self._originals()
+        originals = self._originals(keys)
         for batch in self.distribution.batches(originals):
             self.distribution.replace({layer_name: originals[layer_name] for layer_name in batch})
-        self._forget_patches()
+        self.distribution.resume()
+        for key in keys:
+            del self.backup[key]
 
     def _release(self, distribution: Distribution) -> None:
         self.model.current_weight_patches_uuid = None
-        distribution.release(self._originals())
+        distribution.release(self._originals(self.backup))
         self._forget_patches()
 
-    def _originals(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Layer name -> name in it -> the weight as it was, for all that are patched."""
+    def _originals(self, keys: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
+        """Layer name -> name in it -> the weight as it was, for these that are patched."""
         return {
-            layer_name: {name: self.backup[key].weight for name, key in keys.items()}
-            for layer_name, keys in _by_layer(self.backup).items()
+            layer_name: {name: self.backup[key].weight for name, key in of_layer.items()}
+            for layer_name, of_layer in _by_layer(keys).items()
         }
 
     def _forget_patches(self) -> None:
+        self.model.current_weight_patches_uuid = None
         self.backup.clear()
         for module in self.model.modules():
             if hasattr(module, "comfy_patched_weights"):
@@ -244,25 +341,71 @@ class DistributedPatcher(ModelPatcher):
         else:
             yield
 
-    def _place(self) -> None:
+    def _place(self, compute_bytes: float = math.inf) -> None:
         """Place the weights as planned for this device, and not for another any more."""
         here = self.distribution  # which a module for another device does not have before it is asked for
-        for distribution in vars(self.model)[_ATTRIBUTE].values():
+        for distribution in self._shared.distributions.values():
             if distribution is not here and distribution.is_placed:
                 self.unpatch_hooks()
                 self._release(distribution)
-        here.place()
+        plan = self._plan().within(compute_bytes)
+        if self.hook_backup and plan.evicted != here.plan.evicted:
+            self.unpatch_hooks()  # before weights move
+        here.place(plan)
+
+    def _plan(self) -> Plan:
+        """The plan as asked, with what this clone's patches add to it."""
+        asked, cached = self.distribution.asked, vars(self).get("_planned")
+        if cached is None or cached[0] is not asked or cached[1] != self.patches_uuid:
+            cached = self._planned = (asked, self.patches_uuid, asked.with_extra_bytes(self._extra_bytes()))
+        return cached[2]
+
+    def _extra_bytes(self) -> dict[str, int]:
+        """Name of a layer -> how much larger its weights are for being kept in the dtype of computation."""
+        extra: dict[str, int] = {}
+        for key in self.patches:
+            dtype = self._kept_dtype(key)
+            if dtype is not None:
+                original, layer_name = self._original(key), _split(key)[0]
+                num_bytes = sum(part.nbytes for part in plain_tensors(original))
+                extra[layer_name] = extra.get(layer_name, 0) + original.numel() * dtype.itemsize - num_bytes
+        return extra
+
+    def _kept_dtype(self, key: str) -> torch.dtype | None:
+        """The dtype to keep the patched weight in, if not that of the original."""
+        if not self._shared.high_precision_loras or not self._is_patched_by_comfyui(key):
+            return None
+        original = self._original(key)
+        if not is_quantised(original) and original.dtype.itemsize > 1:
+            return None
+        if hasattr(self.model, "get_dtype_inference"):
+            return self.model.get_dtype_inference()
+        return mm.lora_compute_dtype(self.load_device)
+
+    def _original(self, key: str) -> torch.Tensor:
+        """The weight without any clone's patches."""
+        if key in self.backup:
+            return self.backup[key].weight
+        module, name = self._owner(key)
+        return getattr(module, name)
 
     def _patched(self, key: str, device: torch.device | None, force_cast: bool = False) -> torch.Tensor:
         """The weight with this clone's patches, or the one in place (if quantised, on `device`) where it has none and
         nothing is cast."""
         module, name = self._owner(key)
-        in_place = getattr(module, name)
-        weight = self.backup[key].weight if key in self.backup else in_place
+        in_place, weight = getattr(module, name), self._original(key)
         if device is not None and is_quantised(weight):
             weight = to_device(weight, device)  # before ComfyUI takes it there in full precision
+        dtype = self._kept_dtype(key) if key in self.patches else None
         with contextlib.nullcontext() if weight is in_place else self._bound_to(key, weight):
-            return super().patch_weight_to_device(key, device, return_weight=True, force_cast=force_cast)
+            if dtype is None:
+                return super().patch_weight_to_device(key, device, return_weight=True, force_cast=force_cast)
+            # As there, but not rounded to the dtype of the original in the end.
+            weight, _, convert = get_key_weight(self.model, key)
+            lora_dtype = mm.lora_compute_dtype(device)
+            full = mm.cast_to_device(weight, device or weight.device, lora_dtype, copy=True)
+            full = full if convert is None else convert(full, inplace=True)
+            return comfy.lora.calculate_weight(self.patches[key], full, key).to(dtype)
 
     def _back_up(self, key: str) -> None:
         if key not in self.backup:
@@ -270,16 +413,19 @@ class DistributedPatcher(ModelPatcher):
             weight = getattr(module, name)
             if not self.distribution.keeps_replaced(_split(key)[0]):
                 weight = to_device(weight, _CPU, copy=True)
-            self.backup[key] = _Backup(weight, False)
+            self.backup[key] = _Backup(weight, False, None)
 
     def _set_casting(self) -> None:
         """What ComfyUI's operations ask of their module, as for a model that is loaded completely."""
+        kept_in_full = self._extra_bytes()
         for name, module in self.model.named_modules():
             if not own_tensors(module):
                 continue
             wipe_lowvram_weight(module)
-            module.comfy_force_cast_weights = self.force_cast_weights
-            module.comfy_patched_weights = True  # saving takes what is in place
+            # A quantised operation is not to quantise the input of a layer whose weight is not quantised any more.
+            module.comfy_force_cast_weights = self.force_cast_weights or name in kept_in_full
+            # Whoever computes with a weight that is streamed shall ask for it on the compute device.
+            module.comfy_patched_weights = not self.distribution.is_streamed(module)
             if not hasattr(module, "comfy_cast_weights"):
                 continue
             if self.force_cast_weights:
@@ -299,7 +445,7 @@ class DistributedPatcher(ModelPatcher):
         """The parameter replaced by one with this value."""
         module, name = self._owner(key)
         parameter = module._parameters[name]
-        module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+        module._parameters[name] = as_parameter(value)
         try:
             yield
         finally:
@@ -356,3 +502,18 @@ def _by_layer(keys: Iterable[str]) -> dict[str, dict[str, str]]:
 def _is_out_of_memory(error: BaseException) -> bool:
     """On an accelerator, or on the host, for which torch has no class of its own."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two lists of patches do the same: of tensors, only whether they are the same objects."""
+    if left is right:
+        return True
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, WeightAdapterBase):
+        return _same(left.weights, right.weights)
+    return isinstance(left, (bool, int, float, str)) and left == right

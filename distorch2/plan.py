@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
 GIB = 1024**3
 GROUP_BYTES = 32 * 1024**2
-"""Large enough for a copy at the full speed of the link."""
+"""Large enough for a copy at the full speed of the link. A small model is cut into at least `MIN_GROUPS`, since the
+staging buffer has to hold a few."""
+MIN_GROUPS = 32
 STAGING_BYTES = 512 * 1024**2
 """Enough, unless three groups need more: in forecasts of `benchmarks/simulator.py` twice as much gains under 1 % for
 Flux- and SDXL-sized models at any fraction, whether the link or the computation takes longer."""
+SMALL_BYTES = 64 * 1024
+"""Layers up to this size cost more to stream than they free."""
 OVERFLOW_DEVICE = "cpu"
 """Takes what no other device has room for."""
 
@@ -88,7 +93,8 @@ class Layer:
     """A module with weights of its own: its dotted name ("" is the root) and its bytes as loaded.
 
     One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab, where its
-    tensors are aligned. `block` names the repeated part of the model that it belongs to.
+    tensors are aligned. `block` names the repeated part of the model that it belongs to. With some patches the weights
+    take `extra_bytes` more; with these or without, it is the same layer.
     """
 
     name: str
@@ -96,6 +102,7 @@ class Layer:
     movable: bool = True
     slab_bytes: int = 0
     block: str = ""
+    extra_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -112,17 +119,25 @@ class Group:
     layers: tuple[Layer, ...]
 
     @cached_property
+    def num_bytes(self) -> int:
+        return sum(layer.num_bytes + layer.extra_bytes for layer in self.layers)
+
+    @cached_property
     def slab_bytes(self) -> int:
-        return sum(layer.slab_bytes for layer in self.layers)
+        return sum(layer.slab_bytes + layer.extra_bytes for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """For every layer, in the order of registration, the device that keeps it."""
+    """For every layer, in the order of registration, the device that keeps it.
+
+    `evicted` are groups that were planned for the compute device, and have to be elsewhere for want of room.
+    """
 
     compute_device: str
     placements: tuple[Placement, ...]
     notes: tuple[str, ...] = ()
+    evicted: tuple[Group, ...] = ()
 
     @classmethod
     def all_on(cls, device: str, layers: Iterable[Layer]) -> Plan:
@@ -150,19 +165,16 @@ class Plan:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The streamed layers in groups of up to `GROUP_BYTES`; a larger layer is a group of its own."""
+        """The streamed layers in groups of up to `group_bytes`; a larger layer is a group of its own."""
+        evicted = {layer.name for group in self.evicted for layer in group.layers}
         groups: list[Group] = []
         for device in self.donors:
-            layers: list[Layer] = []
-            num_bytes = 0
-            for layer in self.layers_on(device):
-                if layers and num_bytes + layer.slab_bytes > GROUP_BYTES:
-                    groups.append(Group(device, tuple(layers)))
-                    layers, num_bytes = [], 0
-                layers.append(layer)
-                num_bytes += layer.slab_bytes
-            groups.append(Group(device, tuple(layers)))
-        return tuple(groups)
+            groups += self._grouped(device, (layer for layer in self.layers_on(device) if layer.name not in evicted))
+        return (*groups, *self.evicted)
+
+    @cached_property
+    def group_bytes(self) -> int:
+        return min(GROUP_BYTES, self.model_bytes // MIN_GROUPS)
 
     @cached_property
     def staging_bytes(self) -> int:
@@ -171,8 +183,7 @@ class Plan:
         An eighth of what is streamed, up to `STAGING_BYTES`, but room for three groups at least: two whose layers take
         turns, and one to copy into.
         """
-        sizes = [group.slab_bytes for group in self.groups]
-        return min(sum(sizes), max(3 * max(sizes, default=0), min(sum(sizes) // 8, STAGING_BYTES)))
+        return _staging_bytes([group.slab_bytes for group in self.groups])
 
     @cached_property
     def compute_bytes(self) -> int:
@@ -183,4 +194,68 @@ class Plan:
         return tuple(placement.layer for placement in self.placements if placement.device == device)
 
     def bytes_on(self, device: str) -> int:
-        return sum(layer.num_bytes for layer in self.layers_on(device))
+        return sum(layer.num_bytes + layer.extra_bytes for layer in self.layers_on(device))
+
+    def with_extra_bytes(self, extra: Mapping[str, int]) -> Plan:
+        """The same layers at the same places in the same groups, but taking so much more, by name."""
+        if not extra:
+            return self
+        placements = (
+            replace(item, layer=replace(item.layer, extra_bytes=extra.get(item.layer.name, 0)))
+            for item in self.placements
+        )
+        return replace(self, placements=tuple(placements))
+
+    def within(self, compute_bytes: float) -> Plan:
+        """This plan, with as many resident groups evicted as it takes to need no more than `compute_bytes` on the
+        compute device; with those that leave the least there, where even that is more.
+
+        For a smaller number the same groups are evicted and others, so that little moves when it changes.
+        """
+        resident, sizes = self.bytes_on(self.compute_device), [group.slab_bytes for group in self.groups]
+        needed = [resident + _staging_bytes(sizes)]
+        for group in self._evictable if needed[0] > compute_bytes else ():
+            resident -= group.num_bytes
+            sizes.append(group.slab_bytes)
+            needed.append(resident + _staging_bytes(sizes))
+            if needed[-1] <= compute_bytes:
+                break
+        evicted = self._evictable[: needed.index(min(needed))]
+        if not evicted:
+            return self
+        device_of = {layer.name: group.device for group in evicted for layer in group.layers}
+        placements = (Placement(item.layer, device_of.get(item.layer.name, item.device)) for item in self.placements)
+        return replace(self, placements=tuple(placements), evicted=evicted)
+
+    @cached_property
+    def _evictable(self) -> tuple[Group, ...]:
+        """Groups of resident layers in the order of eviction: any number of the first are spread over the model, as the
+        numbers of van der Corput's sequence (1935). Small layers are the last."""
+        if self.compute_device == OVERFLOW_DEVICE:
+            return ()
+        movable = [layer for layer in self.layers_on(self.compute_device) if layer.movable and layer.num_bytes]
+        large, small = (
+            self._grouped(OVERFLOW_DEVICE, (layer for layer in movable if (layer.num_bytes <= SMALL_BYTES) == is_small))
+            for is_small in (False, True)
+        )
+        num_digits = len(large).bit_length()
+        order = sorted(range(len(large)), key=lambda index: f"{index:0{num_digits}b}"[::-1])
+        return (*(large[index] for index in order), *small)
+
+    def _grouped(self, device: str, layers: Iterable[Layer]) -> list[Group]:
+        """Consecutive layers together, up to `group_bytes`."""
+        groups: list[Group] = []
+        members: list[Layer] = []
+        num_bytes = 0
+        for layer in layers:
+            if members and num_bytes + layer.slab_bytes > self.group_bytes:
+                groups.append(Group(device, tuple(members)))
+                members, num_bytes = [], 0
+            members.append(layer)
+            num_bytes += layer.slab_bytes
+        return [*groups, Group(device, tuple(members))] if members else groups
+
+
+def _staging_bytes(group_sizes: Sequence[int]) -> int:
+    streamed = sum(group_sizes)
+    return min(streamed, max(sum(heapq.nlargest(3, group_sizes)), min(streamed // 8, STAGING_BYTES)))

@@ -12,9 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from .plan import GIB, OVERFLOW_DEVICE, ComponentRequest, DeviceMemory, Layer, Placement, Plan, PlanError
+from .plan import (
+    GIB,
+    OVERFLOW_DEVICE,
+    SMALL_BYTES,
+    ComponentRequest,
+    DeviceMemory,
+    Layer,
+    Placement,
+    Plan,
+    PlanError,
+)
 
-SMALL_BYTES = 64 * 1024
 _SCALE = 2**32  # for fractions of a byte
 
 

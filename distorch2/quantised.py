@@ -39,6 +39,11 @@ def rebuilder(tensor: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], torch.
     return rebuild
 
 
+def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter with the data of `tensor`, which it does not copy."""
+    return rebuilder(tensor)([plain.detach() for plain in plain_tensors(tensor)])
+
+
 def to_device(tensor: torch.Tensor, device: torch.device, copy: bool = False) -> torch.nn.Parameter:
     """A parameter on `device`, quantised if `tensor` is: torch's own `.to(...)` may give it in full precision."""
     return rebuilder(tensor)([plain.detach().to(device, copy=copy) for plain in plain_tensors(tensor)])

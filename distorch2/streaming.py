@@ -79,8 +79,7 @@ class StreamedGroup:
         for module, layout in zip(modules, layouts, strict=True):
             self.layers.append(StreamedLayer(module, layout, self.num_bytes))
             self.num_bytes += layout.num_bytes
-        self._donor = donor
-        self.pack({})
+        self.pack({}, donor)
 
     @property
     def living(self) -> list[StreamedLayer]:
@@ -89,11 +88,20 @@ class StreamedGroup:
     def is_bound(self) -> bool:
         return all(layer.is_bound() for layer in self.living)
 
-    def pack(self, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]]) -> None:
+    def pack(self, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]], device: torch.device) -> None:
         """Serve these weights, by layer and name, together with the others that the modules have, from a new slab."""
-        slab = allocate(self.num_bytes, self._donor)
+        slab = allocate(self.num_bytes, device)
         for layer in self.living:
             layer.pack(slab, values.get(layer, {}))
+        self._bind(slab)
+
+    def move(self, device: torch.device) -> None:
+        """Serve the same weights from another device."""
+        slab = allocate(self.num_bytes, device)
+        slab.copy_(self.slab)
+        self._bind(slab)
+
+    def _bind(self, slab: torch.Tensor) -> None:
         self.slab = slab
         for layer in self.living:
             layer.bind(slab)

@@ -1,8 +1,4 @@
-"""Weights on donors, in process: the same bits as ComfyUI's own loader, whatever lies where.
-
-On a machine without an accelerator the CPU computes and simulated accelerators lend memory; with one, it computes and
-the CPU lends. (Simulated ones cannot be registered beside real ones: torch then takes them for the machine's own.)
-"""
+"""Weights on donors, in process: the same bits as ComfyUI's own loader, whatever lies where."""
 
 import gc
 import weakref
@@ -14,6 +10,17 @@ import comfy.ops
 import comfy.sd1_clip
 import pytest
 import torch
+from placing import (
+    COMPUTE,
+    DONOR,
+    HAS_SIMULATED,
+    RESIDENT,
+    devices_known_to_comfyui,  # noqa: F401
+    inference_mode,  # noqa: F401
+    lora_for,
+    on_donor,
+    partly_on_donor,
+)
 from safetensors.torch import load_file
 from sampling import core_load, sample
 
@@ -28,30 +35,9 @@ from distorch2.quantised import plain_tensors
 from distorch2.slab import allocate
 from distorch2.transfer import Transfer
 
-COMPUTE = str(mm.get_torch_device())
-HAS_SIMULATED = COMPUTE == "cpu"
-DONOR = "sim:0" if HAS_SIMULATED else "cpu"
-RESIDENT = ComponentRequest(COMPUTE, VirtualVram(0.0, DONOR))
 if HAS_SIMULATED:
     import simulated_accelerators as sim
 on_simulated = pytest.mark.skipif(not HAS_SIMULATED, reason="for simulated accelerators; this machine has a real one")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def devices_known_to_comfyui():
-    with pytest.MonkeyPatch.context() as patches:
-        if HAS_SIMULATED:
-            sim.tell_comfyui(patches.setattr)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
-    if HAS_SIMULATED:
-        gc.collect()
-        assert sim.used_bytes == [0, 0]
 
 
 @pytest.fixture
@@ -152,8 +138,7 @@ def test_every_way_of_asking_for_the_same_bytes_gives_the_same_plan(checkpoints,
 @pytest.mark.parametrize("kind", ["sd3", "sd15_blocks"])
 def test_the_text_encoder_is_streamed_as_well(checkpoints, core_latents, forwards, kind, percent):
     expected = core_latents(kind)
-    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},{100 - percent}%;{DONOR},*"))
-    model, clip, _ = load_checkpoint(checkpoints(kind), RESIDENT, request, COMPUTE)
+    model, clip, _ = load_checkpoint(checkpoints(kind), RESIDENT, partly_on_donor(percent), COMPUTE)
     assert torch.equal(sample(model, clip), expected)
     copies, forwards["clip"] = clip.patcher.distribution.transfer.copies, 0
     assert torch.equal(sample(model, clip), expected)
@@ -167,12 +152,6 @@ def test_the_text_encoder_is_streamed_as_well(checkpoints, core_latents, forward
 # --- what a patcher must keep, and give back
 
 
-def on_donor(checkpoints, kind="sd3_no_clip_weights", percent=50):
-    """A checkpoint with `percent` of its diffusion model on the donor."""
-    allocation = parse_allocation(f"{COMPUTE},{100 - percent}%;{DONOR},*")
-    return load_checkpoint(checkpoints(kind), ComponentRequest(COMPUTE, allocation), RESIDENT, COMPUTE)
-
-
 def bindings(module):
     """What is bound where: the identity of every parameter and buffer, and every module's own forward."""
     tensors = {name: id(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
@@ -182,26 +161,6 @@ def bindings(module):
 def leaves(patcher):
     """The modules that are streamed, in the order in which they are registered."""
     return [layer.module for group in patcher.distribution.groups.values() for layer in group.layers]
-
-
-def lora_for(patcher, strength=1.0, rank=4):
-    """A LoRA on every Linear of the diffusion model, as ComfyUI's loader makes it, with random numbers."""
-    import comfy.lora
-    import comfy.lora_convert
-
-    generator = torch.Generator().manual_seed(3)
-    state_dict = {}
-    for name, module in patcher.model.diffusion_model.named_modules():
-        if type(module).__name__ == "Linear":  # quantised ones have a class of their own
-            rows, columns = module.weight.shape
-            state_dict[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * 0.02
-            state_dict[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(rank, columns, generator=generator)
-    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state_dict), keys)
-    assert patches
-    patched = patcher.clone()
-    assert set(patched.add_patches(patches, strength)) == set(patches)
-    return patched
 
 
 def test_every_attribute_of_comfyuis_patcher_is_taken_over(checkpoints):
@@ -593,7 +552,7 @@ def test_two_devices_for_one_model_have_a_plan_each(checkpoints, core_latents):
         latents = sample(patcher, clip)
         if torch.device(patcher.load_device).type == torch.device(COMPUTE).type:
             assert torch.equal(latents, core_latents("sd3_no_clip_weights"))
-        placed = [d for d in vars(model.model)["distorch2"].values() if d.is_placed]
+        placed = [d for d in vars(model.model)["distorch2"].distributions.values() if d.is_placed]
         assert placed == [patcher.distribution]
     assert model.distribution.plan is plan
     mm.unload_all_models()
@@ -664,21 +623,6 @@ def test_the_donor_with_too_little_free_memory_hands_the_rest_to_the_cpu(checkpo
     plan = model.distribution.plan
     assert 0 < plan.bytes_on("sim:0") <= 1024**2
     assert any("sim:0 has 1.0 MiB free" in note for note in plan.notes)
-    assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
-
-
-@on_simulated
-def test_out_of_memory_while_placing_is_a_clear_error_and_leaves_nothing_behind(checkpoints, core_latents, monkeypatch):
-    model, clip, _ = on_donor(checkpoints, percent=100)
-    before = bindings(model.model)[1]
-    # Taken by somebody else between planning and placing.
-    monkeypatch.setattr(sim, "capacity_bytes", [300_000, sim.capacity_bytes[1]])
-    with pytest.raises(PlanError, match=r"out of memory while placing SD3: the plan keeps .* GiB on sim:0"):
-        sample(model, clip)
-    assert sim.used_bytes == [0, 0]
-    assert bindings(model.model)[1] == before
-    assert not any(loaded.model is model for loaded in mm.current_loaded_models)
-    monkeypatch.undo()
     assert torch.equal(sample(model, clip), core_latents("sd3_no_clip_weights"))
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 SHIPPED = [*ROOT.glob("*.py"), *(ROOT / "distorch2").glob("*.py")]
-MAY_IMPORT_COMFYUI = {"nodes.py", "loading.py", "patcher.py", "distribution.py", "pinning.py"}
+MAY_IMPORT_COMFYUI = {"nodes.py", "loading.py", "patcher.py", "distribution.py", "donor_share.py", "pinning.py"}
 PURE = [
     "allocation_parser",
     "distorch2.plan",
@@ -20,8 +20,8 @@ PURE = [
 ]
 COMFYUI_MODULES = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution", "comfyui_version"}
 # Each may import those after it, and none before it.
-LAYERS = ["loading", "patcher", "distribution", "streaming", "schedule", "moving", "inventory", "pinning"]
-LAYERS += ["slab", "quantised", "transfer", "report", "planner", "plan", "checkpoint_file", "__init__"]
+LAYERS = ["loading", "patcher", "distribution", "donor_share", "streaming", "schedule", "moving", "inventory"]
+LAYERS += ["pinning", "slab", "quantised", "transfer", "report", "planner", "plan", "checkpoint_file", "__init__"]
 
 
 def imports(path):

@@ -1,0 +1,75 @@
+"""What a model keeps on another accelerator, as ComfyUI's memory manager sees it: a model of its own there."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import comfy.model_management as mm
+import torch
+from comfy.model_patcher import ModelPatcher
+
+_CPU = torch.device("cpu")
+
+
+class KeepsOnDonors(Protocol):
+    """What a `DonorShare` asks of its distribution; all in bytes of slabs."""
+
+    def bytes_asked_of(self, donor: torch.device) -> int: ...
+
+    def bytes_on(self, donor: torch.device) -> int: ...
+
+    def limit(self, donor: torch.device, num_bytes: float) -> None: ...
+
+
+class WeightsOnDonor(torch.nn.Module):
+    """What ComfyUI takes for the model of a `DonorShare`; its log shows the name."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+
+class DonorShare(ModelPatcher):
+    """The slabs of one distribution on one accelerator.
+
+    ComfyUI makes room for them when the model is loaded, evicts them to the host when others need the room, and brings
+    them back. Nothing is computed there, so all that is free may be used, whatever ComfyUI would reserve for that.
+    """
+
+    def __init__(self, distribution: KeepsOnDonors, donor: torch.device) -> None:
+        super().__init__(WeightsOnDonor(donor), donor, _CPU)
+        self._reference = weakref.ref(distribution)  # which holds this object
+
+    def model_size(self) -> int:
+        distribution = self._reference()
+        return distribution.bytes_asked_of(self.load_device) if distribution is not None else 0
+
+    def loaded_size(self) -> int:
+        distribution = self._reference()
+        return distribution.bytes_on(self.load_device) if distribution is not None else 0
+
+    def partially_load(
+        self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
+    ) -> int:
+        """Bring back what there is room for; before the model itself is loaded: let it come."""
+        return self._limit(self.loaded_size() + mm.get_free_memory(self.load_device))
+
+    def partially_unload(
+        self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
+    ) -> int:
+        """Move slabs to the host until so much is free. Returns the bytes freed."""
+        return -self._limit(self.loaded_size() - memory_to_free)
+
+    def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
+        if unpatch_all:
+            self._limit(0)
+        return self.model
+
+    def _limit(self, num_bytes: float) -> int:
+        """Returns the bytes that were added."""
+        before = self.loaded_size()
+        distribution = self._reference()
+        if distribution is not None:
+            distribution.limit(self.load_device, num_bytes)
+        return self.loaded_size() - before

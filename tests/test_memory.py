@@ -1,0 +1,397 @@
+"""ComfyUI's memory manager and the pack, on simulated accelerators that compute: what is granted, taken back and freed.
+
+The compute device is sim:0 and ComfyUI's own; sim:1 and the host lend memory. Latents are compared with those of
+ComfyUI's loader on the CPU, whose kernels the simulated devices use.
+"""
+
+import gc
+import logging
+import re
+
+import comfy.cli_args
+import comfy.lora
+import comfy.model_base
+import comfy.model_management as mm
+import pytest
+import torch
+from placing import HAS_SIMULATED, lora_for
+from sampling import core_load, sample
+
+from allocation_parser import parse_allocation
+from distorch2 import slab
+from distorch2.loading import load_checkpoint
+from distorch2.plan import ComponentRequest, PlanError
+
+if not HAS_SIMULATED:
+    pytest.skip("for simulated accelerators; this machine has a real one", allow_module_level=True)
+import simulated_accelerators as sim
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+MIB = 1024**2
+INFERENCE_BYTES = 16 * MIB
+
+
+@pytest.fixture
+def inference_mode():
+    with torch.inference_mode():
+        yield
+    mm.unload_all_models()
+    gc.collect()
+    assert sim.used_bytes == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints):
+    """kind -> latents of ComfyUI's loader on the CPU."""
+    with torch.inference_mode():
+        kinds = ("sd3_no_clip_weights", "flux", "sd15_blocks", "sd3_fp8")
+        return {kind: sample(*core_load(checkpoints(kind))[:2]) for kind in kinds}
+
+
+@pytest.fixture(autouse=True)
+def computing(expected, monkeypatch):
+    """sim:0 computes, from now on."""
+    compute_on_sim(monkeypatch)
+
+
+def compute_on_sim(monkeypatch):
+    sim.tell_comfyui(monkeypatch.setattr, compute="sim:0", inference_bytes=INFERENCE_BYTES)
+    # ComfyUI runs positive and negative conditioning as one batch when there is room for it, which gives other bits.
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *arguments, **options: 0)
+
+
+def load(checkpoints, kind, text, **options):
+    """(model, clip) with the diffusion model as in `text`, and the text encoder on the host."""
+    unet, clip = ComponentRequest("sim:0", parse_allocation(text)), ComponentRequest("cpu", parse_allocation("cpu,*"))
+    return load_checkpoint(checkpoints(kind), unet, clip, "cpu", **options)[:2]
+
+
+def limit(monkeypatch, index, num_bytes):
+    capacity = list(sim.capacity_bytes)
+    capacity[index] = int(num_bytes)
+    monkeypatch.setattr(sim, "capacity_bytes", capacity)
+
+
+def same(latents, expected):
+    return torch.equal(latents.cpu(), expected)
+
+
+def log_lines(caplog, text):
+    return [record.getMessage() for record in caplog.records if text in record.getMessage()]
+
+
+# --- the compute device
+
+
+@pytest.mark.parametrize("text", ["sim:0,*", "sim:0,50%;cpu,50%", "sim:0,30%;sim:1,40%;cpu,30%", "cpu,*"])
+@pytest.mark.parametrize("kind", ["sd3_no_clip_weights", "flux"])
+def test_the_sizes_that_comfyui_is_told_are_those_of_the_device(checkpoints, expected, kind, text):
+    model, clip = load(checkpoints, kind, text)
+    assert model.loaded_size() == 0
+    mm.load_models_gpu([model])
+    assert model.loaded_size() == model.model_size() == sim.used_bytes[0]
+    assert [share.loaded_size() for share in model.distribution.shares] == [sim.used_bytes[1]] * ("sim:1" in text)
+    assert same(sample(model, clip), expected[kind])
+    assert model.loaded_size() == sim.used_bytes[0]
+    mm.unload_all_models()
+    assert model.loaded_size() == 0
+    assert sim.used_bytes == [0, 0]
+
+
+@pytest.mark.parametrize("text", ["sim:0,*", "sim:0,70%;cpu,30%", "sim:0,70%;sim:1,30%"])
+def test_what_comfyui_does_not_grant_is_streamed_until_there_is_room(checkpoints, expected, monkeypatch, caplog, text):
+    model, clip = load(checkpoints, "sd15_blocks", text)
+    asked, layers = model.model_size(), {placement.layer.name for placement in model.distribution.asked.placements}
+    for part in (0.7, 0.4):
+        mm.unload_all_models()
+        limit(monkeypatch, 0, asked * part + 3 * INFERENCE_BYTES)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert same(sample(model, clip), expected["sd15_blocks"])
+        plan = model.distribution.plan
+        assert model.loaded_size() == plan.compute_bytes <= asked * part + 3 * INFERENCE_BYTES
+        assert {placement.layer.name for placement in plan.placements} == layers
+        assert sum(group.num_bytes for group in plan.evicted) >= asked * (1 - part) - 3 * INFERENCE_BYTES
+        assert len(log_lines(caplog, "streamed from the host, for want of room")) == 1
+        caplog.clear()
+        assert same(sample(model, clip), expected["sd15_blocks"])  # nothing moves when nothing changed
+        assert log_lines(caplog, "DisTorch2") == []
+    monkeypatch.undo()
+    compute_on_sim(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        assert same(sample(model, clip), expected["sd15_blocks"])
+    assert model.distribution.plan == model.distribution.asked
+    assert model.loaded_size() == asked
+    assert len(log_lines(caplog, "resident again")) == 1
+
+
+@pytest.mark.parametrize("other_is_ours", [True, False])
+def test_two_models_that_do_not_fit_together_run_in_turns(checkpoints, expected, monkeypatch, other_is_ours):
+    model, clip = load(checkpoints, "sd15_blocks", "sim:0,*")
+    if other_is_ours:
+        other, other_clip = load(checkpoints, "flux", "sim:0,60%;cpu,40%")
+    else:
+        other, other_clip = core_load(checkpoints("flux"))[:2]
+    limit(monkeypatch, 0, model.model_size() + other.model_size() / 2 + INFERENCE_BYTES)
+    assert same(sample(model, clip), expected["sd15_blocks"])
+    for _ in range(2):
+        assert same(sample(other, other_clip), expected["flux"])
+        assert any(loaded.model is model for loaded in mm.current_loaded_models)  # it moved only what it had to
+        assert 0 < model.loaded_size() < model.model_size()
+        assert same(sample(model, clip), expected["sd15_blocks"])
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_memory_taken_back_between_two_steps(checkpoints, expected, patched):
+    model, clip = load(checkpoints, "flux", "sim:0,70%;cpu,30%")
+    reference, core_clip = core_load(checkpoints("flux"))[:2]
+    wanted = expected["flux"]
+    if patched:
+        wanted = sample(lora_for(reference), core_clip)
+        mm.unload_all_models()
+        model = lora_for(model)
+    calls = []
+
+    def taking_back(apply_model, arguments):
+        calls.append(model.loaded_size())
+        if len(calls) in (2, 3):
+            mm.free_memory(mm.get_free_memory(torch.device("sim:0")) + 4 * MIB, torch.device("sim:0"))
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    hindered = model.clone()
+    hindered.set_model_unet_function_wrapper(taking_back)
+    assert same(sample(hindered, clip, steps=4), sample(model, clip, steps=4))
+    assert calls[2] <= calls[1] - 4 * MIB
+    assert calls[3] <= calls[2] - 4 * MIB
+    assert same(sample(model, clip), wanted)
+
+
+def test_a_patched_weight_keeps_its_patch_when_it_is_evicted_and_loses_it_afterwards(checkpoints, expected):
+    reference, core_clip = core_load(checkpoints("sd3_no_clip_weights"))[:2]
+    wanted = sample(lora_for(reference), core_clip)
+    mm.unload_all_models()
+    model, clip = load(checkpoints, "sd3_no_clip_weights", "sim:0,*")
+    patched = lora_for(model)
+    assert same(sample(patched, clip), wanted)
+    freed = patched.partially_unload(torch.device("cpu"), 2 * MIB)
+    assert freed == model.model_size() - model.loaded_size() > 0
+    patched.model.current_weight_patches_uuid = patched.patches_uuid
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(comfy.lora, "calculate_weight", lambda *arguments, **options: pytest.fail("computed again"))
+        assert same(sample(patched, clip), wanted)
+    patched.partially_unload(torch.device("cpu"), 2 * MIB)
+    assert same(sample(model, clip), expected["sd3_no_clip_weights"])
+
+
+# --- donors
+
+
+def test_comfyui_evicts_a_donors_share_to_the_host_and_brings_it_back(checkpoints, expected, monkeypatch):
+    model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
+    assert same(sample(model, clip), expected["flux"])
+    on_donor = sim.used_bytes[1]
+    assert on_donor == model.distribution.asked.bytes_on("sim:1") > 0
+    (share,) = model.distribution.shares
+    assert any(loaded.model is share for loaded in mm.current_loaded_models)
+
+    limit(monkeypatch, 1, on_donor + 8 * MIB)
+    mm.free_memory(20 * MIB, torch.device("sim:1"))
+    assert mm.get_free_memory(torch.device("sim:1")) >= 20 * MIB
+    assert any(loaded.model is share for loaded in mm.current_loaded_models)  # in part
+    assert 0 < share.loaded_size() == sim.used_bytes[1] <= on_donor - 12 * MIB
+    # The weights are served from the host for as long as nobody loads the model again.
+    x = model.model.diffusion_model.img_in.weight.device
+    assert x.type in ("sim", "cpu")
+    mm.free_memory(1e30, torch.device("sim:1"))
+    assert share.loaded_size() == sim.used_bytes[1] == 0
+    assert not any(loaded.model is share for loaded in mm.current_loaded_models)
+
+    assert same(sample(model, clip), expected["flux"])
+    assert sim.used_bytes[1] == on_donor
+
+
+def test_a_share_is_evicted_between_two_steps(checkpoints, expected):
+    model, clip = load(checkpoints, "flux", "sim:1,*")
+    calls = []
+
+    def evicting(apply_model, arguments):
+        calls.append(sim.used_bytes[1])
+        if len(calls) == 2:
+            mm.free_memory(1e30, torch.device("sim:1"))
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    hindered = model.clone()
+    hindered.set_model_unet_function_wrapper(evicting)
+    assert same(sample(hindered, clip), expected["flux"])
+    assert calls[0] > 0
+    assert sim.used_bytes[1] == 0
+    assert same(sample(model, clip), expected["flux"])
+    assert sim.used_bytes[1] == calls[0]
+
+
+def test_loading_a_share_evicts_others_from_its_donor(checkpoints, expected, monkeypatch):
+    other = core_load(checkpoints("sd15_blocks"))[0]
+    other.load_device = torch.device("sim:1")
+    mm.load_models_gpu([other])
+    limit(monkeypatch, 1, sim.used_bytes[1] + 2 * INFERENCE_BYTES)
+    model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
+    # What is free when the model is loaded is what it is given there.
+    assert same(sample(model, clip), expected["flux"])
+    assert model.distribution.plan.bytes_on("sim:1") > 0
+
+
+def test_a_donor_that_is_full_when_the_model_is_placed_hands_over_to_the_host(
+    checkpoints, expected, monkeypatch, caplog
+):
+    model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
+    limit(monkeypatch, 1, 3 * MIB)  # taken by somebody else between planning and placing
+    assert same(sample(model, clip), expected["flux"])
+    assert 0 < sim.used_bytes[1] <= 3 * MIB
+    monkeypatch.undo()
+    compute_on_sim(monkeypatch)
+    assert same(sample(model, clip), expected["flux"])
+    assert sim.used_bytes[1] == model.distribution.asked.bytes_on("sim:1")
+
+
+# --- failures
+
+
+def failing_allocations(patches, nth):
+    """Let the nth allocation of a slab or staging buffer fail; returns the list of those made."""
+    allocate, made = slab.allocate, []
+
+    def fail(num_bytes, device):
+        made.append(device)
+        if len(made) == nth:
+            if device.type == "cpu":
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory (planted)")
+            raise torch.OutOfMemoryError("planted")
+        return allocate(num_bytes, device)
+
+    for module in ("distorch2.streaming", "distorch2.moving"):
+        patches.setattr(f"{module}.allocate", fail)
+    return made
+
+
+@pytest.mark.parametrize("text", ["sim:0,40%;sim:1,30%;cpu,30%"])
+def test_an_allocation_that_fails_at_any_point_of_a_load(checkpoints, expected, text):
+    model, clip = load(checkpoints, "flux", text)
+    wanted, nth = expected["flux"], 0
+    failed = []
+    while True:
+        nth += 1
+        with pytest.MonkeyPatch.context() as patches:
+            made = failing_allocations(patches, nth)
+            try:
+                assert same(sample(model, clip), wanted)
+                message = ""
+            except PlanError as error:
+                message = str(error)
+        if message:
+            failed.append(nth)
+            assert re.search("out of memory while placing Flux", message)
+            assert model.loaded_size() == 0
+            gc.collect()
+            assert sim.used_bytes == [0, 0]
+            assert not any("forward" in vars(module) for module in model.model.modules())
+            assert not any(loaded.model is model for loaded in mm.current_loaded_models)
+        if len(made) < nth:
+            break
+        assert same(sample(model, clip), wanted)
+        mm.unload_all_models()
+        model.distribution.groups.clear()  # so that everything is allocated again
+        model.distribution._served.clear()
+    assert failed  # those on the host
+    assert len(failed) < nth - 1  # the others are made on the host or smaller
+
+
+def test_a_staging_buffer_that_does_not_fit_is_made_smaller(checkpoints, expected, monkeypatch, caplog):
+    model, clip = load(checkpoints, "flux", "cpu,*")
+    planned = model.distribution.asked.staging_bytes
+    allocate = slab.allocate
+
+    def at_most(num_bytes, device):
+        if device.type == "sim" and num_bytes > planned // 2:
+            raise torch.OutOfMemoryError("planted")
+        return allocate(num_bytes, device)
+
+    largest = max(group.slab_bytes for group in model.distribution.asked.groups)
+    assert largest <= planned // 2
+    monkeypatch.setattr("distorch2.streaming.allocate", at_most)
+    assert same(sample(model, clip), expected["flux"])
+    assert model.distribution.streamer.staging.nbytes == max(largest, planned // 2)
+    assert model.loaded_size() == sim.used_bytes[0] < model.model_size()
+
+
+# --- patches
+
+
+def test_a_changed_strength_computes_what_changed(checkpoints, expected, monkeypatch):
+    model, clip = load(checkpoints, "flux", "sim:0,50%;cpu,50%")
+    core, core_clip = core_load(checkpoints("flux"))[:2]
+    patches = lora_for(core).patches
+    keys = sorted(patches)
+    first, second = keys[::2], keys[1::2]
+
+    def patched(patcher, strength_of_second):
+        clone = patcher.clone()
+        assert clone.add_patches({key: patches[key][0][1] for key in first}, 1.0)
+        assert clone.add_patches({key: patches[key][0][1] for key in second}, strength_of_second)
+        return clone
+
+    wanted = {strength: sample(patched(core, strength), core_clip) for strength in (1.0, 0.5)}
+    mm.unload_all_models()
+    calculate, computed = comfy.lora.calculate_weight, []
+
+    def counted(patch_list, weight, key, *arguments, **options):
+        computed.append(key)
+        return calculate(patch_list, weight, key, *arguments, **options)
+
+    monkeypatch.setattr(comfy.lora, "calculate_weight", counted)
+    for strength, expected_keys in ((1.0, keys), (0.5, second), (0.5, []), (1.0, second)):
+        computed.clear()
+        assert same(sample(patched(model, strength), clip), wanted[strength])
+        assert sorted(computed) == sorted(expected_keys)
+    computed.clear()
+    assert same(sample(model, clip), expected["flux"])
+    assert computed == []
+
+
+@pytest.mark.parametrize("kind", ["sd3_fp8", "sd3_fp8_scaled"])
+@pytest.mark.parametrize("text", ["sim:0,*", "sim:0,50%;cpu,50%", "cpu,*"])
+def test_high_precision_loras_are_not_rounded_to_the_dtype_of_storage(checkpoints, monkeypatch, kind, text):
+    monkeypatch.setattr(comfy.cli_args.args, "fp8_e4m3fn_unet", kind == "sd3_fp8")  # on a CPU it would become fp32
+    core, core_clip = core_load(checkpoints(kind))[:2]
+    rounded = sample(lora_for(core), core_clip)
+    mm.unload_all_models()
+    # The same weights with their patches, in the dtype of computation, as if the file had them so.
+    core = core_load(checkpoints(kind))[0]
+    for key, patches in lora_for(core).patches.items():
+        module = core.model.get_submodule(key.rpartition(".")[0])
+        weight = module.weight.dequantize() if hasattr(module.weight, "dequantize") else module.weight
+        full = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
+        module.weight = torch.nn.Parameter(full.to(core.model.get_dtype_inference()), requires_grad=False)
+        module.comfy_force_cast_weights = True
+    core.force_cast_weights = True
+    precise = sample(core, core_clip)
+    mm.unload_all_models()
+    assert not torch.equal(precise, rounded)
+
+    for high_precision, wanted in ((True, precise), (False, rounded)):
+        model, clip = load(checkpoints, kind, text, high_precision_loras=high_precision)
+        plain = sample(model, clip)
+        sizes = model.loaded_size(), sim.used_bytes[0]
+        assert sizes[0] == model.model_size()
+        patched = lora_for(model)
+        for _ in range(2):
+            assert same(sample(patched, clip), wanted)
+            assert patched.loaded_size() == patched.model_size() == model.distribution.compute_bytes
+            assert (patched.model_size() > model.model_size()) == high_precision
+            if text != "sim:0,*":
+                assert model.distribution.transfer.copies > 0
+            mm.free_memory(mm.get_free_memory(torch.device("sim:0")) + MIB // 2, torch.device("sim:0"))
+            assert same(sample(patched, clip), wanted)
+            assert torch.equal(sample(model, clip), plain)
+            assert model.loaded_size() == sizes[0]
+        mm.unload_all_models()
+        del model, patched, clip
