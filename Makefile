@@ -1,12 +1,18 @@
 # COMFYUI_PATH (and COMFYUI_PYTHON) name a ComfyUI of yours; without them a pinned one is fetched into .host/.
 PYTHON ?= python3
 
-.PHONY: demo test lint
+.PHONY: demo test soak lint
 demo:
 	@$(PYTHON) tools/host.py run tools/demo.py
 
 test:
 	@$(PYTHON) tools/host.py run -m pytest -c tests/pytest.ini --rootdir=tests tests
+
+# For how many minutes, and which random choices.
+MINUTES ?= 5
+SEED ?= 0
+soak:
+	@$(PYTHON) tools/host.py run tools/soak.py --minutes $(MINUTES) --seed $(SEED)
 
 lint: .host/lint/installed
 	@.host/lint/bin/ruff format --check --quiet .

@@ -21,8 +21,16 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 def write_results(name: str, results: Any) -> Path:
     """Write `results` to `benchmarks/results/<name>.json` with the machine, the versions, the date and the commit."""
-    record = {
-        "benchmark": name,
+    record = {"benchmark": name, **provenance(), "results": results}
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def provenance() -> dict[str, Any]:
+    """The date, the commit, the machine and the versions."""
+    return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": {
@@ -31,12 +39,7 @@ def write_results(name: str, results: Any) -> Path:
             "python": platform.python_version(),
             **_torch_facts(),
         },
-        "results": results,
     }
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    return path
 
 
 def _commit() -> str:

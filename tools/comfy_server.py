@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ class ComfyServer:
     """A ComfyUI process on a free loopback port, with a base folder of its own; a context manager.
 
     `base` gets ComfyUI's folders (`models/checkpoints`, `output`, ...), with this pack linked into `custom_nodes` as
-    `pack_folder` unless `with_pack` is false. `log_path` is the server's output.
+    `pack_folder` unless `with_pack` is false. `environment` are variables on top of this process's own. `log_path` is
+    the server's output.
     """
 
     START_SECONDS = 240
@@ -42,6 +45,7 @@ class ComfyServer:
         arguments: tuple[str, ...] = (),
         with_pack: bool = True,
         pack_folder: str = PACK_FOLDER_NAME,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.comfyui_path = comfyui_path
         self.base = base
@@ -49,6 +53,7 @@ class ComfyServer:
         self._arguments = arguments
         self._with_pack = with_pack
         self._pack_folder = pack_folder
+        self._environment = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
 
@@ -64,7 +69,7 @@ class ComfyServer:
         command = [sys.executable, str(self.comfyui_path / "main.py"), "--port", str(self._port)]
         command += ["--disable-auto-launch", "--base-directory", str(self.base), "--disable-api-nodes"]
         command += ["--database-url", "sqlite:///:memory:", *self._arguments]
-        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        environment = dict(os.environ, PYTHONUNBUFFERED="1", **self._environment)
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base, env=environment
@@ -87,6 +92,10 @@ class ComfyServer:
     @property
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
 
     @property
     def url(self) -> str:
@@ -126,9 +135,28 @@ class ComfyServer:
             history = self.get(f"/history/{prompt_id}")
             if prompt_id in history:
                 return history[prompt_id]
-            self._check_alive()
+            self.check_alive()
             time.sleep(0.05)
         raise TimeoutError(f"the prompt did not end within {timeout_seconds} s")
+
+    def wait_until_idle(self, timeout_seconds: float = 300) -> None:
+        """Wait until nothing is running and nothing is queued."""
+        deadline = time.monotonic() + timeout_seconds
+        while any(self.get("/queue").values()):
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the queue did not run empty within {timeout_seconds} s")
+            time.sleep(0.05)
+
+    def check_alive(self) -> None:
+        """Raise `RuntimeError` with the end of the log when the process has ended."""
+        if self._process.poll() is not None:
+            raise RuntimeError(f"ComfyUI ended with status {self._process.returncode}:\n{self.log[-4000:]}")
+
+    def abort(self) -> None:
+        """End the process at once; with PYTHONFAULTHANDLER set, where each of its threads was is then in the log."""
+        self._process.send_signal(signal.SIGABRT)
+        self._process.wait(timeout=60)
 
     def output_files(self, history: dict[str, Any]) -> list[Path]:
         """The files that a prompt saved, in the order of its nodes' ids; raises when the prompt failed."""
@@ -145,7 +173,7 @@ class ComfyServer:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.START_SECONDS
         while time.monotonic() < deadline:
-            self._check_alive()
+            self.check_alive()
             try:
                 self.get("/system_stats")
                 return
@@ -154,10 +182,6 @@ class ComfyServer:
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.2)
         raise TimeoutError(f"ComfyUI was not ready within {self.START_SECONDS} s:\n{self.log[-4000:]}")
-
-    def _check_alive(self) -> None:
-        if self._process.poll() is not None:
-            raise RuntimeError(f"ComfyUI ended with status {self._process.returncode}:\n{self.log[-4000:]}")
 
 
 def error_of(history: dict[str, Any]) -> dict[str, Any]:
