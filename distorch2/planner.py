@@ -109,7 +109,7 @@ def _with_excess(shares: Mapping[str, int], compute_device: str, excess: int) ->
 
 def _by_precedence(devices: Iterable[str], compute_device: str) -> list[str]:
     """The compute device first, the one that takes what is left last, the others in the order of the request."""
-    return sorted(devices, key=lambda device: (device == OVERFLOW_DEVICE, device != compute_device))
+    return sorted(devices, key=lambda device: (device != compute_device, device == OVERFLOW_DEVICE))
 
 
 def _for_compute_device(layers: Sequence[Layer], sizes: Mapping[int, int], target: int, limit: int | None) -> list[int]:

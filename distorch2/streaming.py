@@ -182,7 +182,8 @@ class Streamer:
                 self._fetch(to_fetch)
             return result
 
-        return serve
+        # A compiled model is to call it, and not to trace it: what it does differs from layer to layer.
+        return torch.compiler.disable(serve)
 
     def _fetch(self, groups: Sequence[int]) -> None:
         try:

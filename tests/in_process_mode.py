@@ -52,7 +52,8 @@ def main(checkpoint: str, *flags: str) -> None:
             found[gb] = {
                 "same": same,
                 "as planned": on_device == plan.bytes_on(device),
-                "streamed": len(plan.streamed),
+                "streamed": len(model.distribution.asked.streamed),
+                "evicted": len(plan.evicted),
                 "copies": model.distribution.transfer.copies,
             }
             mm.unload_all_models()

@@ -34,6 +34,7 @@ def test_weights_on_the_cpu_give_the_same_bits(checkpoints, flags):
     resident, partly, fully = seen["runs"]
     assert resident["streamed"] == 0 < partly["streamed"] < fully["streamed"]
     assert partly["copies"] > 0
+    assert bool(resident["evicted"]) == (flags == ("--novram",))  # where ComfyUI grants nothing
     for run in seen["runs"]:
         assert run["same"]
         assert run["as planned"]
