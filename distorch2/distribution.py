@@ -31,7 +31,8 @@ class Distribution:
     """Where the weights of one module lie. Held by the module, so that all who share the module share it.
 
     `asked` is the plan as it was made, and `plan` the one that is served: groups are evicted from the compute device
-    while there is no room for them. Groups that are planned for an accelerator lie on the host while that has none.
+    while there is no room for them. Groups that are planned for another accelerator lie on the host while there is none
+    there, without being moved in the plan.
     """
 
     def __init__(self, module: torch.nn.Module, plan: Plan) -> None:
@@ -65,19 +66,19 @@ class Distribution:
             return 0
         return self.plan.bytes_on(self.plan.compute_device) + self.streamer.staging.nbytes
 
-    def bytes_asked_of(self, donor: torch.device) -> int:
-        return sum(key.slab_bytes for key in self.asked.groups if torch.device(key.device) == donor)
+    def bytes_planned_on(self, donor: torch.device) -> int:
+        return sum(key.slab_bytes for key in self.plan.groups if torch.device(key.device) == donor)
 
     def bytes_on(self, donor: torch.device) -> int:
         return sum(group.num_bytes for group in self.groups.values() if group.slab.device == donor)
 
-    def place(self, plan: Plan | None = None) -> None:
+    def place(self, plan: Plan) -> None:
         """Put every layer where `plan` has it, one after another, and start serving the streamed ones.
 
-        The plan is `asked`, perhaps with layers evicted or with extra bytes. What is on the module but not in the plan,
+        It is `asked`, perhaps with groups evicted or with extra bytes. What is on the module but not in the plan,
         since somebody put it there, goes to the compute device as well.
         """
-        module, plan, before = self._root, plan or self.asked, self.plan
+        module, before = self._root, self.plan
         self.plan = plan
         if self.is_placed and plan.evicted == before.evicted:
             self._move_the_others(module, self.device)

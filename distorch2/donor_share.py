@@ -13,9 +13,9 @@ _CPU = torch.device("cpu")
 
 
 class KeepsOnDonors(Protocol):
-    """What a `DonorShare` asks of its distribution; all in bytes of slabs."""
+    """What a `DonorShare` asks of its `Distribution`, which imports it; all in bytes of slabs."""
 
-    def bytes_asked_of(self, donor: torch.device) -> int: ...
+    def bytes_planned_on(self, donor: torch.device) -> int: ...
 
     def bytes_on(self, donor: torch.device) -> int: ...
 
@@ -43,7 +43,7 @@ class DonorShare(ModelPatcher):
 
     def model_size(self) -> int:
         distribution = self._reference()
-        return distribution.bytes_asked_of(self.load_device) if distribution is not None else 0
+        return distribution.bytes_planned_on(self.load_device) if distribution is not None else 0
 
     def loaded_size(self) -> int:
         distribution = self._reference()
@@ -52,7 +52,7 @@ class DonorShare(ModelPatcher):
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
-        """Bring back what there is room for; before the model itself is loaded: let it come."""
+        """Let slabs lie here as far as there is room. Before the model itself is placed there are none yet."""
         return self._limit(self.loaded_size() + mm.get_free_memory(self.load_device))
 
     def partially_unload(

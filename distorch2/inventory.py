@@ -1,4 +1,4 @@
-"""The layers of a module, with their bytes as they will be once loaded. It reads only."""
+"""The layers of a module, with their bytes as they will be once loaded. It reads only, but for `note_dtype`."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def _memory_of(computing: set[str], keeping: set[str]) -> dict[str, DeviceMemory
     """Memory of these devices, with `cpu` always among them.
 
     Of a device that computes, what models hold that ComfyUI can evict counts as free, and the room that it leaves for
-    inference does not. Nothing makes room on a device that only keeps weights.
+    inference does not. What models hold on a device that only keeps weights does not count as free.
     """
     present = list(dict.fromkeys(["cpu", *(str(device) for device in mm.get_all_torch_devices())]))
     memory = {"cpu": DeviceMemory(int(mm.get_total_memory(_CPU)))}

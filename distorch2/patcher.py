@@ -5,6 +5,9 @@
 called by those, or do nothing since nothing is pinned by them. `detach` is inherited: with `unpatch_all=False`, as
 ComfyUI calls it when clones are swapped or collected, it touches no weight. What belongs to the weights lives on the
 module, which clones share.
+
+[Note: the order of a load] The module's own weights are placed, since these are what the plan names; then object
+patches are set, and what they brought is placed as well; then weights are patched.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from comfy.model_patcher import (
     move_weight_functions,
     wipe_lowvram_weight,
 )
+from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter import WeightAdapterBase
 
 from .distribution import Distribution
@@ -72,6 +76,8 @@ class DistributedPatcher(ModelPatcher):
         patcher = cls(core.model, torch.device(plan.compute_device), _CPU)
         own = {"load_device", "offload_device", "size"}
         patcher.__dict__.update({name: value for name, value in vars(core).items() if name not in own})
+        patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _ATTRIBUTE)
+        patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _ATTRIBUTE, _explain_out_of_memory)
         return patcher
 
     def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
@@ -166,7 +172,8 @@ class DistributedPatcher(ModelPatcher):
         except BaseException as error:
             self.detach()
             if _is_out_of_memory(error):
-                raise PlanError(self._out_of_memory_message(error)) from error
+                advice = "give the full device less, or unload other models"
+                raise PlanError(self.out_of_memory_message("placing", advice, error)) from error
             raise
 
     def _place_unpatched(self, compute_bytes: float) -> None:
@@ -198,6 +205,7 @@ class DistributedPatcher(ModelPatcher):
         return self.model
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        """Without `device_to` the originals go where the weights lie; with a device everything goes to the host."""
         self.eject_model()
         if unpatch_weights:  # before object patches: a patched weight may be one of theirs
             self.unpatch_hooks()
@@ -390,8 +398,8 @@ class DistributedPatcher(ModelPatcher):
         return getattr(module, name)
 
     def _patched(self, key: str, device: torch.device | None, force_cast: bool = False) -> torch.Tensor:
-        """The weight with this clone's patches, or the one in place (if quantised, on `device`) where it has none and
-        nothing is cast."""
+        """The weight with this clone's patches, made from the original. Without patches, and unless it is to be cast,
+        ComfyUI returns the original itself."""
         module, name = self._owner(key)
         in_place, weight = getattr(module, name), self._original(key)
         if device is not None and is_quantised(weight):
@@ -417,7 +425,7 @@ class DistributedPatcher(ModelPatcher):
 
     def _set_casting(self) -> None:
         """What ComfyUI's operations ask of their module, as for a model that is loaded completely."""
-        kept_in_full = self._extra_bytes()
+        kept_in_full = {_split(key)[0] for key in self.patches if self._kept_dtype(key) is not None}
         for name, module in self.model.named_modules():
             if not own_tensors(module):
                 continue
@@ -465,14 +473,26 @@ class DistributedPatcher(ModelPatcher):
             yield
         weight.data.copy_(copy)
 
-    def _out_of_memory_message(self, error: BaseException) -> str:
+    def out_of_memory_message(self, doing: str, advice: str, error: BaseException) -> str:
         plan = self.distribution.plan
         kept = ", ".join(f"{plan.bytes_on(device) / GIB:.2f} GiB on {device}" for device in plan.devices)
         return (
-            f"out of memory while placing {type(self.model).__name__}: the plan keeps {kept}, and streams through "
-            f"{plan.staging_bytes / GIB:.2f} GiB on {plan.compute_device}; give the full device less, or unload other "
-            f"models ({error})"
+            f"out of memory while {doing} {type(self.model).__name__}: the plan keeps {kept}, and streams through "
+            f"{plan.staging_bytes / GIB:.2f} GiB on {plan.compute_device}; {advice} ({error})"
         )
+
+
+def _explain_out_of_memory(executor: Any, *arguments: Any, **options: Any) -> Any:
+    """A wrapper of the model's forward, which says what a plan has to do with it when there is no memory."""
+    try:
+        return executor(*arguments, **options)
+    except torch.OutOfMemoryError as error:
+        patcher = getattr(executor.class_obj, "current_patcher", None)
+        if not isinstance(patcher, DistributedPatcher):
+            raise
+        advice = f"keep less of it on {patcher.load_device}, or make the image or the batch smaller"
+        # Of the same class: ComfyUI unloads all models then.
+        raise torch.OutOfMemoryError(patcher.out_of_memory_message("running", advice, error)) from error
 
 
 def forget(patchers: Iterable[ModelPatcher]) -> None:
@@ -501,7 +521,7 @@ def _by_layer(keys: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """On an accelerator, or on the host, for which torch has no class of its own."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _same(left: Any, right: Any) -> bool:

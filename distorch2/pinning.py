@@ -7,7 +7,7 @@ import torch
 
 
 class PinnedSlabs:
-    """Host memory that is page-locked for copies to one device. Their memory must not be freed before `unpin`."""
+    """Host memory that is page-locked for copies to one device. It must not be freed before `unpin`."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_useful = mm.is_device_cuda(device)

@@ -146,6 +146,7 @@ class Plan:
 
     @cached_property
     def model_bytes(self) -> int:
+        """Without extra bytes: groups are the same whatever is patched."""
         return sum(placement.layer.num_bytes for placement in self.placements)
 
     @cached_property
@@ -210,17 +211,19 @@ class Plan:
         """This plan, with as many resident groups evicted as it takes to need no more than `compute_bytes` on the
         compute device; with those that leave the least there, where even that is more.
 
-        For a smaller number the same groups are evicted and others, so that little moves when it changes.
+        For a smaller number these groups are evicted and more, so that little moves when it changes.
         """
         resident, sizes = self.bytes_on(self.compute_device), [group.slab_bytes for group in self.groups]
-        needed = [resident + _staging_bytes(sizes)]
-        for group in self._evictable if needed[0] > compute_bytes else ():
+        least, num_evicted = resident + _staging_bytes(sizes), 0
+        for number, group in enumerate(self._evictable, 1):
+            if least <= compute_bytes:
+                break
             resident -= group.num_bytes
             sizes.append(group.slab_bytes)
-            needed.append(resident + _staging_bytes(sizes))
-            if needed[-1] <= compute_bytes:
-                break
-        evicted = self._evictable[: needed.index(min(needed))]
+            needed = resident + _staging_bytes(sizes)
+            if needed < least:
+                least, num_evicted = needed, number
+        evicted = self._evictable[:num_evicted]
         if not evicted:
             return self
         device_of = {layer.name: group.device for group in evicted for layer in group.layers}

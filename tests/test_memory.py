@@ -175,7 +175,7 @@ def test_a_patched_weight_keeps_its_patch_when_it_is_evicted_and_loses_it_afterw
     assert same(sample(patched, clip), wanted)
     freed = patched.partially_unload(torch.device("cpu"), 2 * MIB)
     assert freed == model.model_size() - model.loaded_size() > 0
-    patched.model.current_weight_patches_uuid = patched.patches_uuid
+    assert patched.model.current_weight_patches_uuid == patched.patches_uuid
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(comfy.lora, "calculate_weight", lambda *arguments, **options: pytest.fail("computed again"))
         assert same(sample(patched, clip), wanted)
@@ -199,9 +199,6 @@ def test_comfyui_evicts_a_donors_share_to_the_host_and_brings_it_back(checkpoint
     assert mm.get_free_memory(torch.device("sim:1")) >= 20 * MIB
     assert any(loaded.model is share for loaded in mm.current_loaded_models)  # in part
     assert 0 < share.loaded_size() == sim.used_bytes[1] <= on_donor - 12 * MIB
-    # The weights are served from the host for as long as nobody loads the model again.
-    x = model.model.diffusion_model.img_in.weight.device
-    assert x.type in ("sim", "cpu")
     mm.free_memory(1e30, torch.device("sim:1"))
     assert share.loaded_size() == sim.used_bytes[1] == 0
     assert not any(loaded.model is share for loaded in mm.current_loaded_models)
@@ -230,19 +227,19 @@ def test_a_share_is_evicted_between_two_steps(checkpoints, expected):
 
 
 def test_loading_a_share_evicts_others_from_its_donor(checkpoints, expected, monkeypatch):
+    model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
     other = core_load(checkpoints("sd15_blocks"))[0]
     other.load_device = torch.device("sim:1")
     mm.load_models_gpu([other])
-    limit(monkeypatch, 1, sim.used_bytes[1] + 2 * INFERENCE_BYTES)
-    model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
-    # What is free when the model is loaded is what it is given there.
+    used_by_other = sim.used_bytes[1]
+    limit(monkeypatch, 1, used_by_other + INFERENCE_BYTES)
     assert same(sample(model, clip), expected["flux"])
-    assert model.distribution.plan.bytes_on("sim:1") > 0
+    (share,) = model.distribution.shares
+    assert share.loaded_size() == share.model_size() == model.distribution.asked.bytes_on("sim:1") > INFERENCE_BYTES / 2
+    assert sim.used_bytes[1] - share.loaded_size() < used_by_other
 
 
-def test_a_donor_that_is_full_when_the_model_is_placed_hands_over_to_the_host(
-    checkpoints, expected, monkeypatch, caplog
-):
+def test_a_donor_that_is_full_when_the_model_is_placed_hands_over_to_the_host(checkpoints, expected, monkeypatch):
     model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
     limit(monkeypatch, 1, 3 * MIB)  # taken by somebody else between planning and placing
     assert same(sample(model, clip), expected["flux"])
@@ -273,9 +270,8 @@ def failing_allocations(patches, nth):
     return made
 
 
-@pytest.mark.parametrize("text", ["sim:0,40%;sim:1,30%;cpu,30%"])
-def test_an_allocation_that_fails_at_any_point_of_a_load(checkpoints, expected, text):
-    model, clip = load(checkpoints, "flux", text)
+def test_an_allocation_that_fails_at_any_point_of_a_load(checkpoints, expected):
+    model, clip = load(checkpoints, "flux", "sim:0,40%;sim:1,30%;cpu,30%")
     wanted, nth = expected["flux"], 0
     failed = []
     while True:
@@ -305,7 +301,22 @@ def test_an_allocation_that_fails_at_any_point_of_a_load(checkpoints, expected, 
     assert len(failed) < nth - 1  # the others are made on the host or smaller
 
 
-def test_a_staging_buffer_that_does_not_fit_is_made_smaller(checkpoints, expected, monkeypatch, caplog):
+def test_what_the_model_itself_runs_out_of_names_the_device_and_what_to_change(checkpoints, expected):
+    model, clip = load(checkpoints, "flux", "sim:0,60%;cpu,40%")
+
+    def failing(*arguments, **options):
+        raise torch.OutOfMemoryError("planted")
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(type(model.model.diffusion_model), "forward", failing)
+        with pytest.raises(
+            torch.OutOfMemoryError, match=r"while running Flux: .*keep less of it on sim:0.*\(planted\)"
+        ):
+            sample(model, clip)
+    assert same(sample(model, clip), expected["flux"])
+
+
+def test_a_staging_buffer_that_does_not_fit_is_made_smaller(checkpoints, expected, monkeypatch):
     model, clip = load(checkpoints, "flux", "cpu,*")
     planned = model.distribution.asked.staging_bytes
     allocate = slab.allocate

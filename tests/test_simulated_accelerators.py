@@ -599,15 +599,3 @@ def test_a_missing_wait_gives_wrong_latents(checkpoints, cpu_runs, on_simulated,
     model, clip, _ = load_checkpoint(checkpoints("sd15_blocks"), request(f"{donor},*"), request("sim:0,*"), "sim:0")
     with sim.deferred_copies(), contextlib.suppress(AssertionError):  # of sample(): not finite
         assert not torch.equal(sample(model, clip), cpu_runs("sd15_blocks")[0])
-
-
-def test_an_evicted_model_of_ours_runs_again(checkpoints, cpu_runs, on_simulated, monkeypatch):
-    """Between two models that do not fit together, ComfyUI unloads one for the other."""
-    ours, clip, _ = load_checkpoint(checkpoints("flux"), request("sim:0,80%;sim:1,20%"), request("sim:0,*"), "sim:0")
-    core, core_clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
-    room = max(ours.model_size(), core.model_size()) * 1.2 + 72 * 1024**2
-    monkeypatch.setattr(sim, "capacity_bytes", [int(room), 1024**3])
-    expected = sample(core, core_clip)
-    for _ in range(2):
-        assert torch.equal(sample(ours, clip), cpu_runs("flux")[0])
-        assert torch.equal(sample(core, core_clip), expected)

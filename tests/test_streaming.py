@@ -685,7 +685,7 @@ def test_weights_that_the_file_does_not_have_are_zero():
         module = torch.nn.Sequential(embedding)
         plan = Plan(COMPUTE, tuple(Placement(layer, device) for layer in list_layers(module)))
         distribution = Distribution(module, plan)
-        distribution.place()
+        distribution.place(plan)
         assert torch.equal(module(torch.tensor([0, 2], device=COMPUTE)).cpu(), torch.zeros(2, 5, dtype=torch.float16))
         distribution.release({})
 
