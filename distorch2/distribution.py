@@ -90,7 +90,13 @@ class Distribution:
         homes = self._homes()
         for key in plan.groups:
             if key not in self.groups or not self.groups[key].is_bound():
-                self._serve(key, [module.get_submodule(layer.name) for layer in key.layers], homes[key])
+                children = [module.get_submodule(layer.name) for layer in key.layers]
+                if key in plan.evicted:
+                    self._move_all(children, _CPU)  # from under those who hold the parameters
+                replaced = self.groups.get(key)
+                self._serve(key, children, homes[key])
+                if replaced is not None:
+                    self.pinned.unpin(replaced.slab)
             elif self.groups[key].slab.device != homes[key]:
                 self._move(key, homes[key])
         returned = [self._unserve(key).slab for key in list(self.groups) if key not in homes]
@@ -266,10 +272,12 @@ class Distribution:
             )
 
     def _move_the_others(self, module: torch.nn.Module, device: torch.device) -> None:
+        self._move_all((child for child in module.modules() if child not in self._served), device)
+
+    def _move_all(self, modules: Iterable[torch.nn.Module], device: torch.device) -> None:
         with Mover(device, self.pinned) as mover:
-            for child in module.modules():
-                if child not in self._served:
-                    mover.move(child)
+            for module in modules:
+                mover.move(module)
 
     def _find(self, child: torch.nn.Module) -> tuple[StreamedGroup, StreamedLayer] | tuple[None, None]:
         """By the module itself: an object patch may have put another in the place of a streamed one."""

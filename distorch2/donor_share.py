@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Protocol
 
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
+
+from .slab import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 
@@ -67,9 +72,16 @@ class DonorShare(ModelPatcher):
         return self.model
 
     def _limit(self, num_bytes: float) -> int:
-        """Returns the bytes that were added."""
+        """Returns the bytes that were added. ComfyUI can do nothing with an exception here."""
         before = self.loaded_size()
         distribution = self._reference()
-        if distribution is not None:
-            distribution.limit(self.load_device, num_bytes)
+        try:
+            if distribution is not None:
+                distribution.limit(self.load_device, num_bytes)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning(
+                "DisTorch2: no memory to move weights from %s to the host (%s)", self.load_device, str(error)
+            )
         return self.loaded_size() - before

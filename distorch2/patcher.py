@@ -13,6 +13,7 @@ patches are set, and what they brought is placed as well; then weights are patch
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from .distribution import Distribution
 from .inventory import list_layers, own_tensors
 from .plan import GIB, Plan, PlanError
 from .quantised import as_parameter, is_quantised, plain_tensors, to_device
+from .slab import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _ATTRIBUTE = "distorch2"
@@ -52,12 +56,14 @@ class _Shared:
 class _Backup(NamedTuple):
     """The original of a patched weight. ComfyUI reads the first two fields.
 
-    `patches` are those in the weight that is in place; None where that is not known, or may be the original still.
+    `patches` are those in the weight that is in place, None where that is not known; `kept_dtype` is the dtype in which
+    it is kept, if not that of the original.
     """
 
     weight: torch.Tensor
     inplace_update: bool
-    patches: list[tuple] | None
+    patches: list[tuple] | None = None
+    kept_dtype: torch.dtype | None = None
 
 
 class DistributedPatcher(ModelPatcher):
@@ -144,7 +150,7 @@ class DistributedPatcher(ModelPatcher):
         """Load as planned, or as much as fits into `extra_memory` bytes more than are used; returns the bytes added."""
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
-            granted = before + extra_memory
+            granted = before + extra_memory or 0.1  # nothing at all would mean no limit
             with self._all_or_nothing():
                 self._place_unpatched(granted)
                 if self.model.current_weight_patches_uuid == self.patches_uuid and not force_patch_weights:
@@ -160,8 +166,12 @@ class DistributedPatcher(ModelPatcher):
         """Stream resident weights from the host until so much is free, or no more can be; returns the bytes freed."""
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
-            with self._all_or_nothing():
-                self._place_unpatched(before - memory_to_free)
+            try:
+                with self._all_or_nothing():
+                    self._place_unpatched(before - memory_to_free)
+            except PlanError as error:
+                # ComfyUI's list of loaded models would not survive it. Nothing is on the device any more.
+                logger.warning("DisTorch2: %s", str(error))
             return before - self.loaded_size()
 
     @contextlib.contextmanager
@@ -171,20 +181,32 @@ class DistributedPatcher(ModelPatcher):
             yield
         except BaseException as error:
             self.detach()
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 advice = "give the full device less, or unload other models"
                 raise PlanError(self.out_of_memory_message("placing", advice, error)) from error
             raise
 
     def _place_unpatched(self, compute_bytes: float) -> None:
         """Place the module's own weights, then set this clone's object patches."""
+        self.unpatch_hooks()  # first: what they wrote may be weights of an object patch
         if self.model.current_weight_patches_uuid != self.patches_uuid:
-            # Backups go by name, and these weights are, or will be, those of another module.
+            # Backups go by name, and weights of object patches are, or will be, those of another module. And weights
+            # larger than this clone has them would take room that is not planned.
             paths = tuple(f"{path}." for path in {*self.object_patches, *self.object_patches_backup})
-            self._unpatch_weights([key for key in self.backup if key.startswith(paths)])
+            self._unpatch_weights(
+                [
+                    key
+                    for key, backup in self.backup.items()
+                    if key.startswith(paths) or (backup.kept_dtype is not None and self._kept_dtype(key) is None)
+                ]
+            )
         self.unpatch_model(unpatch_weights=False)  # another clone's object patches
         self._place(compute_bytes)
         self.patch_model(load_weights=False)
+        for module in self.model.modules():
+            if hasattr(module, "comfy_patched_weights"):
+                module.comfy_patched_weights = not self.distribution.is_streamed(module)
+        self.model.model_loaded_weight_memory = self.loaded_size()
 
     def patch_model(
         self,
@@ -211,6 +233,7 @@ class DistributedPatcher(ModelPatcher):
             self.unpatch_hooks()
             if device_to is None:
                 self._unpatch_weights(list(self.backup))
+                self.distribution.resume()
                 self._forget_patches()
             else:
                 self._release(self.distribution)
@@ -233,6 +256,7 @@ class DistributedPatcher(ModelPatcher):
         if return_weight or key not in self.patches:
             return self._patched(key, device_to, force_cast)
         layer_name, name = _split(key)
+        self.model.current_weight_patches_uuid = None  # those of others may be of another clone
         self.distribution.settle()
         self._back_up(key)
         self.distribution.replace({layer_name: {name: self._patched(key, device_to, force_cast)}})
@@ -278,7 +302,7 @@ class DistributedPatcher(ModelPatcher):
         changed = [
             key
             for key in dict.fromkeys([*self.backup, *wanted])
-            if anew or not (key in self.backup and key in wanted and _same(self.backup[key].patches, wanted[key]))
+            if anew or not (key in wanted and self._is_in_place(key, wanted[key]))
         ]
         if not changed:
             return
@@ -295,9 +319,14 @@ class DistributedPatcher(ModelPatcher):
             self.distribution.replace(weights)
             for key in keys:
                 if key in wanted:
-                    self.backup[key] = self.backup[key]._replace(patches=wanted[key])
+                    kept_dtype = self._kept_dtype(key)
+                    self.backup[key] = self.backup[key]._replace(patches=wanted[key], kept_dtype=kept_dtype)
                 else:
                     del self.backup[key]
+
+    def _is_in_place(self, key: str, patches: list[tuple]) -> bool:
+        backup = self.backup.get(key)
+        return backup is not None and _same(backup.patches, patches) and backup.kept_dtype == self._kept_dtype(key)
 
     def _is_patched_by_comfyui(self, key: str) -> bool:
         """Not a buffer, nor a parameter of a module whose children have parameters: those ComfyUI leaves alone."""
@@ -313,10 +342,11 @@ class DistributedPatcher(ModelPatcher):
             return
         self.model.current_weight_patches_uuid = None  # first: what fails in the middle is not taken for patched
         self.distribution.settle()
+        for key in keys:
+            self._back_up(key)
         originals = self._originals(keys)
         for batch in self.distribution.batches(originals):
             self.distribution.replace({layer_name: originals[layer_name] for layer_name in batch})
-        self.distribution.resume()
         for key in keys:
             del self.backup[key]
 
@@ -364,9 +394,10 @@ class DistributedPatcher(ModelPatcher):
     def _plan(self) -> Plan:
         """The plan as asked, with what this clone's patches add to it."""
         asked, cached = self.distribution.asked, vars(self).get("_planned")
-        if cached is None or cached[0] is not asked or cached[1] != self.patches_uuid:
-            cached = self._planned = (asked, self.patches_uuid, asked.with_extra_bytes(self._extra_bytes()))
-        return cached[2]
+        if cached is None or cached[0] is not asked or cached[1:3] != (self.patches_uuid, self._compute_dtype):
+            extra = asked.with_extra_bytes(self._extra_bytes())
+            cached = self._planned = (asked, self.patches_uuid, self._compute_dtype, extra)
+        return cached[3]
 
     def _extra_bytes(self) -> dict[str, int]:
         """Name of a layer -> how much larger its weights are for being kept in the dtype of computation."""
@@ -381,13 +412,18 @@ class DistributedPatcher(ModelPatcher):
 
     def _kept_dtype(self, key: str) -> torch.dtype | None:
         """The dtype to keep the patched weight in, if not that of the original."""
-        if not self._shared.high_precision_loras or not self._is_patched_by_comfyui(key):
+        if key not in self.patches or not self._shared.high_precision_loras or not self._is_patched_by_comfyui(key):
             return None
         original = self._original(key)
         if not is_quantised(original) and original.dtype.itemsize > 1:
             return None
-        if hasattr(self.model, "get_dtype_inference"):
-            return self.model.get_dtype_inference()
+        return self._compute_dtype
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        """That of this clone, which may have it as an object patch."""
+        if hasattr(self.model, "manual_cast_dtype"):
+            return self.get_model_object("manual_cast_dtype") or self.model.get_dtype()
         return mm.lora_compute_dtype(self.load_device)
 
     def _original(self, key: str) -> torch.Tensor:
@@ -404,7 +440,7 @@ class DistributedPatcher(ModelPatcher):
         in_place, weight = getattr(module, name), self._original(key)
         if device is not None and is_quantised(weight):
             weight = to_device(weight, device)  # before ComfyUI takes it there in full precision
-        dtype = self._kept_dtype(key) if key in self.patches else None
+        dtype = self._kept_dtype(key)
         with contextlib.nullcontext() if weight is in_place else self._bound_to(key, weight):
             if dtype is None:
                 return super().patch_weight_to_device(key, device, return_weight=True, force_cast=force_cast)
@@ -416,12 +452,15 @@ class DistributedPatcher(ModelPatcher):
             return comfy.lora.calculate_weight(self.patches[key], full, key).to(dtype)
 
     def _back_up(self, key: str) -> None:
-        if key not in self.backup:
+        """Before a weight is replaced: keep the original, and do not take the one in place for what it was."""
+        if key in self.backup:
+            self.backup[key] = self.backup[key]._replace(patches=None)
+        else:
             module, name = self._owner(key)
             weight = getattr(module, name)
             if not self.distribution.keeps_replaced(_split(key)[0]):
                 weight = to_device(weight, _CPU, copy=True)
-            self.backup[key] = _Backup(weight, False, None)
+            self.backup[key] = _Backup(weight, False)
 
     def _set_casting(self) -> None:
         """What ComfyUI's operations ask of their module, as for a model that is loaded completely."""
@@ -519,11 +558,6 @@ def _by_layer(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     return layers
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """On an accelerator, or on the host, for which torch has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 def _same(left: Any, right: Any) -> bool:
     """Whether two lists of patches do the same: of tensors, only whether they are the same objects."""
     if left is right:
@@ -535,5 +569,5 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     if isinstance(left, WeightAdapterBase):
-        return _same(left.weights, right.weights)
-    return isinstance(left, (bool, int, float, str)) and left == right
+        return _same(vars(left), vars(right))
+    return isinstance(left, (bool, int, float, str, set)) and left == right

@@ -18,7 +18,9 @@ class PinnedSlabs:
         return sum(slab.nbytes for slab in self._slabs.values())
 
     def pin(self, slab: torch.Tensor) -> bool:
-        """Page-lock `slab` if it can be and ComfyUI's budget allows it; whether it did."""
+        """Page-lock `slab` if it can be and ComfyUI's budget allows it; whether it is."""
+        if slab.data_ptr() in self._slabs:
+            return True
         if not self._is_useful or slab.device.type != "cpu":
             return False
         # Its memory is in use already, so the budget for memory is asked for nothing more.

@@ -87,6 +87,11 @@ class SlabLayout:
         return all(field.fits(tensors.get(field.name)) for field in self.fields)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """On an accelerator, or on the host, for which torch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     """A buffer of bytes that can be written outside inference mode as well.
 

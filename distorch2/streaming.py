@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from .quantised import to_device
+from .quantised import is_quantised, to_device
 from .schedule import Schedule
 from .slab import SlabLayout, allocate
 from .transfer import Copy, Transfer
@@ -52,6 +52,17 @@ class StreamedLayer:
         self._bindings = [(name, parameter, parameter.data_ptr()) for name, parameter in self.outside.items()]
         # Not setattr: that costs more, and a compiled module guards on this dict.
         self.module._parameters.update(self.outside)
+
+    def move(self, slab: torch.Tensor) -> None:
+        """As `bind`, but the parameters stay the same objects where torch can do that: others may hold them."""
+        held = self.outside
+        self.bind(slab)
+        for name, parameter in held.items():
+            view = self.outside[name]
+            if not is_quantised(view) and torch._has_compatible_shallow_copy_type(parameter, view):
+                parameter.data = view.data
+                self.outside[name] = self.module._parameters[name] = parameter
+        self._bindings = [(name, parameter, parameter.data_ptr()) for name, parameter in self.outside.items()]
 
     def is_bound(self) -> bool:
         """Whether the module still has the weights in the slab: not after `module.to(...)`, say."""
@@ -93,18 +104,17 @@ class StreamedGroup:
         slab = allocate(self.num_bytes, device)
         for layer in self.living:
             layer.pack(slab, values.get(layer, {}))
-        self._bind(slab)
+        self.slab = slab
+        for layer in self.living:
+            layer.bind(slab)
 
     def move(self, device: torch.device) -> None:
         """Serve the same weights from another device."""
         slab = allocate(self.num_bytes, device)
         slab.copy_(self.slab)
-        self._bind(slab)
-
-    def _bind(self, slab: torch.Tensor) -> None:
         self.slab = slab
         for layer in self.living:
-            layer.bind(slab)
+            layer.move(slab)
 
 
 class Streamer:

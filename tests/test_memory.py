@@ -4,11 +4,13 @@ The compute device is sim:0 and ComfyUI's own; sim:1 and the host lend memory. L
 ComfyUI's loader on the CPU, whose kernels the simulated devices use.
 """
 
+import copy
 import gc
 import logging
 import re
 
 import comfy.cli_args
+import comfy.hooks
 import comfy.lora
 import comfy.model_base
 import comfy.model_management as mm
@@ -19,6 +21,7 @@ from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
 from distorch2 import slab
+from distorch2.distribution import Distribution
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest, PlanError
 
@@ -406,3 +409,120 @@ def test_high_precision_loras_are_not_rounded_to_the_dtype_of_storage(checkpoint
             assert model.loaded_size() == sizes[0]
         mm.unload_all_models()
         del model, patched, clip
+
+
+# --- orders of events that were wrong once
+
+
+def test_a_grant_of_nothing_is_no_grant_of_everything(checkpoints):
+    model, _ = load(checkpoints, "flux", "sim:0,*")
+    first, second = lora_for(model, 1.0), lora_for(model, 0.5)
+    mm.load_models_gpu([first])
+    size = first.loaded_size()
+    second.partially_load(torch.device("sim:0"), -size)
+    assert second.loaded_size() < size / 2
+
+
+def test_no_memory_on_the_host_while_comfyui_frees_a_device(checkpoints, expected):
+    """An exception there would leave its list of loaded models broken until it is started again."""
+    model, clip = load(checkpoints, "sd15_blocks", "sim:0,*")
+    shared, _ = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
+    other, other_clip = core_load(checkpoints("flux"))[:2]
+    mm.load_models_gpu([shared])
+    mm.load_models_gpu([model])
+    mm.load_models_gpu([other])
+
+    def none_on_the_host(num_bytes, device):
+        if device.type == "cpu":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory (planted)")
+        return allocate(num_bytes, device)
+
+    allocate = slab.allocate
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr("distorch2.streaming.allocate", none_on_the_host)
+        for device in map(torch.device, ("sim:0", "sim:1")):
+            mm.free_memory(mm.get_free_memory(device) + other.loaded_size() + 4 * MIB, device)
+    assert same(sample(model, clip), expected["sd15_blocks"])
+    assert same(sample(shared, other_clip), expected["flux"])
+    assert same(sample(other, other_clip), expected["flux"])
+
+
+def test_a_weight_that_somebody_else_patched_is_patched_again(checkpoints):
+    model, _ = load(checkpoints, "flux", "sim:0,50%;cpu,50%")
+    first, second = lora_for(model, 1.0), lora_for(model, 0.5)
+    key = next(iter(first.patches))
+    module = model.model.get_submodule(key.rpartition(".")[0])
+    mm.load_models_gpu([first])
+    patched = module.weight.to("cpu", copy=True)
+    second.patch_weight_to_device(key, second.load_device)
+    assert not torch.equal(module.weight.cpu(), patched)
+    third = first.clone()
+    third.add_patches({name: patches[0][1] for name, patches in first.patches.items() if name != key}, 0.1)
+    mm.load_models_gpu([third])
+    assert torch.equal(module.weight.cpu(), patched)
+
+
+def test_memory_is_freed_under_those_who_hold_weights(checkpoints):
+    """A merge, say, whose patches are the parameters of another model."""
+    model, _ = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
+    mm.load_models_gpu([model])
+    held = {key: value[0][0] for key, value in model.get_key_patches("diffusion_model.").items()}
+    before = {key: weight.to("cpu", copy=True) for key, weight in held.items()}
+    used = sim.used_bytes[0]
+    assert model.partially_unload(torch.device("cpu"), 8 * MIB) == used - sim.used_bytes[0] >= 8 * MIB
+    mm.free_memory(1e30, torch.device("sim:1"))
+    assert sim.used_bytes[1] == 0
+    assert all(torch.equal(held[key].cpu(), before[key]) for key in held)
+
+
+def test_a_weight_hook_on_an_object_patch_and_memory_taken_back(checkpoints):
+    model, _ = load(checkpoints, "flux", "sim:0,*")
+    patches = lora_for(model).patches
+    key = next(key for key in patches if "double_blocks.0" in key and key.endswith("weight"))
+    path = key.rpartition(".")[0]
+    own = model.model.get_submodule(path)
+    with torch.inference_mode(False):
+        other = copy.deepcopy(own)
+        other.weight = torch.nn.Parameter(torch.full(own.weight.shape, 0.5), requires_grad=False)
+    before = own.weight.clone()
+    hooked = model.clone()
+    hooked.add_object_patch(path, other)
+    hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=1.0)
+    hooked.add_hook_patches(hook, {key: patches[key][0][1]}, 1.0)
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    mm.load_models_gpu([hooked])
+    hooked.patch_hooks(group)
+    assert not (other.weight == 0.5).all()
+    hooked.partially_unload(torch.device("cpu"), hooked.loaded_size() // 2)
+    assert (other.weight == 0.5).all()
+    assert torch.equal(own.weight.cpu(), before)
+    mm.unload_all_models()
+    assert torch.equal(own.weight.cpu(), before)
+
+
+def test_weights_kept_in_full_precision_and_room_for_them(checkpoints, monkeypatch):
+    monkeypatch.setattr(comfy.cli_args.args, "fp8_e4m3fn_unet", True)
+    model, _ = load(checkpoints, "sd3_fp8", "sim:0,*")
+    device = torch.device("sim:0")
+    patched = lora_for(model)
+    mm.load_models_gpu([model])
+    size = model.loaded_size()
+    patched.partially_load(device, 0.4 * size)
+    assert patched.distribution.plan.evicted
+    # Without the LoRA the model fits, and is not larger on its way there.
+    place, used = Distribution.place, []
+    monkeypatch.setattr(Distribution, "place", lambda *arguments: used.append((place(*arguments), sim.used_bytes[0])))
+    model.partially_load(device, 1.4 * size - patched.loaded_size())
+    assert not model.distribution.plan.evicted
+    assert max(num_bytes for _, num_bytes in used) == sim.used_bytes[0] == model.loaded_size() == size
+
+    # The dtype is that of the clone.
+    half = patched.clone()
+    half.set_model_compute_dtype(torch.bfloat16)
+    key = next(iter(patched.patches))
+    module = model.model.get_submodule(key.rpartition(".")[0])
+    for patcher, dtype in ((half, torch.bfloat16), (patched, torch.float32), (half, torch.bfloat16)):
+        mm.load_models_gpu([patcher])
+        assert module.weight.dtype == dtype
+        assert patcher.loaded_size() == patcher.model_size() == sim.used_bytes[0]
