@@ -1,7 +1,7 @@
 # COMFYUI_PATH (and COMFYUI_PYTHON) name a ComfyUI of yours; without them a pinned one is fetched into .host/.
 PYTHON ?= python3
 
-.PHONY: demo test soak lint
+.PHONY: demo test soak comfyui-tests lint
 demo:
 	@$(PYTHON) tools/host.py run tools/demo.py
 
@@ -13,6 +13,10 @@ MINUTES ?= 5
 SEED ?= 0
 soak:
 	@$(PYTHON) tools/host.py run tools/soak.py --minutes $(MINUTES) --seed $(SEED)
+
+# ComfyUI's own tests, without and with the pack.
+comfyui-tests:
+	@$(PYTHON) tools/host.py run tools/comfyui_tests.py
 
 lint: .host/lint/installed
 	@.host/lint/bin/ruff format --check --quiet .

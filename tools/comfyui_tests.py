@@ -1,6 +1,6 @@
 """Run ComfyUI's own tests without and with this pack installed: the outcome of every test has to be the same.
 
-    python3 tools/host.py run tools/comfyui_tests.py [PYTEST_ARGUMENT ...]
+    make comfyui-tests, or python3 tools/host.py run tools/comfyui_tests.py [PYTEST_ARGUMENT ...]
 
 They run in copies of the host's tree, in `.host/comfyui_tests/`, on the CPU. Some of them fail on a machine without
 network, with the pack as without it. Exit status 1 where an outcome differs.
