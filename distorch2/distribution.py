@@ -109,12 +109,11 @@ class Distribution:
         """Keep no more than `num_bytes` of slabs on a donor, and the others that are planned for it on the host."""
         self._limits[donor] = num_bytes
         homes = self._homes() if self.is_placed else {}
-        moving = [key for key, home in homes.items() if self.groups[key].slab.device != home]
+        moving = [key for key, home in homes.items() if (it := self.groups[key]).slab.device != home and it.is_bound()]
         if moving:
             self.settle()
         for key in moving:
-            if self.groups[key].is_bound():
-                self._move(key, homes[key])
+            self._move(key, homes[key])
 
     def release(self, originals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Take everything back to the host and stop serving. Slabs on the host stay, if they hold the weights.

@@ -11,7 +11,7 @@ from .plan import Layer
 from .quantised import is_quantised, plain_tensors
 from .slab import SlabLayout
 
-_REPLACED = "distorch2_replaced_dtypes"
+_REPLACED = "distorch2_replaced_dtypes"  # attribute of a module: name of a parameter -> dtype of what replaced it
 
 
 def list_layers(module: torch.nn.Module) -> list[Layer]:
@@ -74,12 +74,8 @@ def loaded_dtypes(module: torch.nn.Module, name: str) -> list[torch.dtype]:
     tensor = getattr(module, name)
     if is_quantised(tensor):
         return [part.dtype for part in plain_tensors(tensor)]
-    return [replaced_dtypes(module).get(name) or getattr(module, f"{name}_comfy_model_dtype", None) or tensor.dtype]
-
-
-def replaced_dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
-    """The dtypes of parameters that were replaced by ones of another than they are loaded in, by name."""
-    return vars(module).get(_REPLACED, {})
+    noted = vars(module).get(_REPLACED, {})
+    return [noted.get(name) or getattr(module, f"{name}_comfy_model_dtype", None) or tensor.dtype]
 
 
 def note_dtype(module: torch.nn.Module, name: str, replacement: torch.Tensor) -> None:

@@ -129,7 +129,6 @@ class DistributedPatcher(ModelPatcher):
         """Place the weights, in up to `lowvram_model_memory` bytes of the compute device if it is not 0, and apply this
         clone's patches to them."""
         with self.use_ejected():
-            self.unpatch_hooks()
             self._place(lowvram_model_memory or math.inf)
             self._patch_weights(anew=force_patch_weights)
             self.distribution.resume()
@@ -381,15 +380,12 @@ class DistributedPatcher(ModelPatcher):
 
     def _place(self, compute_bytes: float = math.inf) -> None:
         """Place the weights as planned for this device, and not for another any more."""
+        self.unpatch_hooks()  # before weights move
         here = self.distribution  # which a module for another device does not have before it is asked for
         for distribution in self._shared.distributions.values():
             if distribution is not here and distribution.is_placed:
-                self.unpatch_hooks()
                 self._release(distribution)
-        plan = self._plan().within(compute_bytes)
-        if self.hook_backup and plan.evicted != here.plan.evicted:
-            self.unpatch_hooks()  # before weights move
-        here.place(plan)
+        here.place(self._plan().within(compute_bytes))
 
     def _plan(self) -> Plan:
         """The plan as asked, with what this clone's patches add to it."""

@@ -48,21 +48,23 @@ class StreamedLayer:
         self.layout.write(slab[self._offset :], {**self.module._parameters, **values})
 
     def bind(self, slab: torch.Tensor) -> None:
-        self.outside = self.views(slab)
-        self._bindings = [(name, parameter, parameter.data_ptr()) for name, parameter in self.outside.items()]
-        # Not setattr: that costs more, and a compiled module guards on this dict.
-        self.module._parameters.update(self.outside)
+        self._bind(self.views(slab))
 
     def move(self, slab: torch.Tensor) -> None:
         """As `bind`, but the parameters stay the same objects where torch can do that: others may hold them."""
-        held = self.outside
-        self.bind(slab)
-        for name, parameter in held.items():
-            view = self.outside[name]
-            if not is_quantised(view) and torch._has_compatible_shallow_copy_type(parameter, view):
-                parameter.data = view.data
-                self.outside[name] = self.module._parameters[name] = parameter
-        self._bindings = [(name, parameter, parameter.data_ptr()) for name, parameter in self.outside.items()]
+        parameters = self.views(slab)
+        for name, held in self.outside.items():
+            view = parameters[name]
+            if not is_quantised(view) and torch._has_compatible_shallow_copy_type(held, view):
+                held.data = view.data
+                parameters[name] = held
+        self._bind(parameters)
+
+    def _bind(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        self.outside = parameters
+        self._bindings = [(name, parameter, parameter.data_ptr()) for name, parameter in parameters.items()]
+        # Not setattr: that costs more, and a compiled module guards on this dict.
+        self.module._parameters.update(parameters)
 
     def is_bound(self) -> bool:
         """Whether the module still has the weights in the slab: not after `module.to(...)`, say."""

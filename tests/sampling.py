@@ -33,6 +33,21 @@ def sample(model, clip, steps=2, seed=7):
     return latents
 
 
+def runs_of_core(checkpoints, run):
+    """A function of the kind: `run(model, clip, vae)` of what ComfyUI's own loader returns, made once."""
+    made = {}
+
+    def once(kind):
+        with torch.inference_mode():
+            if not made:
+                sample(*core_load(checkpoints(kind))[:2])  # the first forward of a process may take other kernels
+            if kind not in made:
+                made[kind] = run(*core_load(checkpoints(kind)))
+        return made[kind]
+
+    return once
+
+
 def core_load(path, clip_device=None):
     """(model, clip, vae) as ComfyUI's checkpoint loader node returns them; with the text encoder where asked."""
     options = {"load_device": torch.device(clip_device)} if clip_device else {}

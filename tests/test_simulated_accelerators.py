@@ -13,7 +13,7 @@ import comfy.model_management as mm
 import pytest
 import torch
 import torch.nn.functional as F
-from sampling import core_load, sample
+from sampling import core_load, runs_of_core, sample
 
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
@@ -462,19 +462,17 @@ def test_a_transfer_waits_for_its_copies(mode):
 @pytest.fixture(scope="module")
 def cpu_runs(checkpoints):
     """kind -> (latents, decoded image) of ComfyUI's own loader on the CPU."""
-    made = {}
+
+    def latents_and_image(model, clip, vae):
+        latents = sample(model, clip)
+        return latents, decoded(vae, latents)
+
+    once = runs_of_core(checkpoints, latents_and_image)
 
     def run(kind):
-        with torch.inference_mode():
-            if not made:
-                sample(*core_load(checkpoints(kind))[:2])  # the first forward of a process may take other kernels
-            if kind not in made:
-                with pytest.MonkeyPatch.context() as patches:
-                    patches.setattr(mm, "get_torch_device", lambda: torch.device("cpu"))
-                    model, clip, vae = core_load(checkpoints(kind))
-                    latents = sample(model, clip)
-                    made[kind] = latents, decoded(vae, latents)
-        return made[kind]
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(mm, "get_torch_device", lambda: torch.device("cpu"))
+            return once(kind)
 
     return run
 

@@ -22,7 +22,7 @@ from placing import (
     partly_on_donor,
 )
 from safetensors.torch import load_file
-from sampling import core_load, sample
+from sampling import core_load, runs_of_core, sample
 
 from allocation_parser import parse_allocation
 from distorch2.distribution import Distribution
@@ -62,17 +62,7 @@ def forwards(monkeypatch):
 @pytest.fixture(scope="module")
 def core_latents(checkpoints):
     """kind -> latents of ComfyUI's own loader."""
-    made = {}
-
-    def latents(kind):
-        with torch.inference_mode():
-            if not made:
-                sample(*core_load(checkpoints(kind))[:2])  # the first forward of a process may take other kernels
-            if kind not in made:
-                made[kind] = sample(*core_load(checkpoints(kind))[:2])
-        return made[kind]
-
-    return latents
+    return runs_of_core(checkpoints, lambda model, clip, vae: sample(model, clip))
 
 
 def allocation_of(way, percent, model_bytes):
