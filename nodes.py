@@ -11,7 +11,7 @@ from comfy_api.v0_0_2 import io
 from . import device_utils
 from .allocation_parser import AllocationError, parse_allocation
 from .distorch2.loading import load_components
-from .distorch2.plan import ComponentRequest, VirtualVram
+from .distorch2.plan import AUTO, DONOR_MODES, Allocation, ComponentRequest, VirtualVram
 
 NODE_ID = "CheckpointLoaderAdvancedDisTorch2MultiGPU"
 DISPLAY_NAME = "Load Checkpoint (DisTorch2)"
@@ -58,6 +58,16 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Unload all other models from the diffusion model's compute device first.",
+                ),
+                io.Combo.Input(
+                    "donor_mode",
+                    options=list(DONOR_MODES),
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What happens with weights on a donor. stream: they are copied to the compute device when "
+                    "they are needed. relay: the donor runs its blocks of the model itself, and only the image's data "
+                    "travels. auto: accelerators of the compute device's kind relay, and the others are streamed from.",
                 ),
             ],
             outputs=[
@@ -108,11 +118,20 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
         clip_expert_mode_allocations: str = "",
         high_precision_loras: bool = True,
         eject_models: bool = False,
+        donor_mode: str = AUTO,
     ) -> io.NodeOutput:
         loaded = load_components(
             folder_paths.get_full_path_or_raise("checkpoints", ckpt_name),
-            _request(unet_compute_device, unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations),
-            _request(clip_compute_device, clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations),
+            ComponentRequest(
+                unet_compute_device,
+                _allocation(unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations),
+                donor_mode,
+            ),
+            ComponentRequest(
+                clip_compute_device,
+                _allocation(clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations),
+                donor_mode,
+            ),
             vae_device,
             high_precision_loras=high_precision_loras,
             eject_models=eject_models,
@@ -166,10 +185,10 @@ def _selectable_devices() -> tuple[str, ...]:
     return tuple(name for name in device_utils.list_devices() if name == device_utils.HOST_DEVICE or name in managed)
 
 
-def _request(compute_device: str, virtual_vram_gb: float, donor_device: str, expert_text: str) -> ComponentRequest:
+def _allocation(virtual_vram_gb: float, donor_device: str, expert_text: str) -> Allocation:
     if expert_text.strip():
-        return ComponentRequest(compute_device, parse_allocation(expert_text, _selectable_devices()))
-    return ComponentRequest(compute_device, VirtualVram(virtual_vram_gb, donor_device))
+        return parse_allocation(expert_text, _selectable_devices())
+    return VirtualVram(virtual_vram_gb, donor_device)
 
 
 NODE_CLASS_MAPPINGS = {NODE_ID: CheckpointLoaderAdvancedDisTorch2MultiGPU}

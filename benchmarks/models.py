@@ -1,18 +1,27 @@
-"""Checkpoints of full size with random weights: Flux-dev-sized (22.2 GiB, bf16) and SDXL-sized (4.8 GiB, fp16).
+"""Checkpoints of full size with random weights: Flux-dev-sized (22.2 GiB, bf16), SDXL-sized (4.8 GiB, fp16) and one
+with a T5-XXL-sized text encoder (8.9 GiB, fp16).
 
 Names and shapes are read off ComfyUI's own classes, built without memory; the values are drawn on the accelerator.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import comfy.ldm.flux.model
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
+import comfy.sd
+import comfy.text_encoders.t5
 import torch
+from record import ROOT
 from safetensors.torch import save_file
+
+from distorch2.loading import load_checkpoint
+from distorch2.plan import ComponentRequest, VirtualVram
 
 _FLUX_DEV = {
     "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072,
@@ -27,35 +36,49 @@ _SDXL = {
     "use_spatial_transformer": True, "context_dim": 2048, "num_head_channels": 64, "num_classes": "sequential",
     "adm_in_channels": 2816, "legacy": False,
 }  # fmt: skip
+_T5_XXL = {
+    "d_ff": 10240, "d_kv": 64, "d_model": 4096, "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True,
+    "layer_norm_epsilon": 1e-06, "model_type": "t5", "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
+}  # fmt: skip
+
+
+def _random_tensors(shapes: dict[str, torch.Size], prefix: str, dtype: torch.dtype, device: str) -> dict:
+    """Such that activations stay finite: norms at one, the others at 1/sqrt(fan in)."""
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            value = torch.full(shape, 1.0 if "norm" in name or name.endswith("scale") else 0.01, dtype=dtype)
+        else:
+            value = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            value = value.div_(shape[1:].numel() ** 0.5).cpu()
+        tensors[prefix + name] = value
+    return tensors
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model to measure: `inputs(pixels)` are arguments of ComfyUI's `apply_model` for one square image."""
+class DiffusionModel:
+    """`inputs(pixels)` are arguments of ComfyUI's `apply_model` for one square image."""
 
     name: str
     module_class: type
     config: dict
     dtype: torch.dtype
+    sizes: ClassVar = (512, 1024)
+    unit: ClassVar = "px"
 
-    def shapes(self) -> dict[str, torch.Size]:
+    def save(self, path: Path, device: str = "cuda") -> None:
         module = self.module_class(
             **self.config, dtype=self.dtype, device="meta", operations=comfy.ops.disable_weight_init
         )
-        return {name: tensor.shape for name, tensor in module.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        save_file(_random_tensors(shapes, "model.diffusion_model.", self.dtype, device), path)
 
-    def save(self, path: Path, device: str = "cuda") -> None:
-        """Write a checkpoint whose activations stay finite: norms at one, the others at 1/sqrt(fan in)."""
-        generator = torch.Generator(device).manual_seed(0)
-        tensors = {}
-        for name, shape in self.shapes().items():
-            if len(shape) == 1:
-                value = torch.full(shape, 1.0 if name.endswith(("scale", "norm.weight")) else 0.01, dtype=self.dtype)
-            else:
-                value = torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
-                value = value.div_(shape[1:].numel() ** 0.5).cpu()
-            tensors[f"model.diffusion_model.{name}"] = value
-        save_file(tensors, path)
+    def core(self, path: str) -> Any:
+        return comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+
+    def distributed(self, path: str, request: ComponentRequest) -> Any:
+        return load_checkpoint(path, request, request, request.compute_device)[0]
 
     def inputs(self, pixels: int, device: str = "cuda") -> dict[str, torch.Tensor]:
         generator = torch.Generator(device).manual_seed(1)
@@ -70,7 +93,51 @@ class Model:
             inputs["guidance"] = torch.full((1,), 3.5, device=device)
         return inputs
 
+    def memory_required(self, patcher: Any, inputs: dict[str, torch.Tensor]) -> float:
+        """What ComfyUI asks for a step beside the weights."""
+        return patcher.memory_required([2, *inputs["x"].shape[1:]])
 
-FLUX = Model("Flux", comfy.ldm.flux.model.Flux, _FLUX_DEV, torch.bfloat16)
-SDXL = Model("SDXL", comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel, _SDXL, torch.float16)
-BY_NAME = {model.name: model for model in (FLUX, SDXL)}
+    def step(self, patcher: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return patcher.model.apply_model(**inputs)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """In a checkpoint with a tiny diffusion model; `inputs(tokens)` is one prompt of so many."""
+
+    name: str
+    config: dict
+    dtype: torch.dtype
+    sizes: ClassVar = (256,)
+    unit: ClassVar = "tokens"
+
+    def save(self, path: Path, device: str = "cuda") -> None:
+        sys.path.append(str(ROOT / "tools"))
+        from checkpoints import sd3_model
+
+        module = comfy.text_encoders.t5.T5(self.config, self.dtype, "meta", comfy.ops.disable_weight_init)
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        tensors = _random_tensors(shapes, "text_encoders.t5xxl.transformer.", self.dtype, device)
+        save_file(sd3_model(0) | tensors, path)
+
+    def core(self, path: str) -> Any:
+        return comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_model=False)[1].patcher
+
+    def distributed(self, path: str, request: ComponentRequest) -> Any:
+        resident = ComponentRequest(request.compute_device, VirtualVram(0.0, "cpu"))
+        return load_checkpoint(path, resident, request, request.compute_device)[1].patcher
+
+    def inputs(self, tokens: int, device: str = "cuda") -> dict[str, list]:
+        return {"l": [], "g": [], "t5xxl": [[(token, 1.0) for token in range(1, tokens + 1)]]}
+
+    def memory_required(self, patcher: Any, inputs: dict[str, list]) -> float:
+        return 0
+
+    def step(self, patcher: Any, inputs: dict[str, list]) -> torch.Tensor:
+        return patcher.model.encode_token_weights(inputs)[0]
+
+
+FLUX = DiffusionModel("Flux", comfy.ldm.flux.model.Flux, _FLUX_DEV, torch.bfloat16)
+SDXL = DiffusionModel("SDXL", comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel, _SDXL, torch.float16)
+T5_XXL = TextEncoder("T5-XXL", _T5_XXL, torch.float16)
+BY_NAME = {model.name: model for model in (FLUX, SDXL, T5_XXL)}

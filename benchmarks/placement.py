@@ -95,11 +95,9 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
     """All rows of one model in this process."""
     start_comfyui(dynamic_vram)
     import comfy.model_management as mm
-    import comfy.sd
     import models
     import torch
 
-    from distorch2.loading import load_checkpoint
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
@@ -108,7 +106,7 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
     rows = []
     with torch.inference_mode():
         inputs = model.inputs(PIXELS)
-        core = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+        core = model.core(path)
         reference = run(core, inputs)
         assert torch.isfinite(reference["output"]).all()
         assert reference["output"].float().std() > 1e-3
@@ -118,7 +116,7 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
         for percent in PERCENTAGES:
             request = ComponentRequest(device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
             started = time.perf_counter()
-            patcher = load_checkpoint(path, request, request, device)[0]
+            patcher = model.distributed(path, request)
             read_s = time.perf_counter() - started
             result = run(patcher, inputs)
             plan = patcher.distribution.plan

@@ -2,20 +2,24 @@
 
     python3 tools/host.py run benchmarks/streaming.py [FOLDER] [MODEL ...]
 
-Models of full size with random weights (Flux, SDXL) are written to FOLDER (default /dev/shm; 27 GiB). A step is one
-forward among others of the same model, timed until its result is there; what it copies ahead for the next step goes on.
-Steps of the resident model and of ours take turns, three at a time, of which the first is not counted. The floor of a
-row is the longer of the resident step and the copy of the streamed bytes at the measured speed of the link.
+Models of full size with random weights (Flux, SDXL, T5-XXL) are written to FOLDER (default /dev/shm; up to 23 GiB at a
+time). A step is one forward among others of the same model, timed until its result is there; what it copies ahead for
+the next step goes on. Steps of the resident model and of ours take turns, three at a time, of which the first is not
+counted. The floor of a row is the longer of the resident step and the copy of the streamed bytes at the measured speed
+of the link.
 
-ComfyUI's own two ways to run a model that does not fit, classic and DynamicVRAM, then run on a GPU that has as much
-memory free as ours took by the driver's count; they decide themselves what they keep there. DynamicVRAM needs a process
-of its own. The forecast is that of `simulator.py` for the times of the layers in one recorded step.
+ComfyUI's own two ways to run a model that does not fit, classic and DynamicVRAM, then run each size on a GPU that has
+as much memory free as ours took for it by the driver's count; they decide themselves what they keep there. DynamicVRAM
+needs a process of its own. The forecast is that of `simulator.py` for the times of the layers in one recorded step.
+
+Where matplotlib is installed, `plot.py` draws the results.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import itertools
 import json
 import statistics
@@ -23,13 +27,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from placement import save_model, start_comfyui
 from record import write_results
 
 PERCENTAGES = (0, 10, 25, 50, 75, 90, 100)
-PIXELS = (512, 1024)
 WARM_UP_STEPS = 2
 TURNS = 4
 STEPS_IN_A_TURN = 3
@@ -51,25 +55,51 @@ def link_gb_per_second(page_locked: bool, num_bytes: int = 1024**3) -> float:
     return num_bytes / statistics.median(seconds[1:]) / 1e9
 
 
-def step(patcher, inputs):
+def packing_gb_per_second(num_bytes: int = 4 * 1024**3) -> dict[str, float]:
+    """The parts of packing as fast as they can be: eight threads that copy to new memory, and page-locking it."""
     import torch
 
-    output = patcher.model.apply_model(**inputs)
+    from distorch2.slab import allocate
+
+    part = 32 * 1024**2
+    source = torch.ones(part, dtype=torch.uint8)
+    result = {}
+    for _ in range(2):  # the first time, the machine may not have given this process the memory yet
+        started = time.perf_counter()
+        with ThreadPoolExecutor(8) as pool:
+            copies = list(pool.map(lambda _: allocate(part, source.device).copy_(source), range(num_bytes // part)))
+        copied = time.perf_counter()
+        for copy in copies:
+            torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), part, 1)
+        locked = time.perf_counter()
+        for copy in copies:
+            torch.cuda.cudart().cudaHostUnregister(copy.data_ptr())
+        result = {
+            "memcpy GB/s": num_bytes / (copied - started) / 1e9,
+            "page-locking GB/s": num_bytes / (locked - copied) / 1e9,
+        }
+    return {name: round(value, 1) for name, value in result.items()}
+
+
+def step(model, patcher, inputs):
+    import torch
+
+    output = model.step(patcher, inputs)
     torch.cuda.current_stream().synchronize()
     return output
 
 
-def turn_ms(patcher, inputs, num_steps: int = STEPS_IN_A_TURN) -> list[float]:
+def turn_ms(model, patcher, inputs, num_steps: int = STEPS_IN_A_TURN) -> list[float]:
     """Milliseconds of the steps of one turn but the first."""
     times = []
     for _ in range(num_steps):
         started = time.perf_counter()
-        step(patcher, inputs)
+        step(model, patcher, inputs)
         times.append((time.perf_counter() - started) * 1000)
     return times[1:]
 
 
-def recorded_step(patcher, inputs):
+def recorded_step(model, patcher, inputs):
     """(LayerTime by layer, in the order of running, and milliseconds in which the GPU waited for weights) of a step."""
     import simulator
     import torch
@@ -96,7 +126,7 @@ def recorded_step(patcher, inputs):
     distribution.transfer.use = recording_use
     try:
         start = mark()
-        step(patcher, inputs)
+        step(model, patcher, inputs)
         end = mark()
         torch.cuda.synchronize()
     finally:
@@ -145,30 +175,28 @@ def free_memory_limited_to(num_bytes: int) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def comfyuis_own(name: str, path: str, free_bytes: int) -> dict:
-    """ComfyUI's checkpoint loader and memory manager, in the mode that this process runs in."""
+def comfyuis_own(model, path: str, free_bytes: list[int]) -> dict:
+    """ComfyUI's checkpoint loader and memory manager, in the mode that this process runs in; the bytes are by size."""
     import comfy.model_management as mm
-    import comfy.sd
-    import models
     import torch
 
-    model = models.BY_NAME[name]
-    inputs = {pixels: model.inputs(pixels) for pixels in PIXELS}
     row: dict = {}
-    with free_memory_limited_to(free_bytes):
-        started = time.perf_counter()
-        patcher = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
-        for pixels in PIXELS:
-            mm.load_models_gpu([patcher], memory_required=patcher.memory_required([2, *inputs[pixels]["x"].shape[1:]]))
-            step(patcher, inputs[pixels])
+    started = time.perf_counter()
+    patcher = model.core(path)
+    for size, num_bytes in zip(model.sizes, free_bytes, strict=True):
+        inputs = model.inputs(size)
+        paused = time.perf_counter()
+        with free_memory_limited_to(num_bytes):
+            started += time.perf_counter() - paused
+            mm.load_models_gpu([patcher], memory_required=model.memory_required(patcher, inputs))
+            step(model, patcher, inputs)
             row.setdefault("load to first step s", round(time.perf_counter() - started, 2))
             for _ in range(WARM_UP_STEPS):
-                step(patcher, inputs[pixels])
-            times = turn_ms(patcher, inputs[pixels], 1 + TURNS * (STEPS_IN_A_TURN - 1))
-            row[f"ms at {pixels} px"] = round(statistics.median(times), 1)
-        row["VRAM GiB"] = round((free_bytes - torch.cuda.mem_get_info()[0]) / 1024**3, 2)
-        mm.unload_all_models()
-        del patcher
+                step(model, patcher, inputs)
+            times = turn_ms(model, patcher, inputs, 1 + TURNS * (STEPS_IN_A_TURN - 1))
+            row[f"ms at {size} {model.unit}"] = round(statistics.median(times), 1)
+            row[f"VRAM GiB at {size} {model.unit}"] = round((num_bytes - torch.cuda.mem_get_info()[0]) / 1024**3, 2)
+            mm.unload_all_models()
     return row
 
 
@@ -185,87 +213,97 @@ def measure(name: str, path: str) -> None:
     """Resident, ours and classic, in this process. Prints a JSON object after each row: the last one is complete."""
     start_comfyui(dynamic_vram=False)
     import comfy.model_management as mm
-    import comfy.sd
     import models
     import torch
 
-    from distorch2.loading import load_checkpoint
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
     model, device = models.BY_NAME[name], str(mm.get_torch_device())
     link = link_gb_per_second(page_locked=True)
     pageable = link_gb_per_second(page_locked=False)
-    result = {"pinned link GB/s": round(link, 1), "pageable link GB/s": round(pageable, 1), "rows": []}
+    result = {
+        "pinned link GB/s": round(link, 1),
+        "pageable link GB/s": round(pageable, 1),
+        **packing_gb_per_second(),
+        "rows": [],
+    }
     with torch.inference_mode():
-        inputs = {pixels: model.inputs(pixels) for pixels in PIXELS}
+        inputs = {size: model.inputs(size) for size in model.sizes}
         warm_up_gpu(model.dtype)
-        resident = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+        resident = model.core(path)
         model_bytes = resident.model_size()
         resident.patch_model(resident.load_device)  # not through the manager, which might unload it
         expected = {}
-        for pixels in PIXELS:
+        for size in model.sizes:
             for _ in range(WARM_UP_STEPS):
-                expected[pixels] = step(resident, inputs[pixels])
+                expected[size] = step(model, resident, inputs[size])
         for percent in PERCENTAGES:
             gc.collect()
             torch.cuda.empty_cache()
             free_before = torch.cuda.mem_get_info()[0]
             request = ComponentRequest(device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
             started = time.perf_counter()
-            patcher = load_checkpoint(path, request, request, device)[0]
+            patcher = model.distributed(path, request)
+            read = time.perf_counter()
             patcher.patch_model()
             torch.cuda.synchronize()
-            step(patcher, inputs[PIXELS[0]])
-            load_s = time.perf_counter() - started
+            placed = time.perf_counter()
+            step(model, patcher, inputs[model.sizes[0]])
+            stepped = time.perf_counter()
             plan = patcher.distribution.plan
             copy_ms = sum(group.slab_bytes for group in plan.groups) / link / 1e6
-            rows = []
-            for pixels in PIXELS:
+            rows, used_bytes = [], []
+            for size in model.sizes:
                 for _ in range(WARM_UP_STEPS):
-                    output = step(patcher, inputs[pixels])
+                    output = step(model, patcher, inputs[size])
                 row = {
                     "percent on cpu": percent,
-                    "pixels": pixels,
-                    "bit-identical": torch.equal(output, expected[pixels]),
+                    model.unit: size,
+                    "bit-identical": torch.equal(output, expected[size]),
                 }
                 del output
-                turns = [(turn_ms(resident, inputs[pixels]), turn_ms(patcher, inputs[pixels])) for _ in range(TURNS)]
+                turns = [
+                    (turn_ms(model, resident, inputs[size]), turn_ms(model, patcher, inputs[size]))
+                    for _ in range(TURNS)
+                ]
                 resident_ms, ours_ms = (statistics.median(itertools.chain(*times)) for times in zip(*turns))
                 floor_ms = max(resident_ms, copy_ms)
+                used_bytes.append(free_before - torch.cuda.mem_get_info()[0])
                 row |= {
                     "resident ms": round(resident_ms, 1),
                     "ours ms": round(ours_ms, 1),
                     "floor ms": round(floor_ms, 1),
                     "ours / floor": round(ours_ms / floor_ms, 3),
                     "percent of link": round(100 * copy_ms / ours_ms, 1),
+                    "VRAM GiB": round(used_bytes[-1] / GIB, 2),
                 }
                 if plan.groups:
-                    times, stall_ms = recorded_step(patcher, inputs[pixels])
+                    times, stall_ms = recorded_step(model, patcher, inputs[size])
                     row |= {
                         "exposed stall ms": round(stall_ms, 1),
                         "forecast ms": round(forecast_ms(patcher, times, link), 1),
                     }
                 rows.append(row)
-            used_bytes = free_before - torch.cuda.mem_get_info()[0]
             facts = {
                 "streamed GiB": round(sum(group.slab_bytes for group in plan.groups) / GIB, 2),
                 "streamed layers": len(plan.streamed),
                 "groups": len(plan.groups),
                 "staging MiB": plan.staging_bytes >> 20,
-                "VRAM GiB": round(used_bytes / GIB, 2),
                 "host memory GiB": anonymous_gib(),
-                "load to first step s": round(load_s, 2),
+                "read s": round(read - started, 2),
+                "place s": round(placed - read, 2),
+                "load to first step s": round(stepped - started, 2),
             }
             patcher.detach()
             del patcher
-            classic = comfyuis_own(name, path, used_bytes) if percent else {}
+            classic = comfyuis_own(model, path, used_bytes) if percent else {}
             result["rows"].append({**facts, "used bytes": used_bytes, "at": rows, "classic at equal VRAM": classic})
             print(name, json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
             print(json.dumps(result), flush=True)
 
 
-def measure_dynamic(name: str, path: str, free_bytes: list[int]) -> None:
+def measure_dynamic(name: str, path: str, free_bytes: list[list[int]]) -> None:
     """DynamicVRAM on a GPU with so much free, one row after another. Prints as `measure` does."""
     start_comfyui(dynamic_vram=True)
     import models
@@ -275,8 +313,8 @@ def measure_dynamic(name: str, path: str, free_bytes: list[int]) -> None:
     warm_up_gpu(models.BY_NAME[name].dtype)
     rows = []
     with torch.inference_mode():
-        for num_bytes in free_bytes:
-            rows.append(comfyuis_own(name, path, num_bytes))
+        for of_row in free_bytes:
+            rows.append(comfyuis_own(models.BY_NAME[name], path, of_row))
             print(name, "dynamic", json.dumps(rows[-1]), file=sys.stderr, flush=True)
             print(json.dumps({"rows": rows}), flush=True)
 
@@ -297,10 +335,12 @@ def main(folder: Path, names: list[str]) -> None:
             results[name] = run("--measure", name, str(path))
             write_results("streaming", results)
             limited = [row for row in results[name]["rows"] if row["streamed GiB"]]
-            dynamic = run("--dynamic", name, str(path), *(str(row["used bytes"]) for row in limited))
+            dynamic = run("--dynamic", name, str(path), json.dumps([row["used bytes"] for row in limited]))
             for row, measured in itertools.zip_longest(limited, dynamic["rows"]):
                 row["DynamicVRAM at equal VRAM"] = measured
-            write_results("streaming", results)
+            result_path = write_results("streaming", results)
+            if importlib.util.find_spec("matplotlib"):
+                subprocess.run([sys.executable, Path(__file__).with_name("plot.py"), result_path], check=True)
         finally:
             path.unlink(missing_ok=True)
 
@@ -309,6 +349,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         measure(sys.argv[2], sys.argv[3])
     elif sys.argv[1:2] == ["--dynamic"]:
-        measure_dynamic(sys.argv[2], sys.argv[3], [int(number) for number in sys.argv[4:]])
+        measure_dynamic(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
     else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"), sys.argv[2:] or ["Flux", "SDXL"])
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"), sys.argv[2:] or ["Flux", "SDXL", "T5-XXL"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, cast
 
 import comfy.utils
@@ -14,10 +16,11 @@ import torch
 
 from .donor_share import DonorShare
 from .inventory import layout_of, loaded_dtypes, note_dtype
-from .moving import Mover
+from .moving import Mover, page_locked_upload
 from .pinning import PinnedSlabs
 from .plan import GIB, Group, Plan
 from .quantised import as_parameter, plain_tensors, to_device
+from .relay import Relay, RelayedUnit, StreamerOfUnits
 from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Transfer
 
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _T = TypeVar("_T")
+_PACKING_THREADS = 8
 
 
 class Distribution:
@@ -40,9 +44,14 @@ class Distribution:
         self.device = torch.device(plan.compute_device)
         self.groups: dict[Group, StreamedGroup] = {}
         self.streamer: Streamer | None = None
+        self.relay: Relay | None = None
         self.transfer = Transfer(self.device)
         self.pinned = PinnedSlabs(self.device)
-        self.shares = [DonorShare(self, torch.device(donor)) for donor in plan.donors if torch.device(donor) != _CPU]
+        self.shares = [
+            DonorShare(self, torch.device(donor), donor in plan.relays)
+            for donor in plan.donors
+            if torch.device(donor) != _CPU
+        ]
         self._limits: dict[torch.device, float] = {}
         self._is_interrupted = False
         self._module = weakref.ref(module)
@@ -61,10 +70,11 @@ class Distribution:
 
     @property
     def compute_bytes(self) -> int:
-        """What is on the compute device: resident layers and the staging buffer."""
+        """What is on the compute device: resident layers and staging buffers."""
         if self.streamer is None:
             return 0
-        return self.plan.bytes_on(self.plan.compute_device) + self.streamer.staging.nbytes
+        of_units = self.relay.streamer.staging.nbytes if self.relay is not None else 0
+        return self.plan.bytes_on(self.plan.compute_device) + self.streamer.staging.nbytes + of_units
 
     def bytes_planned_on(self, donor: torch.device) -> int:
         return sum(key.slab_bytes for key in self.plan.groups if torch.device(key.device) == donor)
@@ -88,17 +98,13 @@ class Distribution:
         _fill_missing(module)
         # What leaves the compute device does so before anything else is put there.
         homes = self._homes()
+        to_pack = {}
         for key in plan.groups:
             if key not in self.groups or not self.groups[key].is_bound():
-                children = [module.get_submodule(layer.name) for layer in key.layers]
-                if key in plan.evicted:
-                    self._move_all(children, _CPU)  # from under those who hold the parameters
-                replaced = self.groups.get(key)
-                self._serve(key, children, homes[key])
-                if replaced is not None:
-                    self.pinned.unpin(replaced.slab)
+                to_pack[key] = [module.get_submodule(layer.name) for layer in key.layers]
             elif self.groups[key].slab.device != homes[key]:
                 self._move(key, homes[key])
+        self._pack(to_pack, homes)
         returned = [self._unserve(key).slab for key in list(self.groups) if key not in homes]
         self._move_the_others(module, self.device)
         for slab in returned:
@@ -125,6 +131,7 @@ class Distribution:
         self._stop_serving()
         self._is_interrupted = False
         _unpin_all(self.transfer, self.pinned)
+        self.transfer.upload = None
         for layer_name, values in originals.items():
             child = module.get_submodule(layer_name)
             for name, value in values.items():
@@ -138,20 +145,21 @@ class Distribution:
     @contextlib.contextmanager
     def unserved(self) -> Iterator[None]:
         """For setting forwards or modules: those that are found are the module's own."""
-        streamer = self.streamer
-        if streamer is not None:
-            streamer.detach()
+        streamer, relay = self.streamer, self.relay
+        self._detach()
         try:
             yield
         finally:
-            if streamer is not None and self.streamer is streamer:
-                streamer.attach()
+            if self.streamer is streamer and self.relay is relay:
+                self._attach()
 
     def settle(self) -> None:
         """Before weights are written: no copy reads a slab any more, and what was copied ahead is not used."""
         self.transfer.wait()
         if self.streamer is not None:
             self.streamer.forget_staged()
+        if self.relay is not None:
+            self.relay.forget_copies()
 
     def batches(self, layer_names: Iterable[str]) -> Iterable[list[str]]:
         """The names, with those of a group together: its weights are best replaced all at once."""
@@ -177,10 +185,11 @@ class Distribution:
         for group, of_layers in in_slabs.items():
             if all(layer.fits(of_layers.get(layer, {})) for layer in group.living):
                 replaced = group.slab
-                _there_or_on_host(functools.partial(group.pack, of_layers), replaced.device)
+                slab = _there_or_on_host(functools.partial(group.packed, values=of_layers), replaced.device)
+                group.serve_from(slab)
                 self.pinned.unpin(replaced)
                 if self.is_placed:
-                    self.pinned.pin(group.slab)
+                    self.pinned.pin(slab)
             else:
                 for layer, values in of_layers.items():
                     _set(layer.module, values)
@@ -196,8 +205,14 @@ class Distribution:
         group, _ = self._find(self._root.get_submodule(layer_name))
         return group is not None and group.slab.device == _CPU
 
-    def is_streamed(self, module: torch.nn.Module) -> bool:
+    def is_on_donor(self, module: torch.nn.Module) -> bool:
         return module in self._served
+
+    def computing_device(self, module: torch.nn.Module) -> torch.device:
+        """Where the layer is expected to run."""
+        group, _ = self._find(module)
+        is_relayed = any(self.groups[key] is group for key in self.plan.groups if key.is_relayed)
+        return group.slab.device if is_relayed and group is not None else self.device
 
     def _homes(self) -> dict[Group, torch.device]:
         """Where the slab of every group is to lie: the first on their donors, as far as the limits there allow."""
@@ -212,18 +227,36 @@ class Distribution:
             homes[key] = device
         return homes
 
-    def _serve(self, key: Group, modules: Sequence[torch.nn.Module], device: torch.device) -> None:
-        """From `device`, or from the host where that has no memory."""
-        layouts = [layout_of(module) for module in modules]
-        self.groups[key] = group = _there_or_on_host(lambda there: StreamedGroup(modules, layouts, there), device)
-        self._served.update({layer.module: (group, layer) for layer in group.living})
+    def _pack(self, modules: Mapping[Group, Sequence[torch.nn.Module]], homes: Mapping[Group, torch.device]) -> None:
+        """Serve these groups from slabs at their homes, or on the host where a home has no memory.
+
+        On the host several are packed at a time, a few ahead of the one that is page-locked and served here: that is
+        when the weights that they are packed from are let go.
+        """
+        made = {key: StreamedGroup(members, [layout_of(each) for each in members]) for key, members in modules.items()}
+        on_host = iter([key for key in made if homes[key] == _CPU])
+        evicted = set(self.plan.evicted)
+        packing: dict[Group, Future[torch.Tensor]] = {}
+        with ThreadPoolExecutor(_PACKING_THREADS) as pool:
+            for key, group in made.items():
+                for ahead in itertools.islice(on_host, 2 * _PACKING_THREADS - len(packing)):
+                    if ahead in evicted:
+                        self._move_all(modules[ahead], _CPU)  # from under those who hold the parameters
+                    packing[ahead] = pool.submit(made[ahead].packed, _CPU)
+                slab = packing.pop(key).result() if key in packing else _there_or_on_host(group.packed, homes[key])
+                replaced = self.groups.get(key)
+                group.serve_from(slab)
+                self.groups[key] = group
+                self._served.update({layer.module: (group, layer) for layer in group.living})
+                if replaced is not None:
+                    self.pinned.unpin(replaced.slab)
+                self.pinned.pin(slab)
 
     def _lay_out_again(self, group: StreamedGroup) -> None:
         self._is_interrupted |= self.is_placed
         self._stop_serving()
         key = next(key for key, each in self.groups.items() if each is group)
-        self._serve(key, [layer.module for layer in group.living], group.slab.device)
-        self.pinned.unpin(group.slab)
+        self._pack({key: [layer.module for layer in group.living]}, {key: group.slab.device})
 
     def _move(self, key: Group, device: torch.device) -> None:
         group = self.groups[key]
@@ -241,23 +274,52 @@ class Distribution:
         return group
 
     def _start_serving(self) -> None:
-        groups = [self.groups[key] for key in self.plan.groups]
+        groups = [self.groups[key] for key in self.plan.groups if not key.is_relayed]
         self.streamer = _with_staging_buffer(groups, self.transfer, self.plan.staging_bytes)
-        self.streamer.attach()
+        if self.plan.relayed_units:
+            self.relay = self._make_relay()
+        self._attach()
         self._is_interrupted = False
-        slabs = [group.slab for group in groups if group.slab.device == _CPU]
-        num_pinned = sum([self.pinned.pin(slab) for slab in slabs])
-        if num_pinned < len(slabs) and self.device != _CPU:
+        self._page_lock([group.slab for group in self.groups.values() if group.slab.device == _CPU])
+
+    def _make_relay(self) -> Relay:
+        groups = [self.groups[key] for key in self.plan.groups if key.is_relayed]
+        units = []
+        for name, donor in self.plan.relayed_units.items():
+            module = self._root.get_submodule(name)
+            layers = [self._served[child] for child in module.modules() if child in self._served]
+            units.append(RelayedUnit(module, torch.device(donor), layers))
+        return Relay(self.device, units, StreamerOfUnits(groups, self.transfer, self.plan.staging_bytes_of_units))
+
+    def _attach(self) -> None:
+        if self.streamer is not None:
+            self.streamer.attach()
+        if self.relay is not None:
+            self.relay.attach()
+
+    def _detach(self) -> None:
+        if self.relay is not None:
+            self.relay.detach()
+        if self.streamer is not None:
+            self.streamer.detach()
+
+    def _page_lock(self, slabs: Sequence[torch.Tensor]) -> None:
+        """All of `slabs`, or as many as can be beside buffers by way of which the others are copied."""
+        locked = [slab for slab in slabs if self.pinned.pin(slab)]
+        if len(locked) < len(slabs) and self.transfer.upload is None and locked:
+            while (upload := page_locked_upload(self.device, self.pinned)) is None and locked:
+                self.pinned.unpin(locked.pop())
+            self.transfer.upload = upload
+        if len(locked) < len(slabs) and self.device != _CPU:
             logger.info(
                 "DisTorch2: %d of %d groups of layers on the host are not page-locked, and are copied more slowly",
-                len(slabs) - num_pinned,
+                len(slabs) - len(locked),
                 len(slabs),
             )
 
     def _stop_serving(self) -> None:
-        if self.streamer is not None:
-            self.streamer.detach()
-            self.streamer = None
+        self._detach()
+        self.streamer = self.relay = None
 
     def _log_evicted(self, plan_before: Plan) -> None:
         before, now = (sum(group.num_bytes for group in plan.evicted) for plan in (plan_before, self.plan))

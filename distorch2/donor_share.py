@@ -39,11 +39,12 @@ class DonorShare(ModelPatcher):
     """The slabs of one distribution on one accelerator.
 
     ComfyUI makes room for them when the model is loaded, evicts them to the host when others need the room, and brings
-    them back. Nothing is computed there, so all that is free may be used, whatever ComfyUI would reserve for that.
+    them back. Where nothing is computed (it is no relay) all that is free may be used, whatever ComfyUI would reserve.
     """
 
-    def __init__(self, distribution: KeepsOnDonors, donor: torch.device) -> None:
+    def __init__(self, distribution: KeepsOnDonors, donor: torch.device, is_relay: bool) -> None:
         super().__init__(WeightsOnDonor(donor), donor, _CPU)
+        self._is_relay = is_relay
         self._reference = weakref.ref(distribution)  # which holds this object
 
     def model_size(self) -> int:
@@ -58,7 +59,8 @@ class DonorShare(ModelPatcher):
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
         """Let slabs lie here as far as there is room. Before the model itself is placed there are none yet."""
-        return self._limit(self.loaded_size() + mm.get_free_memory(self.load_device))
+        added = extra_memory if self._is_relay else mm.get_free_memory(self.load_device)
+        return self._limit(self.loaded_size() + added)
 
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False

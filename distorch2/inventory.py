@@ -41,7 +41,8 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
                 and all(uses[id(tensor)] == 1 for tensor in tensors.values())
             )
             slab_bytes = layout_of(child).num_bytes if movable else 0
-            layers.append(Layer(name, sum(sizes), movable, slab_bytes, _block_of(name, modules)))
+            block, unit = _block_of(name, modules), _unit_of(name, modules)
+            layers.append(Layer(name, sum(sizes), movable, slab_bytes, block, unit))
     return layers
 
 
@@ -52,6 +53,19 @@ def _block_of(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
         if isinstance(modules[parent], torch.nn.ModuleList):
             return name
         name = parent
+    return ""
+
+
+def _unit_of(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
+    """The outermost item of a list of modules that the layer lies in; lists of lists are one. Such items are called one
+    after another, so that one of them can run elsewhere: a block of a transformer, a part of a block of a UNet."""
+    lists = (torch.nn.ModuleList, torch.nn.Sequential)
+    parts, parent = name.split("."), ""
+    for part in parts:
+        child = f"{parent}.{part}" if parent else part
+        if isinstance(modules[parent], lists) and not isinstance(modules[child], lists):
+            return child
+        parent = child
     return ""
 
 

@@ -11,7 +11,7 @@ import gc
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,8 @@ from .checkpoint_file import CheckpointError, check_file
 from .inventory import list_layers
 from .patcher import DistributedPatcher, forget
 from .plan import ComponentRequest, DeviceMemory, Plan, PlanError
-from .planner import make_plan
+from .planner import make_plan, relays
+from .quantised import is_quantised
 from .report import render_table, rows_of_plan
 
 logger = logging.getLogger(__name__)
@@ -103,10 +104,7 @@ def load_components(
     embedding_directory: list[str] | str | None = None,
 ) -> LoadedCheckpoint:
     """As `load_checkpoint`, together with the report, which is logged as well."""
-    memory = _memory_of(
-        computing={unet.compute_device, clip.compute_device, vae_device},
-        keeping={*unet.allocation.devices, *clip.allocation.devices},
-    )
+    memory = _memory_of([unet, clip], vae_device)
     check_file(ckpt_path)
     if eject_models:
         mm.free_memory(_EVERYTHING, torch.device(unet.compute_device))
@@ -157,7 +155,7 @@ def distribute(
     Raises `PlanError` for a request that this machine cannot serve, and when a model that cannot be loaded again is in
     use by other patchers.
     """
-    memory = _memory_of({request.compute_device}, set(request.allocation.devices))
+    memory = _memory_of([request])
     if patcher.injections:
         raise PlanError("a model with injections (a bypass LoRA, say) cannot be distributed; inject afterwards")
     if patcher.cached_patcher_init is not None:
@@ -241,12 +239,15 @@ def _without_donated(memory: DeviceMemory, plan: Plan, device: str) -> DeviceMem
     return replace(memory, free_bytes=max(0, memory.free_bytes - plan.bytes_on(device)))
 
 
-def _memory_of(computing: set[str], keeping: set[str]) -> dict[str, DeviceMemory]:
-    """Memory of these devices, with `cpu` always among them.
+def _memory_of(requests: Iterable[ComponentRequest], *others: str) -> dict[str, DeviceMemory]:
+    """Memory of the devices of these requests and of others that compute, with `cpu` always among them.
 
     Of a device that computes, what models hold that ComfyUI can evict counts as free, and the room that it leaves for
     inference does not. What models hold on a device that only keeps weights does not count as free.
     """
+    homes = {*others, *(request.compute_device for request in requests)}
+    computing = {*homes, *(donor for request in requests for donor in relays(request, request.allocation.devices))}
+    keeping = {device for request in requests for device in request.allocation.devices}
     present = list(dict.fromkeys(["cpu", *(str(device) for device in mm.get_all_torch_devices())]))
     memory = {"cpu": DeviceMemory(int(mm.get_total_memory(_CPU)))}
     for name in sorted((computing | keeping) - {"cpu"}):
@@ -257,8 +258,16 @@ def _memory_of(computing: set[str], keeping: set[str]) -> dict[str, DeviceMemory
         if name in computing:
             loaded = (item for item in mm.current_loaded_models if item.device == device and item.model is not None)
             free_bytes += int(sum(item.model_loaded_memory() for item in loaded) - mm.minimum_inference_memory())
-        memory[name] = DeviceMemory(int(mm.get_total_memory(device)), max(0, free_bytes))
+        can_compute = all(_can_do_what(name, home) for home in homes)
+        memory[name] = DeviceMemory(int(mm.get_total_memory(device)), max(0, free_bytes), can_compute)
     return memory
+
+
+def _can_do_what(device: str, other: str) -> bool:
+    """Whether `device` has the dtypes and kernels of `other`. Of CUDA's it is known by their compute capability."""
+    if not device.startswith("cuda") or not other.startswith("cuda"):
+        return True
+    return torch.cuda.get_device_capability(device) >= torch.cuda.get_device_capability(other)
 
 
 def _read(ckpt_path: str) -> _Weights:
@@ -313,8 +322,9 @@ def _load_model_and_clip(
     dtype, num_parameters = _inference_dtype(detected)
     first_device = mm.unet_inital_load_device(num_parameters, dtype)
     model = None
-    if with_model and first_device != _CPU:
-        # ComfyUI would build the diffusion model there, whatever device it is asked to load it on.
+    if with_model and (first_device != _CPU or unet_device != "cpu"):
+        # ComfyUI may build the diffusion model on a GPU, whatever device it is asked to load it on, and without
+        # DynamicVRAM it copies all of the file into memory that is the process's own.
         model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
     del detected
     core_model, clip, *_ = comfy.sd.load_state_dict_guess_config(
@@ -378,7 +388,10 @@ def _inference_dtype(detected: _Detected) -> tuple[torch.dtype, int]:
 def _build_diffusion_model(
     detected: _Detected, dtype: torch.dtype, model_options: dict[str, torch.device], disable_dynamic: bool
 ) -> comfy.model_patcher.ModelPatcher:
-    """Build the diffusion model in host memory, for when ComfyUI would put all of it on a GPU at once."""
+    """Build the diffusion model of the tensors of the file, memory-mapped where they are, in host memory.
+
+    Only what is not stored in the dtype of the model is copied.
+    """
     config, device = detected.config, model_options["load_device"]
     cast_from = None if config.quant_config is not None else dtype
     manual_cast_dtype = mm.unet_manual_cast(cast_from, device, config.supported_inference_dtypes)
@@ -388,7 +401,12 @@ def _build_diffusion_model(
     model = config.get_model(detected.state_dict, detected.prefix, device=_CPU)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, **model_options)
-    model.load_model_weights(detected.state_dict, detected.prefix, assign=patcher.is_dynamic())
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model.load_model_weights(detected.state_dict, detected.prefix, assign=True)
+    if not patcher.is_dynamic():  # which casts as it goes
+        for name, parameter in model.named_parameters():
+            if name in dtypes and not is_quantised(parameter):
+                parameter.data = parameter.to(dtypes[name])
     return patcher
 
 

@@ -24,7 +24,7 @@ class Mover:
 
     def __init__(self, device: torch.device, pinned: PinnedSlabs) -> None:
         self._device, self._pinned = device, pinned
-        self._buffers: list[torch.Tensor] = []
+        self._is_set_up = False
         self._upload: Upload | None = None
 
     def __enter__(self) -> Mover:
@@ -33,8 +33,8 @@ class Mover:
     def __exit__(self, *exception: object) -> None:
         if self._upload is not None:
             self._upload.wait()
-        for buffer in self._buffers:
-            self._pinned.unpin(buffer)
+            for buffer in self._upload.buffers:
+                self._pinned.unpin(buffer)
 
     def move(self, module: torch.nn.Module) -> None:
         """Move the tensors of the module itself, to the dtypes they are loaded in."""
@@ -58,16 +58,20 @@ class Mover:
         # Other types than torch's own may have a shape that is not that of their data.
         is_on_host = type(tensor) is torch.Tensor and tensor.device == _CPU != self._device
         if is_on_host and tensor.is_contiguous() and tensor.nbytes >= _LARGE_BYTES:
-            self._set_up()
+            if not self._is_set_up:
+                self._is_set_up, self._upload = True, page_locked_upload(self._device, self._pinned)
             if self._upload is not None:
                 moved = torch.empty(tensor.shape, dtype=dtype, device=self._device)
                 self._upload.copy(tensor, moved)
                 return moved
         return tensor.to(device=self._device, dtype=dtype)
 
-    def _set_up(self) -> None:
-        """At the first large tensor: an `Upload`, where its buffers can be page-locked."""
-        if not self._buffers:
-            self._buffers = [allocate(_BUFFER_BYTES, _CPU) for _ in range(2)]
-            if all(self._pinned.pin(buffer) for buffer in self._buffers):
-                self._upload = Upload(self._device, self._buffers)
+
+def page_locked_upload(device: torch.device, pinned: PinnedSlabs) -> Upload | None:
+    """An `Upload` by way of buffers of its own, unless they cannot be page-locked."""
+    buffers = [allocate(_BUFFER_BYTES, _CPU) for _ in range(2)]
+    if all(pinned.pin(buffer) for buffer in buffers):
+        return Upload(device, buffers)
+    for buffer in buffers:
+        pinned.unpin(buffer)
+    return None

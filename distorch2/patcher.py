@@ -204,7 +204,7 @@ class DistributedPatcher(ModelPatcher):
         self.patch_model(load_weights=False)
         for module in self.model.modules():
             if hasattr(module, "comfy_patched_weights"):
-                module.comfy_patched_weights = not self.distribution.is_streamed(module)
+                module.comfy_patched_weights = not self.distribution.is_on_donor(module)
         self.model.model_loaded_weight_memory = self.loaded_size()
 
     def patch_model(
@@ -242,6 +242,18 @@ class DistributedPatcher(ModelPatcher):
             self._release(self.distribution)  # what was hidden by object patches
             self.model.device = device_to
             self.model.model_loaded_weight_memory = 0
+
+    def inject_model(self) -> None:
+        super().inject_model()
+        self._allow_relay(not self.is_injected)  # what is injected lies on the compute device
+
+    def eject_model(self) -> None:
+        super().eject_model()
+        self._allow_relay(True)
+
+    def _allow_relay(self, is_allowed: bool) -> None:
+        if self.distribution.relay is not None:
+            self.distribution.relay.is_allowed = is_allowed
 
     def patch_weight_to_device(
         self,
@@ -468,7 +480,7 @@ class DistributedPatcher(ModelPatcher):
             # A quantised operation is not to quantise the input of a layer whose weight is not quantised any more.
             module.comfy_force_cast_weights = self.force_cast_weights or name in kept_in_full
             # Whoever computes with a weight that is streamed shall ask for it on the compute device.
-            module.comfy_patched_weights = not self.distribution.is_streamed(module)
+            module.comfy_patched_weights = not self.distribution.is_on_donor(module)
             if not hasattr(module, "comfy_cast_weights"):
                 continue
             if self.force_cast_weights:
@@ -476,7 +488,8 @@ class DistributedPatcher(ModelPatcher):
                 module.comfy_cast_weights = True
             module.weight_function.extend(self.weight_wrapper_patches.get(f"{name}.weight", []))
             module.bias_function.extend(self.weight_wrapper_patches.get(f"{name}.bias", []))
-            move_weight_functions(module, self.load_device)
+            if module.weight_function or module.bias_function:
+                move_weight_functions(module, self.distribution.computing_device(module))
 
     def _owner(self, key: str) -> tuple[torch.nn.Module, str]:
         """The module that has the weight `key`, and the weight's name in it."""
@@ -499,10 +512,10 @@ class DistributedPatcher(ModelPatcher):
         """A weight on a donor replaced by a copy on the compute device, which is written back."""
         module, name = self._owner(key)
         weight = getattr(module, name)
+        self.distribution.settle()
         if weight.device == self.load_device:
             yield
             return
-        self.distribution.settle()
         copy = weight.to(self.load_device, copy=True)
         with self._bound_to(key, copy):
             yield

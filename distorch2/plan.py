@@ -72,20 +72,38 @@ class VirtualVram:
         return (compute_device, model_bytes - donated), (self.donor_device, donated)
 
 
+AUTO, STREAM, RELAY = DONOR_MODES = ("auto", "stream", "relay")
+"""What happens with weights on a donor: `STREAM` copies them to the compute device when they are needed; `RELAY` runs
+the units that they belong to where they lie, and moves the activations; `AUTO` relays where that gives the same."""
+
+
 @dataclass(frozen=True)
 class ComponentRequest:
-    """Where one component of a checkpoint computes, and which devices keep its weights."""
+    """Where one component of a checkpoint computes, which devices keep its weights, and which of `DONOR_MODES` they
+    are in.
+
+    Raises `PlanError` for another mode.
+    """
 
     compute_device: str
     allocation: Allocation
+    donor_mode: str = AUTO
+
+    def __post_init__(self) -> None:
+        if self.donor_mode not in DONOR_MODES:
+            raise PlanError(f"donor mode is {self.donor_mode!r}; use {', '.join(DONOR_MODES)}")
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Memory of one device in bytes; `free_bytes` is None where a plan is not to be limited by it."""
+    """Memory of one device in bytes; `free_bytes` is None where a plan is not to be limited by it.
+
+    `can_compute` says whether it has all that a component needs to run there.
+    """
 
     total_bytes: int
     free_bytes: int | None = None
+    can_compute: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,8 +111,9 @@ class Layer:
     """A module with weights of its own: its dotted name ("" is the root) and its bytes as loaded.
 
     One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab, where its
-    tensors are aligned. `block` names the repeated part of the model that it belongs to. With some patches the weights
-    take `extra_bytes` more; with these or without, it is the same layer.
+    tensors are aligned. `block` names the repeated part of the model that it belongs to, and `unit` the module that can
+    run on another device as a whole; "" where there is none. With some patches the weights take `extra_bytes` more;
+    with these or without, it is the same layer.
     """
 
     name: str
@@ -102,6 +121,7 @@ class Layer:
     movable: bool = True
     slab_bytes: int = 0
     block: str = ""
+    unit: str = ""
     extra_bytes: int = field(default=0, compare=False)
 
 
@@ -113,10 +133,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers on the same donor that are moved by one copy."""
+    """Layers on the same donor that are moved by one copy; of units that run there, if it `is_relayed`."""
 
     device: str
     layers: tuple[Layer, ...]
+    is_relayed: bool = False
 
     @cached_property
     def num_bytes(self) -> int:
@@ -131,13 +152,15 @@ class Group:
 class Plan:
     """For every layer, in the order of registration, the device that keeps it.
 
-    `evicted` are groups that were planned for the compute device, and have to be elsewhere for want of room.
+    `evicted` are groups that were planned for the compute device, and have to be elsewhere for want of room. On
+    `relays`, donors that compute, the units run all of whose layers lie there.
     """
 
     compute_device: str
     placements: tuple[Placement, ...]
     notes: tuple[str, ...] = ()
     evicted: tuple[Group, ...] = ()
+    relays: tuple[str, ...] = ()
 
     @classmethod
     def all_on(cls, device: str, layers: Iterable[Layer]) -> Plan:
@@ -160,17 +183,36 @@ class Plan:
         return tuple(device for device in self.devices if device != self.compute_device)
 
     @cached_property
+    def relayed_units(self) -> dict[str, str]:
+        """Name of a unit -> the donor that runs it."""
+        devices: dict[str, set[str]] = {}
+        for placement in self.placements:
+            if placement.layer.unit and placement.layer.movable and placement.layer.num_bytes:
+                devices.setdefault(placement.layer.unit, set()).add(placement.device)
+        return {unit: device for unit, (device, *others) in devices.items() if not others and device in self.relays}
+
+    def is_relayed(self, placement: Placement) -> bool:
+        return self.relayed_units.get(placement.layer.unit) == placement.device
+
+    @cached_property
     def streamed(self) -> tuple[Placement, ...]:
-        """Placements on donors."""
-        return tuple(placement for placement in self.placements if placement.device != self.compute_device)
+        """Placements on donors that do not compute with them."""
+        return tuple(
+            placement
+            for placement in self.placements
+            if placement.device != self.compute_device and not self.is_relayed(placement)
+        )
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The streamed layers in groups of up to `group_bytes`; a larger layer is a group of its own."""
+        """The layers on donors in groups of up to `group_bytes`; a larger layer is a group of its own."""
         evicted = {layer.name for group in self.evicted for layer in group.layers}
         groups: list[Group] = []
         for device in self.donors:
-            groups += self._grouped(device, (layer for layer in self.layers_on(device) if layer.name not in evicted))
+            there = [item for item in self.placements if item.device == device and item.layer.name not in evicted]
+            for is_relayed in (False, True):
+                layers = (item.layer for item in there if self.is_relayed(item) == is_relayed)
+                groups += self._grouped(device, layers, is_relayed)
         return (*groups, *self.evicted)
 
     @cached_property
@@ -184,7 +226,16 @@ class Plan:
         An eighth of what is streamed, up to `STAGING_BYTES`, but room for three groups at least: two whose layers take
         turns, and one to copy into.
         """
-        return _staging_bytes([group.slab_bytes for group in self.groups])
+        return _staging_bytes(self._streamed_sizes)
+
+    @property
+    def staging_bytes_of_units(self) -> int:
+        """The same for relayed units that have to run on the compute device after all. It is not planned for."""
+        return _staging_bytes([group.slab_bytes for group in self.groups if group.is_relayed])
+
+    @property
+    def _streamed_sizes(self) -> list[int]:
+        return [group.slab_bytes for group in self.groups if not group.is_relayed]
 
     @cached_property
     def compute_bytes(self) -> int:
@@ -213,7 +264,7 @@ class Plan:
 
         For a smaller number these groups are evicted and more, so that little moves when it changes.
         """
-        resident, sizes = self.bytes_on(self.compute_device), [group.slab_bytes for group in self.groups]
+        resident, sizes = self.bytes_on(self.compute_device), self._streamed_sizes
         least, num_evicted = resident + _staging_bytes(sizes), 0
         for number, group in enumerate(self._evictable, 1):
             if least <= compute_bytes:
@@ -245,18 +296,18 @@ class Plan:
         order = sorted(range(len(large)), key=lambda index: f"{index:0{num_digits}b}"[::-1])
         return (*(large[index] for index in order), *small)
 
-    def _grouped(self, device: str, layers: Iterable[Layer]) -> list[Group]:
+    def _grouped(self, device: str, layers: Iterable[Layer], is_relayed: bool = False) -> list[Group]:
         """Consecutive layers together, up to `group_bytes`."""
         groups: list[Group] = []
         members: list[Layer] = []
         num_bytes = 0
         for layer in layers:
             if members and num_bytes + layer.slab_bytes > self.group_bytes:
-                groups.append(Group(device, tuple(members)))
+                groups.append(Group(device, tuple(members), is_relayed))
                 members, num_bytes = [], 0
             members.append(layer)
             num_bytes += layer.slab_bytes
-        return [*groups, Group(device, tuple(members))] if members else groups
+        return [*groups, Group(device, tuple(members), is_relayed)] if members else groups
 
 
 def _staging_bytes(group_sizes: Sequence[int]) -> int:

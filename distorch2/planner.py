@@ -1,20 +1,25 @@
 """From layers and an allocation to a plan. Pure: it moves no tensor and asks no device.
 
-The compute device takes its share first, in such a way that what it leaves is spread evenly over the time of a step, so
-that the copies of streamed layers are as well; how long a block takes is not known, and all are taken to be equal. The
-donors then take theirs in turn, spread evenly over the layers that are left. A share is rounded to whole layers against
-the running total of what was asked so far (cumulative rounding), so that rounding errors do not add up.
+Donors that relay take whole units first, from the end of the model, so that activations cross over as seldom as can be;
+what is left of their shares is streamed. Then the compute device takes its share, in such a way that what it leaves is
+spread evenly over the time of a step, so that the copies of streamed layers are as well; how long a block takes is not
+known, and all are taken to be equal. The donors then take theirs in turn, spread evenly over the layers that are left.
+A share is rounded to whole layers against the running total of what was asked so far (cumulative rounding), so that
+rounding errors do not add up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
 from .plan import (
+    AUTO,
     GIB,
     OVERFLOW_DEVICE,
+    RELAY,
     SMALL_BYTES,
     ComponentRequest,
     DeviceMemory,
@@ -63,14 +68,18 @@ def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Map
 
     device_of = dict.fromkeys(fixed, compute_device)
     sizes = {index: layer.num_bytes for index, layer in enumerate(layers) if index not in fixed}
+    computing = relays(request, [device for device in asked if memory[device].can_compute])
+    targets = {device: min(asked[device], _limit(room, device)) for device in computing}
+    device_of |= _relayed(layers, sizes, targets)
+    placed = {device: sum(layers[i].num_bytes for i, d in device_of.items() if d == device) for device in asked}
+    sizes = {index: size for index, size in sizes.items() if index not in device_of}
     carried = 0
     for device in _by_precedence(asked, compute_device):
-        fixed_here = fixed_bytes if device == compute_device else 0
-        target = asked[device] - fixed_here
+        target = asked[device] - placed[device]
         limit = None
         free_bytes = room.get(device)
         if free_bytes is not None:
-            limit = free_bytes - fixed_here
+            limit = free_bytes - placed[device]
             target = max(0, min(target, limit))  # what is over it is cpu's, not the next device's
         wanted = min(max(0, target + carried), sum(sizes.values()))
         if device == compute_device:
@@ -83,7 +92,7 @@ def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Map
     device_of.update(dict.fromkeys(sizes, OVERFLOW_DEVICE))
 
     placements = tuple(Placement(layer, device_of[index]) for index, layer in enumerate(layers))
-    plan = Plan(compute_device, placements)
+    plan = Plan(compute_device, placements, relays=computing)
     notes = (
         allocation.note,
         _fixed_note(compute_device, fixed_bytes, excess, model_bytes),
@@ -105,6 +114,36 @@ def _with_excess(shares: Mapping[str, int], compute_device: str, excess: int) ->
         reduced[device] = boundary - given
         given = boundary
     return {compute_device: shares.get(compute_device, 0) + excess, **reduced}
+
+
+def relays(request: ComponentRequest, devices: Iterable[str]) -> tuple[str, ...]:
+    """Those of `devices` that are to compute beside the compute device: in doubt, those of its kind."""
+    donors = [device for device in devices if device != request.compute_device]
+    if request.donor_mode == RELAY:
+        return tuple(donors)
+    kind = request.compute_device.partition(":")[0]
+    is_same_kind = [device for device in donors if device.partition(":")[0] == kind]
+    return tuple(is_same_kind) if request.donor_mode == AUTO else ()
+
+
+def _relayed(layers: Sequence[Layer], sizes: Mapping[int, int], targets: Mapping[str, float]) -> dict[int, str]:
+    """Key -> donor, for units that fit whole into these shares: the last units for the last donor, and so on."""
+    units: dict[str, list[int]] = {}
+    for index in sizes:
+        if layers[index].unit:
+            units.setdefault(layers[index].unit, []).append(index)
+    rest = list(units.values())
+    device_of: dict[int, str] = {}
+    for device, target in reversed(list(targets.items())):
+        while rest and (num_bytes := sum(sizes[index] for index in rest[-1])) <= target:
+            device_of |= dict.fromkeys(rest.pop(), device)
+            target -= num_bytes
+    return device_of
+
+
+def _limit(room: Mapping[str, int | None], device: str) -> float:
+    free_bytes = room.get(device)
+    return math.inf if free_bytes is None else free_bytes
 
 
 def _by_precedence(devices: Iterable[str], compute_device: str) -> list[str]:

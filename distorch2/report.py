@@ -24,13 +24,21 @@ class Row:
 
 
 def rows_of_plan(component: str, plan: Plan) -> list[Row]:
-    """One row for every device that keeps layers of the component, the compute device first."""
+    """One row for every device that keeps layers of the component, the compute device first; two for a donor that
+    computes with some of them."""
     rows = []
     for device in plan.devices:
-        num_bytes = plan.bytes_on(device)
-        served = "resident" if device == plan.compute_device else "streamed"
-        share = num_bytes / plan.model_bytes if plan.model_bytes else 1.0
-        rows.append(Row(component, device, served, len(plan.layers_on(device)), num_bytes, share))
+        there = [placement for placement in plan.placements if placement.device == device]
+        relayed = [placement for placement in there if plan.is_relayed(placement)]
+        others = [placement for placement in there if not plan.is_relayed(placement)]
+        for served, placements in (
+            ("relayed", relayed),
+            ("resident" if device == plan.compute_device else "streamed", others),
+        ):
+            if placements:
+                num_bytes = sum(placement.layer.num_bytes for placement in placements)
+                share = num_bytes / plan.model_bytes if plan.model_bytes else 1.0
+                rows.append(Row(component, device, served, len(placements), num_bytes, share))
     return rows
 
 

@@ -86,13 +86,15 @@ class StreamedGroup:
     in a new slab: others may hold the old ones (a merge, an extraction).
     """
 
-    def __init__(self, modules: Sequence[torch.nn.Module], layouts: Sequence[SlabLayout], donor: torch.device) -> None:
+    slab: torch.Tensor
+    """To be set by `serve_from` before anything else is asked."""
+
+    def __init__(self, modules: Sequence[torch.nn.Module], layouts: Sequence[SlabLayout]) -> None:
         self.layers: list[StreamedLayer] = []
         self.num_bytes = 0
         for module, layout in zip(modules, layouts, strict=True):
             self.layers.append(StreamedLayer(module, layout, self.num_bytes))
             self.num_bytes += layout.num_bytes
-        self.pack({}, donor)
 
     @property
     def living(self) -> list[StreamedLayer]:
@@ -101,11 +103,19 @@ class StreamedGroup:
     def is_bound(self) -> bool:
         return all(layer.is_bound() for layer in self.living)
 
-    def pack(self, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]], device: torch.device) -> None:
-        """Serve these weights, by layer and name, together with the others that the modules have, from a new slab."""
+    def packed(
+        self, device: torch.device, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]] | None = None
+    ) -> torch.Tensor:
+        """A slab on `device` with these weights, by layer and name, and with the others that the modules have.
+
+        It changes nothing, so that several threads may pack groups.
+        """
         slab = allocate(self.num_bytes, device)
         for layer in self.living:
-            layer.pack(slab, values.get(layer, {}))
+            layer.pack(slab, (values or {}).get(layer, {}))
+        return slab
+
+    def serve_from(self, slab: torch.Tensor) -> None:
         self.slab = slab
         for layer in self.living:
             layer.bind(slab)
@@ -122,13 +132,17 @@ class StreamedGroup:
 class Streamer:
     """Streams groups through a staging buffer of `staging_bytes` on the compute device, from `attach` to `detach`.
 
-    Meanwhile the forward of every layer's module is one that binds the weights around the module's own.
+    Meanwhile the forward of every layer's module is one that binds the weights around the module's own. The buffer is
+    there from the start, unless `is_lazy`: then it comes with the first layer that runs.
     """
 
-    def __init__(self, groups: Sequence[StreamedGroup], transfer: Transfer, staging_bytes: int) -> None:
+    def __init__(
+        self, groups: Sequence[StreamedGroup], transfer: Transfer, staging_bytes: int, is_lazy: bool = False
+    ) -> None:
         self._groups = groups
         self._transfer = transfer
-        self.staging = allocate(staging_bytes, transfer.device)
+        self._capacity = staging_bytes
+        self.staging = allocate(0 if is_lazy else staging_bytes, transfer.device)
         self._group_of = [index for index, group in enumerate(groups) for _ in group.layers]
         self._schedule = Schedule(self._group_of, [group.num_bytes for group in groups], staging_bytes)
         self._schedule_version = 0
@@ -210,6 +224,8 @@ class Streamer:
         """Where each group goes in the staging buffer, and the parameters of its layers there."""
         # A copy that is under way would write where another group is now.
         self._transfer.wait()
+        if self.staging.nbytes < self._capacity:
+            self.staging = allocate(self._capacity, self._transfer.device)
         self._copies, self._inside = [], []
         for index, group in enumerate(self._groups):
             begin = self._schedule.offsets[index]

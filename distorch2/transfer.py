@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +17,7 @@ class Copy:
     def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
         self.source = source
         self.target = target
+        self.is_pageable = source.device.type == "cpu" and not source.is_pinned()
         self.is_done: torch.Event | None = None
         self.is_awaited = True
         """Whether the compute device waits for it already, or need not."""
@@ -23,13 +26,14 @@ class Copy:
 class Transfer:
     """Copies to one device, on a stream of their own where the device has streams; else each is done at once.
 
-    `copies` counts what was submitted.
+    `copies` counts what was submitted. What is not page-locked is copied by way of `upload`, if there is one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.copies = 0
-        self._backend: Any = getattr(torch, device.type) if device.type not in ("cpu", "mps") else None
+        self.upload: Upload | None = None
+        self._backend = _backend_of(device)
         self._stream: Any = None
 
     def submit(self, copies: Sequence[Copy]) -> None:
@@ -47,7 +51,10 @@ class Transfer:
         self._stream.wait_stream(self._backend.current_stream(self.device))
         with self._backend.stream(self._stream):
             for copy in copies:
-                copy.target.copy_(copy.source, non_blocking=True)
+                if self.upload is not None and copy.is_pageable:
+                    self.upload.copy(copy.source, copy.target)
+                else:
+                    copy.target.copy_(copy.source, non_blocking=True)
                 if copy.is_done is None:
                     copy.is_done = self._backend.Event()
                 copy.is_done.record(self._stream)
@@ -70,28 +77,99 @@ class Transfer:
 class Upload:
     """Copies from pageable host memory to one device by way of page-locked `buffers` (uint8) that take turns.
 
-    The driver's own copies from such memory are several times slower. Use it while the device computes nothing.
+    The driver's own copies from such memory are several times slower. The caller waits until a buffer is free.
     """
 
     def __init__(self, device: torch.device, buffers: Sequence[torch.Tensor]) -> None:
+        self.buffers = buffers
+        self._device = device
         self._backend: Any = getattr(torch, device.type)
-        self._stream = self._backend.current_stream(device)
-        self._buffers = itertools.cycle([(buffer, self._backend.Event()) for buffer in buffers])
+        self._turns = itertools.cycle([(buffer, self._backend.Event()) for buffer in buffers])
         self._num_bytes = min(buffer.nbytes for buffer in buffers)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Fill `target` on the device with `source`, in the dtype of `target`; both are contiguous."""
+        """Fill `target` on the device with `source`, in the dtype of `target`, on the current stream of the device.
+
+        Both are contiguous.
+        """
+        stream = self._backend.current_stream(self._device)
         source, target = source.reshape(-1), target.view(-1)
         step = self._num_bytes // target.element_size()
         for begin in range(0, target.numel(), step):
             part = target[begin : begin + step]
-            buffer, is_read = next(self._buffers)
+            buffer, is_read = next(self._turns)
             is_read.synchronize()
             staged = buffer[: part.nbytes].view(part.dtype)
             staged.copy_(source[begin : begin + step])
             part.copy_(staged, non_blocking=True)
-            is_read.record(self._stream)
+            is_read.record(stream)
 
     def wait(self) -> None:
         """Return when the buffers are not in use any more."""
-        self._stream.synchronize()
+        for _ in self.buffers:
+            next(self._turns)[1].synchronize()
+
+
+class Crossing:
+    """Copies of activations between two devices, each way on a stream of its own where both have streams.
+
+    What a device is given afterwards waits for them. Two devices of the same kind may say that they can reach each
+    other when they cannot: the first copy is checked, and where it is wrong copies go by way of the host.
+    """
+
+    def __init__(self, one: torch.device, other: torch.device) -> None:
+        self._streams: dict[torch.device, Any] = {}
+        self._under_way: collections.deque[tuple[Any, torch.Tensor]] = collections.deque()
+        self._is_direct = one.type == other.type and _backend_of(one) is not None
+        self._is_checked = False
+        self._devices = one, other
+
+    def copy(self, tensor: torch.Tensor, device: torch.device, into: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of `tensor` on `device`, in new memory or in that of a tensor there, that counts its writes."""
+        if into is None:
+            with torch.inference_mode(False):
+                into = torch.empty_like(tensor, device=device, memory_format=torch.preserve_format)
+        if self._is_direct and not self._is_checked:
+            self._check()
+        if self._is_direct:
+            self._copy_directly(tensor, into)
+        else:
+            into.copy_(tensor.cpu())
+        return into
+
+    def _copy_directly(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        backend = _backend_of(source.device)
+        if source.device not in self._streams:
+            self._streams[source.device] = backend.Stream(source.device)
+        stream = self._streams[source.device]
+        stream.wait_stream(backend.current_stream(source.device))
+        # It is written when what its device was given so far is done, since that may have used the same memory.
+        stream.wait_stream(backend.current_stream(target.device))
+        with backend.stream(stream):
+            target.copy_(source, non_blocking=True)
+        is_done = stream.record_event()
+        backend.current_stream(target.device).wait_event(is_done)
+        # Its memory is not to be used for anything else before.
+        self._under_way.append((is_done, source))
+        while self._under_way and self._under_way[0][0].query():
+            self._under_way.popleft()
+
+    def _check(self) -> None:
+        self._is_checked = True
+        one, other = self._devices
+        expected = torch.arange(2**16, dtype=torch.int32)
+        there, back = torch.empty_like(expected, device=other), torch.empty_like(expected, device=one)
+        self._copy_directly(expected.to(one), there)
+        self._copy_directly(there, back)
+        self._is_direct = torch.equal(there.cpu(), expected) and torch.equal(back.cpu(), expected)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Some kernels run on the current device, whatever device their arguments are on."""
+    backend = _backend_of(device)
+    return contextlib.nullcontext() if backend is None else backend.device(device)
+
+
+def _backend_of(device: torch.device) -> Any:
+    """torch's module for its streams and events, None where it has none."""
+    return getattr(torch, device.type) if device.type not in ("cpu", "mps") else None

@@ -1,7 +1,8 @@
 """Loading with weights on a donor, for tests in process.
 
 On a machine without an accelerator the CPU computes and simulated accelerators lend memory; with one, it computes and
-the CPU lends. (Simulated ones cannot be registered beside real ones: torch then takes them for the machine's own.)
+the CPU lends; with two, the first computes and the second lends. (Simulated ones cannot be registered beside real ones:
+torch then takes them for the machine's own.)
 """
 
 import gc
@@ -18,7 +19,7 @@ from distorch2.plan import ComponentRequest, VirtualVram
 
 COMPUTE = str(mm.get_torch_device())
 HAS_SIMULATED = COMPUTE == "cpu"
-DONOR = "sim:0" if HAS_SIMULATED else "cpu"
+DONOR = "sim:0" if HAS_SIMULATED else "cuda:1" if torch.cuda.device_count() > 1 else "cpu"
 RESIDENT = ComponentRequest(COMPUTE, VirtualVram(0.0, DONOR))
 if HAS_SIMULATED:
     import simulated_accelerators as sim
@@ -42,7 +43,7 @@ def inference_mode():
 
 
 def partly_on_donor(percent):
-    return ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},{100 - percent}%;{DONOR},*"))
+    return ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},{100 - percent}%;{DONOR},*"), "stream")
 
 
 def on_donor(checkpoints, kind="sd3_no_clip_weights", percent=50):
@@ -50,8 +51,8 @@ def on_donor(checkpoints, kind="sd3_no_clip_weights", percent=50):
     return load_checkpoint(checkpoints(kind), partly_on_donor(percent), RESIDENT, COMPUTE, high_precision_loras=False)
 
 
-def lora_for(patcher, strength=1.0, rank=4):
-    """A LoRA on every Linear of the diffusion model, as ComfyUI's loader makes it, with random numbers."""
+def lora_weights(patcher, rank=4):
+    """A LoRA on every Linear of the diffusion model, as it is stored, with random numbers."""
     generator = torch.Generator().manual_seed(3)
     state_dict = {}
     for name, module in patcher.model.diffusion_model.named_modules():
@@ -59,8 +60,13 @@ def lora_for(patcher, strength=1.0, rank=4):
             rows, columns = module.weight.shape
             state_dict[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * 0.02
             state_dict[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(rank, columns, generator=generator)
+    return state_dict
+
+
+def lora_for(patcher, strength=1.0, rank=4):
+    """The patcher with such a LoRA, as ComfyUI's loader applies it."""
     keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state_dict), keys)
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(lora_weights(patcher, rank)), keys)
     assert patches
     patched = patcher.clone()
     assert set(patched.add_patches(patches, strength)) == set(patches)

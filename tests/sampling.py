@@ -8,7 +8,15 @@ import torch
 
 PIXELS = 64
 # Width of the text conditioning and of the pooled output, for checkpoints whose text encoder is another file.
-_CONDITIONING_WIDTHS = {"Flux": (4096, 768), "SD3": (4096, 2048), "SDXL": (2048, 1280), "BaseModel": (768, 768)}
+_CONDITIONING_WIDTHS = {
+    "Flux": (4096, 768),
+    "SD3": (4096, 2048),
+    "SDXL": (2048, 1280),
+    "BaseModel": (768, 768),
+    "WAN21": (4096, 0),  # the last two take no pooled output
+    "QwenImage": (3584, 0),
+}
+_FRAMES = {"WAN21": (2,), "QwenImage": (1,)}  # of the latents, for models whose latents have that dimension
 
 
 def conditioning(model, clip, seed):
@@ -21,12 +29,18 @@ def conditioning(model, clip, seed):
     return [[text, {"pooled_output": torch.randn(1, pooled_width, generator=generator)}]]
 
 
-def sample(model, clip, steps=2, seed=7):
-    """Latents [1, C, PIXELS / 8, PIXELS / 8] of a short run; call it in inference mode, as ComfyUI runs nodes."""
+def sample(model, clip, steps=2, seed=7, hooks=None):
+    """Latents [1, C, PIXELS / 8, PIXELS / 8] of a short run, or [1, C, frames, PIXELS / 8, PIXELS / 8].
+
+    Call it in inference mode, as ComfyUI runs nodes.
+    """
     channels = model.model.latent_format.latent_channels
-    latent = torch.zeros(1, channels, PIXELS // 8, PIXELS // 8)
+    frames = _FRAMES.get(type(model.model).__name__, ())
+    latent = torch.zeros(1, channels, *frames, PIXELS // 8, PIXELS // 8)
     noise = comfy.sample.prepare_noise(latent, seed)
     positive, negative = conditioning(model, clip, seed), conditioning(model, clip, seed + 1)
+    if hooks is not None:
+        positive, negative = ([[text, {**extra, "hooks": hooks}] for text, extra in c] for c in (positive, negative))
     latents = comfy.sample.sample(model, noise, steps, 3.0, "euler", "simple", positive, negative, latent)
     assert torch.isfinite(latents).all()
     assert latents.std() > 0.01

@@ -643,7 +643,7 @@ def test_a_random_walk(checkpoints):
     before_loading = memory_used()
 
     donors = "sim:0,40%;sim:1,30%" if HAS_SIMULATED else "cpu,70%"
-    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},30%;{donors}"))
+    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},30%;{donors}"), "stream")
     model = load_checkpoint(checkpoints("flux_small"), request, RESIDENT, COMPUTE)[0]
     clones = {False: model, True: lora_for(model)}
     output(model)

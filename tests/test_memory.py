@@ -4,6 +4,7 @@ The compute device is sim:0 and ComfyUI's own; sim:1 and the host lend memory. L
 ComfyUI's loader on the CPU, whose kernels the simulated devices use.
 """
 
+import contextlib
 import copy
 import gc
 import logging
@@ -16,66 +17,25 @@ import comfy.model_base
 import comfy.model_management as mm
 import pytest
 import torch
-from placing import HAS_SIMULATED, lora_for
-from sampling import core_load, runs_of_core, sample
+from computing import INFERENCE_BYTES, MIB, compute_on_sim, load, same, sim
+from computing import computing as computing
+from computing import expected as expected
+from computing import inference_mode as inference_mode
+from placing import lora_for
+from sampling import core_load, sample
 
-from allocation_parser import parse_allocation
 from distorch2 import slab
 from distorch2.distribution import Distribution
-from distorch2.loading import load_checkpoint
-from distorch2.plan import ComponentRequest, PlanError
+from distorch2.plan import PlanError
 
-if not HAS_SIMULATED:
-    pytest.skip("for simulated accelerators; this machine has a real one", allow_module_level=True)
-import simulated_accelerators as sim
-
-pytestmark = pytest.mark.usefixtures("inference_mode")
-MIB = 1024**2
-INFERENCE_BYTES = 16 * MIB
-
-
-@pytest.fixture
-def inference_mode():
-    with torch.inference_mode():
-        yield
-    mm.unload_all_models()
-    gc.collect()
-    assert sim.used_bytes == [0, 0]
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoints):
-    """kind -> latents of ComfyUI's loader on the CPU."""
-    latents = runs_of_core(checkpoints, lambda model, clip, vae: sample(model, clip))
-    return {kind: latents(kind) for kind in ("sd3_no_clip_weights", "flux", "sd15_blocks")}
-
-
-@pytest.fixture(autouse=True)
-def computing(expected, monkeypatch):
-    """sim:0 computes, from now on."""
-    compute_on_sim(monkeypatch)
-
-
-def compute_on_sim(monkeypatch):
-    sim.tell_comfyui(monkeypatch.setattr, compute="sim:0", inference_bytes=INFERENCE_BYTES)
-    # ComfyUI runs positive and negative conditioning as one batch when there is room for it, which gives other bits.
-    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *arguments, **options: 0)
-
-
-def load(checkpoints, kind, text, **options):
-    """(model, clip) with the diffusion model as in `text`, and the text encoder on the host."""
-    unet, clip = ComponentRequest("sim:0", parse_allocation(text)), ComponentRequest("cpu", parse_allocation("cpu,*"))
-    return load_checkpoint(checkpoints(kind), unet, clip, "cpu", **options)[:2]
+pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
+KINDS = ("sd3_no_clip_weights", "flux", "sd15_blocks")
 
 
 def limit(monkeypatch, index, num_bytes):
     capacity = list(sim.capacity_bytes)
     capacity[index] = int(num_bytes)
     monkeypatch.setattr(sim, "capacity_bytes", capacity)
-
-
-def same(latents, expected):
-    return torch.equal(latents.cpu(), expected)
 
 
 def log_lines(caplog, text):
@@ -315,6 +275,36 @@ def test_what_the_model_itself_runs_out_of_names_the_device_and_what_to_change(c
             torch.OutOfMemoryError, match=r"while running Flux: .*keep less of it on sim:0.*\(planted\)"
         ):
             sample(model, clip)
+    assert same(sample(model, clip), expected["flux"])
+
+
+@pytest.mark.parametrize("num_allowed", [0, 1, 2, 10, 1000])
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_host_memory_that_cannot_be_page_locked_is_copied_by_way_of_some_that_can(
+    checkpoints, expected, monkeypatch, num_allowed, is_deferred
+):
+    model, clip = load(checkpoints, "flux", "sim:0,30%;cpu,70%")
+    locked = set()
+
+    def page_lock(tensor):
+        if len(locked) < num_allowed:
+            locked.add(tensor.data_ptr())
+            return True
+        return False
+
+    monkeypatch.setattr(mm, "pin_memory", page_lock)
+    monkeypatch.setattr(mm, "unpin_memory", lambda tensor: locked.remove(tensor.data_ptr()))
+    monkeypatch.setattr(mm, "ensure_pin_registerable", lambda num_bytes: True)
+    distribution = model.distribution
+    distribution.pinned._is_useful = True
+    with sim.deferred_copies() if is_deferred else contextlib.nullcontext():
+        assert same(sample(model, clip), expected["flux"])
+        assert same(sample(model, clip), expected["flux"])
+    assert len(locked) == min(num_allowed, len(distribution.groups)) if num_allowed != 1 else not locked
+    assert (distribution.transfer.upload is not None) == (2 <= num_allowed < len(distribution.groups))
+    mm.unload_all_models()
+    assert not locked
+    assert distribution.transfer.upload is None
     assert same(sample(model, clip), expected["flux"])
 
 

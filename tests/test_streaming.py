@@ -95,7 +95,7 @@ def test_latents_are_bit_identical_wherever_the_weights_lie(checkpoints, core_la
     way = WAYS[(KINDS.index(kind) + PERCENTAGES.index(percent)) % len(WAYS)]
     expected = core_latents(kind)
     model_bytes = load_checkpoint(checkpoints(kind), RESIDENT, RESIDENT, COMPUTE)[0].distribution.plan.model_bytes
-    request = ComponentRequest(COMPUTE, allocation_of(way, percent, model_bytes))
+    request = ComponentRequest(COMPUTE, allocation_of(way, percent, model_bytes), "stream")
     model, clip, _ = load_checkpoint(checkpoints(kind), request, RESIDENT, COMPUTE)
     plan, distribution = model.distribution.plan, model.distribution
     assert torch.equal(sample(model, clip), expected)
@@ -119,7 +119,8 @@ def test_every_way_of_asking_for_the_same_bytes_gives_the_same_plan(checkpoints,
     model_bytes = sum(layer.num_bytes for layer in layers)
     memory = {device: DeviceMemory(int(mm.get_total_memory(torch.device(device)))) for device in (COMPUTE, DONOR)}
     plans = [
-        make_plan(layers, ComponentRequest(COMPUTE, allocation_of(way, percent, model_bytes)), memory) for way in WAYS
+        make_plan(layers, ComponentRequest(COMPUTE, allocation_of(way, percent, model_bytes), "stream"), memory)
+        for way in WAYS
     ]
     assert all(plan.placements == plans[0].placements for plan in plans)
 
@@ -287,7 +288,7 @@ def test_a_dropped_model_is_let_go(checkpoints):
 # --- patches
 
 
-@pytest.mark.parametrize("kind", ["sd3_no_clip_weights", "flux", "sd3_fp8_scaled"])
+@pytest.mark.parametrize("kind", ["sd3_no_clip_weights", "flux", "sd3_fp8_scaled", "wan"])
 def test_a_lora_gives_the_same_bits_wherever_the_weights_lie(checkpoints, kind):
     core_model, core_clip, _ = core_load(checkpoints(kind))
     plain, expected = sample(core_model, core_clip), sample(lora_for(core_model), core_clip)
@@ -313,7 +314,7 @@ def test_a_lora_on_the_text_encoder(checkpoints):
         return clip.encode_from_tokens(clip.tokenize("a house"), return_pooled=True)
 
     expected = patched_output(core_load(checkpoints("sd3"))[1])
-    request = ComponentRequest(COMPUTE, parse_allocation(f"{DONOR},*"))
+    request = ComponentRequest(COMPUTE, parse_allocation(f"{DONOR},*"), "stream")
     ours = patched_output(load_checkpoint(checkpoints("sd3"), RESIDENT, request, COMPUTE)[1])
     assert all(torch.equal(a, b) for a, b in zip(ours, expected))
 
@@ -619,7 +620,9 @@ def test_the_donor_with_too_little_free_memory_hands_the_rest_to_the_cpu(checkpo
 @on_simulated
 def test_weights_of_two_donors_and_the_compute_device(checkpoints, core_latents):
     allocation = parse_allocation(f"{COMPUTE},20%;sim:0,30%;sim:1,50%")
-    model, clip, _ = load_checkpoint(checkpoints("flux"), ComponentRequest(COMPUTE, allocation), RESIDENT, COMPUTE)
+    model, clip, _ = load_checkpoint(
+        checkpoints("flux"), ComponentRequest(COMPUTE, allocation, "stream"), RESIDENT, COMPUTE
+    )
     assert torch.equal(sample(model, clip), core_latents("flux"))
     plan = model.distribution.plan
     for device, part in ((COMPUTE, 0.2), ("sim:0", 0.3), ("sim:1", 0.5)):
@@ -631,7 +634,7 @@ def test_distribute_takes_what_another_loader_made(checkpoints, core_latents):
     core_model, clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
     patched = lora_for(core_model)
     expected = sample(patched, clip)
-    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},50%;{DONOR},50%"))
+    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},50%;{DONOR},50%"), "stream")
     ours = distribute(patched, request)
     assert len(ours.distribution.plan.streamed) > 0
     assert torch.equal(sample(ours, clip), expected)
@@ -641,14 +644,14 @@ def test_distribute_takes_what_another_loader_made(checkpoints, core_latents):
     del core_model, patched
     gc.collect()
     assert original() is None
-    again = distribute(ours, ComponentRequest(COMPUTE, parse_allocation(f"{DONOR},*")))
+    again = distribute(ours, ComponentRequest(COMPUTE, parse_allocation(f"{DONOR},*"), "stream"))
     assert torch.equal(sample(again, clip), expected)
 
 
 def test_distribute_refuses_a_model_in_use_that_cannot_be_loaded_again(checkpoints, core_latents):
     core_model, clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
     core_model.cached_patcher_init = None
-    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},50%;{DONOR},50%"))
+    request = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},50%;{DONOR},50%"), "stream")
     clone = core_model.clone()
     with pytest.raises(PlanError, match="this SD3 is in use by other nodes"):
         distribute(core_model, request)

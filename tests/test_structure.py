@@ -20,7 +20,7 @@ PURE = [
 ]
 COMFYUI_MODULES = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution", "comfyui_version"}
 # Each may import those after it, and none before it.
-LAYERS = ["loading", "patcher", "distribution", "donor_share", "streaming", "schedule", "moving", "inventory"]
+LAYERS = ["loading", "patcher", "distribution", "donor_share", "relay", "streaming", "schedule", "moving", "inventory"]
 LAYERS += ["pinning", "slab", "quantised", "transfer", "report", "planner", "plan", "checkpoint_file", "__init__"]
 
 

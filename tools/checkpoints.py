@@ -122,6 +122,59 @@ def flux(double: int = 12, single: int = 12, hidden: int = 128) -> Spec:
     return spec
 
 
+def wan(blocks: int = 4, hidden: int = 128) -> Spec:
+    """Wan 2.1's text-to-video model with one 128-wide head (the core reads their number as hidden // 128).
+
+    Latents [B, 16, frames, H/8, W/8] in 1x2x2 patches, text [B, tokens, 4096]; about 0.5 MB (fp16) a block.
+    """
+    spec = Spec()
+    spec.add("patch_embedding.weight", hidden, 16, 1, 2, 2, std=(16 * 2 * 2) ** -0.5)
+    spec.bias("patch_embedding", hidden)
+    for name, n_in in (("text_embedding", 4096), ("time_embedding", 256)):
+        spec.linear(f"{name}.0", n_in, hidden)
+        spec.linear(f"{name}.2", hidden, hidden)
+    spec.linear("time_projection.1", hidden, 6 * hidden)
+    for block in (f"blocks.{i}" for i in range(blocks)):
+        spec.add(f"{block}.modulation", 1, 6, hidden, std=hidden**-0.5)
+        for attention in ("self_attn", "cross_attn"):
+            for name in ("q", "k", "v", "o"):
+                spec.linear(f"{block}.{attention}.{name}", hidden, hidden)
+            spec.add(f"{block}.{attention}.norm_q.weight", hidden, mean=1.0)
+            spec.add(f"{block}.{attention}.norm_k.weight", hidden, mean=1.0)
+        spec.norm(f"{block}.norm3", hidden)  # before cross_attn; the other two norms have no weights
+        spec.linear(f"{block}.ffn.0", hidden, 4 * hidden)
+        spec.linear(f"{block}.ffn.2", 4 * hidden, hidden)
+    spec.add("head.modulation", 1, 2, hidden, std=hidden**-0.5)
+    spec.linear("head.head", hidden, 2 * 2 * 16)
+    return spec
+
+
+def qwen_image(blocks: int = 2) -> Spec:
+    """Qwen-Image in its full width, since the core takes its 24 heads for granted: 680 MB (bf16) a block, 81 MB beside.
+
+    Latents [B, 16, 1, H/8, W/8] in 2x2 patches, text [B, tokens, 3584].
+    """
+    head, hidden = 128, 24 * 128
+    spec = Spec()
+    spec.linear("img_in", 2 * 2 * 16, hidden)
+    spec.add("txt_norm.weight", 3584, mean=1.0)
+    spec.linear("txt_in", 3584, hidden)
+    spec.linear("time_text_embed.timestep_embedder.linear_1", 256, hidden)
+    spec.linear("time_text_embed.timestep_embedder.linear_2", hidden, hidden)
+    for block in (f"transformer_blocks.{i}" for i in range(blocks)):
+        for half in ("img", "txt"):
+            spec.linear(f"{block}.{half}_mod.1", hidden, 6 * hidden)
+            spec.linear(f"{block}.{half}_mlp.net.0.proj", hidden, 4 * hidden)
+            spec.linear(f"{block}.{half}_mlp.net.2", 4 * hidden, hidden)
+        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+            spec.linear(f"{block}.attn.{name}", hidden, hidden)
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            spec.add(f"{block}.attn.{name}.weight", head, mean=1.0)
+    spec.linear("norm_out.linear", hidden, 2 * hidden)
+    spec.linear("proj_out", hidden, 2 * 2 * 16)
+    return spec
+
+
 def _res_block(spec: Spec, name: str, n_in: int, n_out: int):
     spec.norm(f"{name}.in_layers.0", n_in)
     spec.conv(f"{name}.in_layers.2", n_in, n_out)
@@ -300,6 +353,8 @@ KINDS = {
     "sdxl_v_pred": Kind(sdxl_v_pred),
     "sd15_ckpt": Kind(lambda seed: unet_sd15(2).draw(seed, prefix=MODEL) | sd_vae(seed), ".ckpt"),
     "flux": Kind(flux_checkpoint),
+    "wan": Kind(lambda seed: wan().draw(seed, prefix=MODEL)),
+    "qwen_image": Kind(lambda seed: qwen_image().draw(seed, torch.bfloat16, prefix=MODEL)),
     "diffusion_only": Kind(lambda seed: mmdit().draw(seed)),  # no prefix: not a checkpoint to the core, yet SD3
     "clip_l": Kind(lambda seed: clip_l().draw(seed)),  # for CLIPLoader; with type "sd3" its text fits Flux too
 }

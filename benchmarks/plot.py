@@ -1,0 +1,75 @@
+"""Draw the results of `streaming.py`: milliseconds of a step against the part of the model on the CPU.
+
+    python3 benchmarks/plot.py [RESULTS.json]
+
+Needs matplotlib. The picture is written beside the results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from record import ROOT
+
+
+def draw(path: Path) -> Path:
+    record = json.loads(path.read_text())
+    panels = [(name, size, rows) for name, model in record["results"].items() for size, rows in _by_size(model)]
+    columns = min(3, len(panels))
+    num_rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(num_rows, columns, figsize=(4.2 * columns, 3.4 * num_rows), squeeze=False)
+    for axis, (name, size, rows) in zip(axes.flat, panels):
+        percent = [row["percent"] for row in rows]
+        axis.plot(percent, [row["floor"] for row in rows], color="0.7", linewidth=6, label="floor: computing or link")
+        axis.plot(percent, [row["ours"] for row in rows], "o-", color="tab:blue", label="DisTorch2")
+        for label, style in (("classic", "s--"), ("DynamicVRAM", "^:")):
+            found = [(row["percent"], row[label]) for row in rows if row[label] is not None]
+            axis.plot(*zip(*found), style, label=f"ComfyUI {label}, equal VRAM")
+        axis.set_title(f"{name}, {size}")
+        axis.set_xlabel("% on the CPU")
+        axis.set_ylabel("ms per step")
+        axis.set_ylim(bottom=0)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    axes.flat[0].legend(fontsize="small")
+    machine = record["machine"]
+    figure.suptitle(f"{machine['accelerators'][0]}, torch {machine['torch']}, {record['date'][:10]}", fontsize="medium")
+    figure.tight_layout()
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=110)
+    return picture
+
+
+def _by_size(model: dict) -> list[tuple[str, list[dict]]]:
+    """For every size that was measured, the rows as the plot needs them."""
+    sizes = [_size(at) for at in model["rows"][0]["at"]]
+    return [
+        (
+            size,
+            [
+                {
+                    "percent": at["percent on cpu"],
+                    "floor": at["floor ms"],
+                    "ours": at["ours ms"],
+                    "classic": row["classic at equal VRAM"].get(f"ms at {size}"),
+                    "DynamicVRAM": (row.get("DynamicVRAM at equal VRAM") or {}).get(f"ms at {size}"),
+                }
+                for row in model["rows"]
+                for at in row["at"]
+                if _size(at) == size
+            ],
+        )
+        for size in sizes
+    ]
+
+
+def _size(at: dict) -> str:
+    unit = next(unit for unit in ("px", "tokens") if unit in at)
+    return f"{at[unit]} {unit}"
+
+
+if __name__ == "__main__":
+    print(draw(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results" / "streaming.json"))

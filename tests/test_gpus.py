@@ -1,0 +1,229 @@
+"""What simulated accelerators cannot show: relay, eviction and placement on real ones, one or two of them."""
+
+import gc
+
+import comfy.model_management as mm
+import comfy.sd
+import pytest
+import torch
+from placing import inference_mode as inference_mode
+from placing import lora_for
+from sampling import sample
+
+from allocation_parser import parse_allocation
+from distorch2.loading import load_checkpoint
+from distorch2.plan import ComponentRequest, VirtualVram
+from distorch2.quantised import plain_tensors
+
+KINDS = ["sd3", "flux", "sd15_blocks", "wan", "sd3_fp8_scaled"]
+
+
+@pytest.fixture(autouse=True)
+def unloaded():
+    yield
+    mm.unload_all_models()
+    gc.collect()
+
+
+def core(checkpoints, kind, device):
+    """(model, clip) of ComfyUI's loader, all on one device."""
+    options = {"load_device": torch.device(device)}
+    path = checkpoints(kind)
+    sample(*comfy.sd.load_checkpoint_guess_config(path, model_options=options, te_model_options=options)[:2])  # warm up
+    return comfy.sd.load_checkpoint_guess_config(path, model_options=options, te_model_options=options)[:2]
+
+
+def ours(checkpoints, kind, unet, clip=None, mode="auto", **options):
+    """(model, clip); `unet` and `clip` are a compute device and an allocation string."""
+    requests = []
+    for compute, text in (unet, clip or (unet[0], f"{unet[0]},*")):
+        requests.append(ComponentRequest(compute, parse_allocation(text), mode))
+    return load_checkpoint(checkpoints(kind), *requests, unet[0], **options)
+
+
+def bytes_by_device(module):
+    found = {}
+    for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
+        for plain in plain_tensors(tensor):
+            found[str(plain.device)] = found.get(str(plain.device), 0) + plain.nbytes
+    return found
+
+
+def is_as_planned(model):
+    plan = model.distribution.plan
+    return bytes_by_device(model.model) == {device: plan.bytes_on(device) for device in plan.devices}
+
+
+def relative_error(found, wanted):
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+# --- one GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("compute", "donor"), [("cuda:0", "cpu"), ("cpu", "cuda:0")])
+@pytest.mark.parametrize("kind", ["flux", "sd15_blocks"])
+def test_relay_between_a_gpu_and_the_host(checkpoints, kind, compute, donor):
+    wanted = sample(*core(checkpoints, kind, compute))
+    model, clip, _ = ours(checkpoints, kind, (compute, f"{compute},50%;{donor},50%"), mode="relay")
+    found = sample(model, clip)
+    assert model.distribution.plan.relayed_units
+    assert model.distribution.relay.bytes_sent > 0 < model.distribution.relay.bytes_brought
+    assert is_as_planned(model)
+    assert relative_error(found, wanted) < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_that_is_nearly_full(checkpoints):
+    """ComfyUI grants less than planned, and takes more back for another model; the image stays the same."""
+    wanted = sample(*core(checkpoints, "sd15_blocks", "cuda:0"))
+    mm.unload_all_models()
+    model, clip, _ = ours(checkpoints, "sd15_blocks", ("cuda:0", "cuda:0,80%;cpu,20%"))
+    assert torch.equal(sample(model, clip), wanted)
+    assert not model.distribution.plan.evicted
+    room = model.model_size() // 2
+    mm.free_memory(mm.get_free_memory(torch.device("cuda:0")) + room, torch.device("cuda:0"))
+    assert model.distribution.plan.evicted
+    assert model.loaded_size() <= model.model_size() - room
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(mm, "load_models_gpu", lambda *arguments, **options: None)  # it would bring them back
+        assert torch.equal(sample(model, clip), wanted)
+    assert torch.equal(sample(model, clip), wanted)
+    assert not model.distribution.plan.evicted
+    assert is_as_planned(model)
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_runs_out_of_is_said(checkpoints):
+    model, clip, _ = ours(checkpoints, "sd15_blocks", ("cuda:0", "cuda:0,80%;cpu,20%"))
+    sample(model, clip)
+    before = model.model.diffusion_model.forward
+
+    def too_large(*arguments, **options):
+        torch.empty(2**50, dtype=torch.uint8, device="cuda:0")
+
+    model.model.diffusion_model.forward = too_large
+    with pytest.raises(torch.OutOfMemoryError, match="the plan keeps .* GiB on cuda:0.*keep less of it on cuda:0"):
+        sample(model, clip)
+    model.model.diffusion_model.forward = before
+    sample(model, clip)
+
+
+@pytest.mark.gpu
+def test_five_hundred_steps_leave_nothing_behind(checkpoints):
+    """With sizes that change, and interrupts in the middle of a step."""
+    model, clip, _ = ours(checkpoints, "flux", ("cuda:0", "cuda:0,40%;cpu,60%"))
+    wanted = sample(model, clip)
+    leaves = [module for module in model.model.modules() if hasattr(module, "weight")]
+    levels = set()
+    for number in range(125):
+        hook = leaves[number * 37 % len(leaves)].register_forward_hook(interrupt) if number % 3 == 0 else None
+        try:
+            sample(model, clip, steps=4, seed=number)
+        except mm.InterruptProcessingException:
+            pass
+        finally:
+            if hook is not None:
+                hook.remove()
+        if number % 25 == 24:
+            assert torch.equal(sample(model, clip), wanted)
+            gc.collect()
+            levels.add((torch.cuda.memory_allocated(), model.distribution.pinned.num_bytes))
+    assert len(levels) == 1
+
+
+def interrupt(*arguments):
+    raise mm.InterruptProcessingException
+
+
+# --- two GPUs
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("mode", ["stream", "relay"])
+@pytest.mark.parametrize("text", ["cuda:0,50%;cuda:1,50%", "cuda:1,100%", "cuda:0,30%;cuda:1,40%;cpu,30%"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_other_gpu_lends_or_computes(checkpoints, kind, text, mode):
+    wanted = sample(*core(checkpoints, kind, "cuda:0"))
+    model, clip, _ = ours(checkpoints, kind, ("cuda:0", text), mode=mode)
+    for _ in range(2):
+        assert torch.equal(sample(model, clip), wanted)
+    assert is_as_planned(model)
+    assert (model.distribution.relay is not None) == bool(model.distribution.plan.relayed_units)
+    assert bool(model.distribution.plan.relayed_units) == (mode == "relay") or kind.startswith("sd3")
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("mode", ["stream", "relay"])
+@pytest.mark.parametrize("kind", ["flux", "sd15_blocks"])
+def test_computing_on_the_second_gpu(checkpoints, kind, mode):
+    wanted = sample(*core(checkpoints, kind, "cuda:1"))
+    model, clip, _ = ours(checkpoints, kind, ("cuda:1", "cuda:1,30%;cuda:0,40%;cpu,30%"), mode=mode)
+    assert torch.equal(sample(model, clip), wanted)
+    assert is_as_planned(model)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.multigpu
+def test_the_text_encoder_and_the_vae_on_the_second_gpu(checkpoints):
+    """`cuda:0,70%;cuda:1,30%` for the diffusion model, `cuda:1,50%;cpu,50%` for the text encoder."""
+    model, clip = core(checkpoints, "sd3", "cuda:0")
+    clip = core(checkpoints, "sd3", "cuda:1")[1]
+    wanted = sample(model, clip)
+    requests = [
+        ComponentRequest("cuda:0", parse_allocation("cuda:0,70%;cuda:1,30%")),
+        ComponentRequest("cuda:1", parse_allocation("cuda:1,50%;cpu,50%")),
+    ]
+    model, clip, vae = load_checkpoint(checkpoints("sd3"), *requests, "cuda:1")
+    assert torch.equal(sample(model, clip), wanted)
+    assert is_as_planned(model)
+    assert is_as_planned(clip.patcher)
+    assert set(bytes_by_device(clip.cond_stage_model)) == {"cuda:1", "cpu"}
+    assert torch.isfinite(vae.decode(wanted)).all()
+    assert set(bytes_by_device(vae.first_stage_model)) == {"cuda:1"}
+
+
+@pytest.mark.multigpu
+def test_eight_gigabytes_of_virtual_vram(checkpoints):
+    """With donor cuda:1, and the text encoder on cuda:1 with 2 GB on the host: more than these models have."""
+    model, clip = core(checkpoints, "sd3", "cuda:0")
+    clip = core(checkpoints, "sd3", "cuda:1")[1]
+    wanted = sample(model, clip)
+    requests = [ComponentRequest("cuda:0", VirtualVram(8, "cuda:1")), ComponentRequest("cuda:1", VirtualVram(2, "cpu"))]
+    model, clip, _ = load_checkpoint(checkpoints("sd3"), *requests, "cuda:0")
+    assert torch.equal(sample(model, clip), wanted)
+    assert is_as_planned(model)
+    assert model.distribution.plan.bytes_on("cuda:1") > model.distribution.plan.model_bytes / 2
+    assert clip.patcher.distribution.plan.bytes_on("cpu") > clip.patcher.distribution.plan.model_bytes / 2
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("mode", ["stream", "relay"])
+@pytest.mark.parametrize("kind", ["flux", "sd3_no_clip_weights"])
+def test_a_lora_on_two_gpus(checkpoints, kind, mode):
+    model, clip = core(checkpoints, kind, "cuda:0")
+    plain, wanted = sample(model, clip), sample(lora_for(model), clip)
+    model, clip, _ = ours(
+        checkpoints, kind, ("cuda:0", "cuda:0,40%;cuda:1,40%;cpu,20%"), mode=mode, high_precision_loras=False
+    )
+    assert torch.equal(sample(lora_for(model), clip), wanted)
+    assert torch.equal(sample(model, clip), plain)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("mode", ["stream", "relay"])
+def test_a_share_is_evicted_and_comes_back(checkpoints, mode):
+    wanted = sample(*core(checkpoints, "flux", "cuda:0"))
+    model, clip, _ = ours(checkpoints, "flux", ("cuda:0", "cuda:0,50%;cuda:1,50%"), mode=mode)
+    assert torch.equal(sample(model, clip), wanted)
+    (share,) = model.distribution.shares
+    mm.free_memory(mm.get_free_memory(torch.device("cuda:1")) + share.loaded_size() // 2, torch.device("cuda:1"))
+    assert share.loaded_size() < share.model_size()
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(type(share), "partially_load", lambda *arguments, **options: 0)
+        assert torch.equal(sample(model, clip), wanted)
+    assert torch.equal(sample(model, clip), wanted)
+    assert share.loaded_size() == share.model_size()
+    mm.unload_all_models()
+    assert share.loaded_size() == 0

@@ -1,0 +1,317 @@
+"""Units run on the donor that holds their weights: the same bits as on one device, on simulated ones that compute."""
+
+import contextlib
+import dataclasses
+
+import comfy.hooks
+import comfy.model_management as mm
+import pytest
+import torch
+from computing import computing as computing
+from computing import expected as expected
+from computing import inference_mode as inference_mode
+from computing import load, same, sim
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from placing import lora_for, lora_weights
+from sampling import sample
+
+from distorch2.loading import load_checkpoint
+from distorch2.plan import ComponentRequest, PlanError, VirtualVram
+from distorch2.relay import _Visit
+from distorch2.transfer import Crossing
+
+pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
+KINDS = ("sd3_no_clip_weights", "sd3", "flux", "sd15_blocks", "wan")
+HALF = "sim:0,50%;sim:1,50%"
+SPLITS = (HALF, "sim:1,100%", "sim:0,30%;sim:1,40%;cpu,30%", "sim:0,90%;sim:1,10%")
+
+
+class Planted(BaseException):
+    pass
+
+
+def is_relayed(model):
+    """Whether something crossed over, and nothing of what is relayed was streamed."""
+    relay = model.distribution.relay
+    return relay.bytes_sent > 0 < relay.bytes_brought and relay.streamer.staging.nbytes == 0
+
+
+@pytest.mark.parametrize("is_deferred", [False, True])
+@pytest.mark.parametrize("text", SPLITS)
+@pytest.mark.parametrize("kind", ["sd3_no_clip_weights", "flux", "sd15_blocks", "wan"])
+def test_latents_are_the_same_bits(checkpoints, expected, kind, text, is_deferred):
+    model, clip = load(checkpoints, kind, text, "auto")
+    with sim.deferred_copies() if is_deferred else contextlib.nullcontext():
+        for _ in range(2):
+            assert same(sample(model, clip), expected[kind])
+    plan = model.distribution.plan
+    assert bool(plan.relayed_units) == (model.distribution.relay is not None)
+    if plan.relayed_units:
+        assert is_relayed(model)
+    else:  # 10 % of it is less than a unit
+        assert kind == "sd3_no_clip_weights"
+
+
+def test_qwen_image(checkpoints, monkeypatch):
+    """By itself, since ComfyUI knows it in its full width only."""
+    with pytest.MonkeyPatch.context() as patches:
+        wanted = patched_on_the_cpu(patches, checkpoints, "qwen_image", lambda model: None)
+    monkeypatch.setattr(sim, "capacity_bytes", [4 * 1024**3] * 2)
+    model, clip = load(checkpoints, "qwen_image", HALF, "auto")
+    assert same(sample(model, clip), wanted)
+    assert len(model.distribution.plan.relayed_units) == 1
+    assert is_relayed(model)
+
+
+def twins(model):
+    return model.distribution.relay._known.values() if model.distribution.relay else []
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shares=st.tuples(st.integers(0, 10), st.integers(1, 10), st.integers(0, 5)), kind=st.sampled_from(["flux", "wan"])
+)
+def test_any_split(checkpoints, expected, shares, kind):
+    text = ";".join(f"{device},{share}%" for device, share in zip(("sim:0", "sim:1", "cpu"), shares))
+    model, clip = load(checkpoints, kind, text, "auto")
+    assert same(sample(model, clip), expected[kind])
+    mm.unload_all_models()
+
+
+@pytest.mark.parametrize(("compute", "donor"), [("sim:0", "cpu"), ("cpu", "sim:1")])
+def test_relay_between_the_host_and_an_accelerator(checkpoints, expected, compute, donor):
+    request = ComponentRequest(compute, VirtualVram(0.02, donor), "relay")
+    model, clip, _ = load_checkpoint(
+        checkpoints("flux"), request, ComponentRequest("cpu", VirtualVram(0, "cpu")), "cpu"
+    )
+    assert same(sample(model, clip), expected["flux"])
+    assert model.distribution.plan.relayed_units
+    assert is_relayed(model)
+
+
+def test_without_being_asked_only_devices_of_one_kind_relay(checkpoints):
+    for compute, donor in (("sim:0", "cpu"), ("cpu", "sim:1")):
+        request = ComponentRequest(compute, VirtualVram(0.02, donor))
+        model, *_ = load_checkpoint(checkpoints("flux"), request, request, "cpu")
+        assert not model.distribution.plan.relayed_units
+        assert model.distribution.plan.streamed
+
+
+def test_an_unknown_mode():
+    with pytest.raises(PlanError, match="donor mode is 'fast'; use auto, stream, relay"):
+        ComponentRequest("cpu", VirtualVram(1.0, "cpu"), "fast")
+
+
+def test_the_text_encoder_relays_as_well(checkpoints, expected):
+    resident, request = (
+        ComponentRequest("sim:0", VirtualVram(0, "cpu")),
+        ComponentRequest("sim:0", VirtualVram(0.1, "sim:1")),
+    )
+    model, clip, _ = load_checkpoint(checkpoints("sd3"), resident, request, "cpu")
+    assert same(sample(model, clip), expected["sd3"])
+    assert is_relayed(clip.patcher)
+
+
+def test_an_activation_that_nobody_changed_is_sent_once(checkpoints, expected, monkeypatch):
+    model, clip = load(checkpoints, "flux", "sim:1,100%", "auto")
+    assert same(sample(model, clip), expected["flux"])
+    crossed = {"sim:0": [], "sim:1": []}
+    copy = Crossing.copy
+
+    def recorded(crossing, tensor, device, into=None):
+        crossed[str(device)].append(tuple(tensor.shape))
+        return copy(crossing, tensor, device, into)
+
+    monkeypatch.setattr(Crossing, "copy", recorded)
+    with counted_forwards() as forwards:
+        assert same(sample(model, clip), expected["flux"])
+    image, both = (2, 16, 128), (2, 16 + 77, 128)  # with the text, for positive and negative conditioning
+    # The image comes home from every block, and goes there again only where the model has made another of it: at the
+    # start, and of image and text together.
+    assert crossed["sim:0"].count(image) == 12 * forwards()
+    assert crossed["sim:0"].count(both) == 12 * forwards()
+    assert crossed["sim:1"].count(image) == crossed["sim:1"].count(both) == forwards()
+
+
+@contextlib.contextmanager
+def counted_forwards():
+    before = sim.counters["diffusion_forwards"]
+    yield lambda: sim.counters["diffusion_forwards"] - before
+
+
+def test_what_is_written_at_home_between_units_reaches_the_next(checkpoints):
+    with pytest.MonkeyPatch.context() as patches:
+        wanted = patched_on_the_cpu(patches, checkpoints, "flux", replaced_blocks)
+    model, clip = load(checkpoints, "flux", HALF, "auto")
+    patched = model.clone()
+    replaced_blocks(patched)
+    assert same(sample(patched, clip), wanted)
+    assert is_relayed(model)
+
+
+def replaced_blocks(model):
+    def block(arguments, extra):
+        arguments["img"] += 0.25
+        result = extra["original_block"](arguments)
+        result["img"] += 0.5
+        return result
+
+    for number in range(12):
+        model.set_model_patch_replace(block, "dit", "double_block", number)
+        model.set_model_patch_replace(block, "dit", "single_block", number)
+
+
+def louder_values(model):
+    model.set_model_attn1_patch(lambda query, key, value, options: (query, key, value * 1.5))
+
+
+def patched_on_the_cpu(patches, checkpoints, kind, patch, **options):
+    """Latents of ComfyUI's loader with a patch, in a process that does not compute on sim:0 meanwhile."""
+    import comfy.sd
+
+    patches.setattr(mm, "get_torch_device", lambda: torch.device("cpu"))
+    patches.setattr(mm, "text_encoder_device", lambda: torch.device("cpu"))
+    cpu = torch.device("cpu")
+    devices = {"load_device": cpu, "offload_device": cpu}
+    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+        checkpoints(kind), model_options=devices, te_model_options=devices
+    )
+    model = model.clone()
+    patch(model)
+    return sample(model, clip, **options)
+
+
+def test_units_with_patches_inside_stay_at_home(checkpoints):
+    with pytest.MonkeyPatch.context() as patches:
+        wanted = patched_on_the_cpu(patches, checkpoints, "sd15_blocks", louder_values)
+    model, clip = load(checkpoints, "sd15_blocks", HALF, "auto")
+    patched = model.clone()
+    louder_values(patched)
+    assert same(sample(patched, clip), wanted)
+    relay = model.distribution.relay
+    assert relay.streamer.staging.nbytes > 0
+    assert model.loaded_size() == model.model_size() + relay.streamer.staging.nbytes
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3_no_clip_weights"])
+def test_a_lora_gives_the_same_bits(checkpoints, kind):
+    with pytest.MonkeyPatch.context() as patches:
+        wanted = patched_on_the_cpu(patches, checkpoints, kind, lambda model: take_patches(model, lora_for(model)))
+    model, clip = load(checkpoints, kind, HALF, "auto", high_precision_loras=False)
+    assert same(sample(lora_for(model), clip), wanted)
+    assert is_relayed(model)
+
+
+def take_patches(model, other):
+    model.patches = other.patches
+    model.patches_uuid = other.patches_uuid
+
+
+def test_a_share_that_is_evicted_and_comes_back(checkpoints, expected):
+    model, clip = load(checkpoints, "flux", HALF, "auto")
+    assert same(sample(model, clip), expected["flux"])
+    (share,) = model.distribution.shares
+    share.partially_unload(torch.device("cpu"), share.loaded_size() / 2)
+    assert 0 < share.loaded_size() < share.model_size()
+    relay = model.distribution.relay
+    assert same(sample_without_loading(model, clip), expected["flux"])
+    assert relay.streamer.staging.nbytes > 0
+    assert same(sample(model, clip), expected["flux"])
+    assert share.loaded_size() == share.model_size()
+
+
+def sample_without_loading(model, clip):
+    """ComfyUI would bring the share back first."""
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(type(model.distribution.shares[0]), "partially_load", lambda *arguments, **options: 0)
+        return sample(model, clip)
+
+
+def test_whatever_is_raised_on_a_donor_leaves_everything_as_it_was(checkpoints, expected):
+    model, clip = load(checkpoints, "flux", HALF, "auto")
+    assert same(sample(model, clip), expected["flux"])
+    units = list(model.distribution.plan.relayed_units)
+    leaves = [m for name in units for m in model.model.get_submodule(name).modules() if hasattr(m, "weight")]
+    for leaf in leaves[:: max(1, len(leaves) // 12)]:
+        parameters = dict(leaf._parameters)
+
+        def fail(*arguments):
+            raise Planted
+
+        hook = leaf.register_forward_hook(fail)
+        with pytest.raises(Planted):
+            sample(model, clip)
+        hook.remove()
+        assert torch.sim.current_device() == 0
+        assert leaf._parameters == parameters
+        assert same(sample(model, clip), expected["flux"])
+
+
+def test_hook_loras_are_written_where_the_weights_lie(checkpoints, expected):
+    model, clip = load(checkpoints, "flux", HALF, "auto", high_precision_loras=False)
+    hooks = comfy.hooks.create_hook_lora(lora_weights(model), 0.5, 0.0)
+    with pytest.MonkeyPatch.context() as patches:
+        wanted = patched_on_the_cpu(patches, checkpoints, "flux", lambda model: None, hooks=hooks)
+    assert same(sample(model, clip), expected["flux"])
+    assert same(sample(model, clip, hooks=hooks), wanted)
+    assert not torch.equal(wanted, expected["flux"])
+    assert same(sample(model, clip), expected["flux"])
+    assert is_relayed(model)
+
+
+def test_what_crosses_over_between_devices_that_cannot_reach_each_other(checkpoints, expected, monkeypatch):
+    model, clip = load(checkpoints, "flux", HALF, "auto")
+    crossed = []
+
+    def arrives_wrong(crossing, source, target):
+        crossed.append(target.zero_())
+
+    monkeypatch.setattr(Crossing, "_copy_directly", arrives_wrong)
+    assert same(sample(model, clip), expected["flux"])
+    assert is_relayed(model)
+    assert len(crossed) == 2  # the check, there and back
+
+
+# --- what units are called with
+
+
+@dataclasses.dataclass
+class Record:
+    tensor: torch.Tensor
+    text: str = "text"
+
+
+class Slots:
+    __slots__ = ("tensor",)
+
+
+def test_arguments_of_any_form_are_on_the_donor_and_come_back(checkpoints):
+    model, clip = load(checkpoints, "flux", "sim:1,100%", "auto")
+    sample(model, clip)
+    visit = _Visit(model.distribution.relay, torch.device("sim:1"))
+    home, elsewhere = torch.ones(3, device="sim:0"), torch.ones(3)
+    slots, record = Slots(), Record(home)
+    slots.tensor = home
+    options = {"list": [home, None], "nested": {"tuple": (home, 1)}, "self": None}
+    options["self"] = options
+    arguments = (home, elsewhere, record, slots, options, len, "text", torch.Size([1, 2]))
+    there = visit.send(arguments)
+    assert there[0].device == torch.device("sim:1")
+    assert there[1] is elsewhere
+    assert there[2] is record
+    assert there[7] == torch.Size([1, 2])
+    for twin in (record.tensor, slots.tensor, options["list"][0], options["nested"]["tuple"][0]):
+        assert twin is there[0]
+    options["list"][1] = options["new"] = there[0] + 1
+    options["list"][0] = there[0] + 2
+    there[0].add_(1)
+    visit.bring_changes()
+    result = visit.bring({"same": there[0], "other": (there[0] * 2, elsewhere), "record": Record(there[0] + 0)})
+    visit.restore()
+    assert torch.equal(home.cpu(), torch.full((3,), 2.0))
+    assert result["same"].data_ptr() == home.data_ptr()
+    assert result["other"][0].device == result["record"].tensor.device == torch.device("sim:0")
+    assert result["other"][1] is elsewhere
+    assert record.tensor is slots.tensor is options["nested"]["tuple"][0] is home
+    assert options["new"].device == options["list"][0].device == torch.device("sim:1")  # what the unit put there
