@@ -80,8 +80,8 @@ def measure(path: str) -> None:
             distribution = patcher.distribution
             plan, relay = distribution.plan, distribution.relay
             if mode == MODES[2]:
-                for crossing in relay._crossings.values():
-                    crossing._is_direct = False
+                for crossing in relay.crossings.values():
+                    crossing.is_direct = False
             planned = {device: plan.bytes_on(device) for device in plan.devices}
             row = {
                 "percent on the other GPU": percent,

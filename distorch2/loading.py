@@ -249,10 +249,12 @@ def _memory_of(requests: Iterable[ComponentRequest], *others: str) -> dict[str, 
     computing = {*homes, *(donor for request in requests for donor in relays(request, request.allocation.devices))}
     keeping = {device for request in requests for device in request.allocation.devices}
     present = list(dict.fromkeys(["cpu", *(str(device) for device in mm.get_all_torch_devices())]))
-    memory = {"cpu": DeviceMemory(int(mm.get_total_memory(_CPU)))}
-    for name in sorted((computing | keeping) - {"cpu"}):
+    named = sorted((computing | keeping) - {"cpu"})
+    for name in named:
         if name not in present:
             raise PlanError(f"there is no device {name!r}; this machine has {', '.join(present)}")
+    memory = {"cpu": DeviceMemory(int(mm.get_total_memory(_CPU)))}
+    for name in named:
         device = torch.device(name)
         free_bytes = int(mm.get_free_memory(device))
         if name in computing:

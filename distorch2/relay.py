@@ -2,8 +2,8 @@
 
 A unit is a module that is called. Its tensor arguments are copied to the donor and its results home; to the rest of the
 model it is as if it had run there. What a unit was given or returned is known by identity when it comes to the next
-unit, and is not sent again unless it was written meanwhile: every tensor that is brought home counts its writes, which
-tensors made in inference mode do not.
+unit, and is not sent again unless it was written meanwhile. So units that follow each other on one donor do not wait
+for home. Tensors made in inference mode do not count their writes: those that are sent are made to.
 
 A unit stays at home, where its layers are streamed, while it cannot run on the donor: when ComfyUI has evicted a part
 of its weights, or when patches are to run inside it, which may hold tensors of their own.
@@ -103,7 +103,7 @@ class StreamerOfUnits(Streamer):
             module = layer.module
             return (previous or type(module).forward.__get__(module))(*arguments, **options)
 
-        return torch.compiler.disable(serve_where_called)
+        return serve_where_called
 
 
 class _Sent:
@@ -115,9 +115,8 @@ class _Sent:
         self._writes = (_writes(home), twin._version)
 
     def is_equal(self) -> bool:
-        """Never known of a tensor that does not count its writes."""
         home = self.home()
-        return home is not None and self._writes[0] is not None and self._writes == (_writes(home), self.twin._version)
+        return home is not None and self._writes == (_writes(home), self.twin._version)
 
     def is_changed_there(self) -> bool:
         return self.twin._version != self._writes[1]
@@ -136,7 +135,7 @@ class Relay:
         """Set it to False to keep all units at home."""
         self.bytes_sent = self.bytes_brought = 0
         self._home = home
-        self._crossings = {unit.donor: Crossing(home, unit.donor) for unit in units}
+        self.crossings = {unit.donor: Crossing(home, unit.donor) for unit in units}
         self._known: dict[int, _Sent] = {}  # by id of the tensor at home
         self._attached: list[tuple[RelayedUnit, weakref.ref[Callable[..., Any]], Callable[..., Any] | None]] = []
 
@@ -193,8 +192,9 @@ class Relay:
                 there, options_there = visit.send((arguments, options))
                 with unit.others_there():
                     result = forward(*there, **options_there)
-                visit.bring_changes()
-                return visit.bring(result)
+                with self.crossings[unit.donor].leaving(unit.donor):
+                    visit.bring_changes()
+                    return visit.bring(result)
             finally:
                 visit.restore()
 
@@ -203,28 +203,28 @@ class Relay:
         if known is not None and known.home() is tensor and known.twin.device == donor and known.is_equal():
             return known
         self.bytes_sent += tensor.nbytes
-        return _Sent(tensor, self._crossings[donor].copy(tensor, donor))
+        crossing = self.crossings[donor]
+        with crossing.leaving(self._home):
+            twin = crossing.copy(tensor, donor)
+        if tensor.is_inference():
+            with contextlib.suppress(RuntimeError):  # others refer to it: it is sent again each time
+                torch.utils.swap_tensors(tensor, _counting(tensor))
+        return self._remember(tensor, twin)
 
-    def _bring(self, twin: torch.Tensor) -> torch.Tensor:
+    def _bring(self, twin: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """While leaving the donor: a tensor at home that is equal, or one there made equal."""
         self.bytes_brought += twin.nbytes
-        tensor = self._crossings[twin.device].copy(twin, self._home)
+        tensor = self.crossings[twin.device].copy(twin, self._home, into)
         self._remember(tensor, _counting(twin))
         return tensor
 
-    def _bring_into(self, tensor: torch.Tensor, twin: torch.Tensor) -> torch.Tensor:
-        """Write what changed on the donor into the tensor at home; return it, or one of its memory that counts."""
-        self.bytes_brought += twin.nbytes
-        tensor = _counting(tensor)
-        self._crossings[twin.device].copy(twin, self._home, into=tensor)
-        self._remember(tensor, twin)
-        return tensor
-
-    def _remember(self, tensor: torch.Tensor, twin: torch.Tensor) -> None:
-        key = id(tensor)
+    def _remember(self, tensor: torch.Tensor, twin: torch.Tensor) -> _Sent:
         sent = _Sent(tensor, twin)
-        known = self._known
-        sent.home = weakref.ref(tensor, lambda reference: known.pop(key, None))
-        self._known[key] = sent
+        if not tensor.is_inference():
+            key, known = id(tensor), self._known
+            sent.home = weakref.ref(tensor, lambda reference: known.pop(key, None))
+            known[key] = sent
+        return sent
 
 
 class _Visit:
@@ -287,7 +287,7 @@ class _Visit:
         """What the unit wrote to its arguments is written to them at home."""
         for tensor, sent in zip(self._originals, self._sent.values(), strict=True):
             if sent.is_changed_there():
-                self._returned[id(sent.twin)] = self._relay._bring_into(tensor, sent.twin)
+                self._relay._bring(sent.twin, into=tensor)
 
     def bring(self, value: Any) -> Any:
         """`value`, which the unit returned, with its tensors at home."""

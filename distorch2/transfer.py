@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -113,55 +112,64 @@ class Upload:
 class Crossing:
     """Copies of activations between two devices, each way on a stream of its own where both have streams.
 
-    What a device is given afterwards waits for them. Two devices of the same kind may say that they can reach each
-    other when they cannot: the first copy is checked, and where it is wrong copies go by way of the host.
+    What the device that receives is given afterwards waits for them. Two devices of the same kind may say that they can
+    reach each other when they cannot: the first copy is checked, and where it is wrong copies go by way of the host.
     """
 
     def __init__(self, one: torch.device, other: torch.device) -> None:
-        self._streams: dict[torch.device, Any] = {}
-        self._under_way: collections.deque[tuple[Any, torch.Tensor]] = collections.deque()
-        self._is_direct = one.type == other.type and _backend_of(one) is not None
-        self._is_checked = False
         self._devices = one, other
+        self._have_streams = all(_backend_of(device) is not None for device in self._devices)
+        self._streams = {device: _backend_of(device).Stream(device) for device in self._devices if self._have_streams}
+        self.is_direct: bool | None = None if self._have_streams and one.type == other.type else False
+        """None until it is checked."""
+
+    @contextlib.contextmanager
+    def leaving(self, device: torch.device) -> Iterator[None]:
+        """For copies from `device` of what it has been given to make so far."""
+        if not self._have_streams:
+            yield
+            return
+        if self.is_direct is None:
+            self._check()
+        stream = self._streams[device]
+        stream.wait_stream(_backend_of(device).current_stream(device))
+        with _backend_of(device).stream(stream):
+            yield
 
     def copy(self, tensor: torch.Tensor, device: torch.device, into: torch.Tensor | None = None) -> torch.Tensor:
         """A copy of `tensor` on `device`, in new memory or in that of a tensor there, that counts its writes."""
         if into is None:
             with torch.inference_mode(False):
                 into = torch.empty_like(tensor, device=device, memory_format=torch.preserve_format)
-        if self._is_direct and not self._is_checked:
-            self._check()
-        if self._is_direct:
-            self._copy_directly(tensor, into)
+        if self.is_direct:
+            into.copy_(tensor, non_blocking=True)  # between devices torch waits for the streams of both, on both
+        elif self._have_streams and tensor.device.type == "cuda" == device.type:
+            self._copy_by_host(tensor, into)
         else:
             into.copy_(tensor.cpu())
+        if self._have_streams and isinstance(self._streams[tensor.device], torch.Stream):
+            tensor.record_stream(self._streams[tensor.device])
         return into
 
-    def _copy_directly(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        backend = _backend_of(source.device)
-        if source.device not in self._streams:
-            self._streams[source.device] = backend.Stream(source.device)
-        stream = self._streams[source.device]
-        stream.wait_stream(backend.current_stream(source.device))
-        # It is written when what its device was given so far is done, since that may have used the same memory.
-        stream.wait_stream(backend.current_stream(target.device))
-        with backend.stream(stream):
-            target.copy_(source, non_blocking=True)
-        is_done = stream.record_event()
-        backend.current_stream(target.device).wait_event(is_done)
-        # Its memory is not to be used for anything else before.
-        self._under_way.append((is_done, source))
-        while self._under_way and self._under_way[0][0].query():
-            self._under_way.popleft()
+    def _copy_by_host(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        staged = torch.empty_like(source, device="cpu", pin_memory=True)
+        staged.copy_(source, non_blocking=True)
+        stream, current = self._streams[target.device], _backend_of(target.device).current_stream(target.device)
+        stream.wait_stream(self._streams[source.device])
+        stream.wait_stream(current)  # which may have used the memory before
+        with _backend_of(target.device).stream(stream):
+            target.copy_(staged, non_blocking=True)
+        current.wait_stream(stream)
 
     def _check(self) -> None:
-        self._is_checked = True
         one, other = self._devices
         expected = torch.arange(2**16, dtype=torch.int32)
-        there, back = torch.empty_like(expected, device=other), torch.empty_like(expected, device=one)
-        self._copy_directly(expected.to(one), there)
-        self._copy_directly(there, back)
-        self._is_direct = torch.equal(there.cpu(), expected) and torch.equal(back.cpu(), expected)
+        self.is_direct = True
+        with self.leaving(one):
+            there = self.copy(expected.to(one), other)
+        with self.leaving(other):
+            back = self.copy(there, one)
+        self.is_direct = torch.equal(there.cpu(), expected) and torch.equal(back.cpu(), expected)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

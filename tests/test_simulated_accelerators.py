@@ -550,7 +550,7 @@ def test_comfyui_evicts_what_it_loaded_to_make_room(checkpoints, cpu_runs, on_si
 
 
 def request(allocation, device="sim:0"):
-    return ComponentRequest(device, parse_allocation(allocation))
+    return ComponentRequest(device, parse_allocation(allocation), "stream")
 
 
 PLACES = {

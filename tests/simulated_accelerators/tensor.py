@@ -298,7 +298,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     host_target = on_host(target) if _is_simulated(target) else target
     host_source = on_host(source) if _is_simulated(source) else source
     streams = [stream for stream in map(devices.current_stream, simulated) if not stream.is_default]
-    if devices.defers_copies and non_blocking and streams:
+    if devices.defers_copies and non_blocking and streams and kind != "_across":  # torch waits for both devices itself
         # `target` and `source` keep the memory.
         streams[0].submit(lambda: (host_target.copy_(host_source), target, source))
         return target
