@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,19 @@ def write_results(name: str, results: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
+
+
+def printed_by(command: Sequence[str | Path]) -> Iterator[dict[str, Any]]:
+    """The JSON objects that a command prints, one a line, as it prints them; a last one if it fails."""
+    last: dict[str, Any] = {}
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                last = json.loads(line)
+                yield last
+    if process.returncode:
+        yield {**last, "broke off with status": process.returncode}
 
 
 def provenance() -> dict[str, Any]:

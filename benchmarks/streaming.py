@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from placement import save_model, start_comfyui
-from record import write_results
+from record import printed_by, write_results
 
 PERCENTAGES = (0, 10, 25, 50, 75, 90, 100)
 WARM_UP_STEPS = 2
@@ -319,26 +319,20 @@ def measure_dynamic(name: str, path: str, free_bytes: list[list[int]]) -> None:
             print(json.dumps({"rows": rows}), flush=True)
 
 
-def run(*arguments: str) -> dict:
-    """What this script prints last with these arguments, also when it breaks off: it says so then."""
-    result = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
-    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
-    printed = json.loads(lines[-1]) if lines else {"rows": []}
-    return printed if result.returncode == 0 else {**printed, "broke off with status": result.returncode}
-
-
 def main(folder: Path, names: list[str]) -> None:
-    results = {}
+    results: dict = {}
     for name in names:
         path = save_model(name, folder)
         try:
-            results[name] = run("--measure", name, str(path))
-            write_results("streaming", results)
+            for measured in printed_by([sys.executable, __file__, "--measure", name, path]):
+                results[name] = measured
+                result_path = write_results("streaming", results)
             limited = [row for row in results[name]["rows"] if row["streamed GiB"]]
-            dynamic = run("--dynamic", name, str(path), json.dumps([row["used bytes"] for row in limited]))
-            for row, measured in itertools.zip_longest(limited, dynamic["rows"]):
-                row["DynamicVRAM at equal VRAM"] = measured
-            result_path = write_results("streaming", results)
+            used_bytes = json.dumps([row["used bytes"] for row in limited])
+            for dynamic in printed_by([sys.executable, __file__, "--dynamic", name, path, used_bytes]):
+                for row, dynamic_row in zip(limited, dynamic["rows"]):
+                    row["DynamicVRAM at equal VRAM"] = dynamic_row
+                result_path = write_results("streaming", results)
             if importlib.util.find_spec("matplotlib"):
                 subprocess.run([sys.executable, Path(__file__).with_name("plot.py"), result_path], check=True)
         finally:

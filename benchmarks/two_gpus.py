@@ -1,9 +1,10 @@
 """On two GPUs: how long a step takes with part of a model on the second one, streamed from there or relayed to it.
 
-    python3 tools/host.py run benchmarks/two_gpus.py [FOLDER]
+    python3 tools/host.py run benchmarks/two_gpus.py [FOLDER] [MODE ...]
 
 A Flux-sized model with random weights is written to FOLDER (default /dev/shm; 23 GiB). Steps of the resident model and
-of ours take turns, as in `streaming.py`. "Through the host" is relay without direct copies between the GPUs.
+of ours take turns, as in `streaming.py`. The modes are stream, relay, and "relay through the host", which copies nothing
+from GPU to GPU directly.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import gc
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 from placement import bytes_by_device, save_model, start_comfyui
-from record import write_results
+from record import printed_by, write_results
 from streaming import TURNS, WARM_UP_STEPS, step, turn_ms, warm_up_gpu
 
 PERCENTAGES = (10, 50, 90)
@@ -49,7 +49,7 @@ def repeated(inputs: dict, batch: int) -> dict:
     return {name: value.repeat(batch, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
 
 
-def measure(path: str) -> None:
+def measure(path: str, modes: list[str]) -> None:
     """Prints a JSON object after each row: the last one is complete."""
     start_comfyui(dynamic_vram=False)
     import models
@@ -71,7 +71,7 @@ def measure(path: str) -> None:
         for case, inputs in cases.items():
             for _ in range(WARM_UP_STEPS):
                 expected[case] = step(model, resident, inputs)
-        for percent, mode in itertools.product(PERCENTAGES, MODES):
+        for percent, mode in itertools.product(PERCENTAGES, modes):
             gc.collect()
             torch.cuda.empty_cache()
             allocation = VirtualVram(model_bytes * percent / 100 / GIB, DONOR)
@@ -119,22 +119,19 @@ def measure(path: str) -> None:
             print(json.dumps(result), flush=True)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, modes: list[str]) -> None:
     path = save_model("Flux", folder)
+    results: dict = {}
     try:
-        command = [sys.executable, __file__, "--measure", str(path)]
-        measured = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        for results in printed_by([sys.executable, __file__, "--measure", path, *modes]):
+            write_results("two_gpus", results)
     finally:
         path.unlink(missing_ok=True)
-    results = json.loads(measured.stdout.splitlines()[-1])
-    if measured.returncode:
-        results["broke off with status"] = measured.returncode
-    write_results("two_gpus", results)
-    sys.exit(measured.returncode)
+    sys.exit(results.get("broke off with status"))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        measure(sys.argv[2])
+        measure(sys.argv[2], sys.argv[3:])
     else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"))
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"), sys.argv[2:] or list(MODES))
