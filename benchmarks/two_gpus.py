@@ -3,8 +3,8 @@
     python3 tools/host.py run benchmarks/two_gpus.py [FOLDER] [MODE ...]
 
 A Flux-sized model with random weights is written to FOLDER (default /dev/shm; 23 GiB). Steps of the resident model and
-of ours take turns, as in `streaming.py`. The modes are stream, relay, and "relay through the host", which copies nothing
-from GPU to GPU directly.
+of ours take turns, as in `streaming.py`. The modes are stream, relay, and "relay through the host", where nothing is
+copied from GPU to GPU directly.
 """
 
 from __future__ import annotations

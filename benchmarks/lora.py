@@ -1,0 +1,89 @@
+"""On one GPU: what it costs to change the strength of a LoRA, with part of the model on the CPU.
+
+    python3 tools/host.py run benchmarks/lora.py [FOLDER]
+
+The Flux-sized model of `streaming.py` with a LoRA of rank 32 on every linear layer: seconds from one strength to
+another, until the GPU is done, for ComfyUI's own model, completely on the GPU, and for ours, in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from placement import save_model, start_comfyui
+from record import printed_by, summary, write_results
+
+RANK = 32
+PERCENTAGES = (0, 50)
+STRENGTHS = (0.5, 0.8, 0.3, 0.6)  # the first is not a change
+
+
+def lora_patches(patcher) -> dict:
+    """As ComfyUI's LoRA loader makes them, of random numbers."""
+    import comfy.lora
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(2)
+    state_dict = {}
+    for name, module in patcher.model.diffusion_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            for part, shape in (("up", (module.out_features, RANK)), ("down", (RANK, module.in_features))):
+                values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) * 0.01
+                state_dict[f"diffusion_model.{name}.lora_{part}.weight"] = values.cpu()
+    return comfy.lora.load_lora(state_dict, comfy.lora.model_lora_keys_unet(patcher.model, {}))
+
+
+def measure(path: str) -> None:
+    start_comfyui(dynamic_vram=False)
+    import comfy.model_management as mm
+    import models
+    import torch
+
+    from distorch2.plan import GIB, ComponentRequest, VirtualVram
+
+    torch.set_grad_enabled(False)
+    with torch.inference_mode():
+        core = models.FLUX.core(path)
+        model_bytes = core.model_size()
+        patchers = {"ComfyUI, all on the GPU": core}
+        for percent in PERCENTAGES:
+            request = ComponentRequest("cuda:0", VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
+            patchers[f"ours, {percent} % on the CPU"] = models.FLUX.distributed(path, request)
+        patches = lora_patches(core)
+        seconds: dict[str, list[float]] = {name: [] for name in patchers}
+        for strength in STRENGTHS:
+            for name, patcher in patchers.items():
+                patched = patcher.clone()
+                patched.add_patches(patches, strength)
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                mm.load_models_gpu([patched], force_full_load=True)
+                torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - started)
+    reference, *others = (summary([round(value, 3) for value in values[1:]]) for values in seconds.values())
+    result = {name: summary([round(value, 3) for value in values[1:]]) for name, values in seconds.items()}
+    result["patched weights"] = len(patches)
+    result["ours / ComfyUI"] = [round(each["median"] / reference["median"], 2) for each in others]
+    print(json.dumps(result))
+
+
+def main(folder: Path) -> None:
+    path = save_model("Flux", folder)
+    result: dict = {}
+    try:
+        for result in printed_by([sys.executable, __file__, "--measure", path]):
+            print(json.dumps(result, indent=1))
+            write_results("lora", result)
+    finally:
+        path.unlink(missing_ok=True)
+    sys.exit(result.get("broke off with status"))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        measure(sys.argv[2])
+    else:
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"))
