@@ -27,7 +27,14 @@ def draw(path: Path) -> Path:
         axis.plot(percent, [row["ours"] for row in rows], "o-", color="tab:blue", label="DisTorch2")
         for label, style in (("classic", "s--"), ("DynamicVRAM", "^:")):
             found = [(row["percent"], row[label]) for row in rows if row[label] is not None]
-            axis.plot(*zip(*found), style, label=f"ComfyUI {label}, equal VRAM")
+            colour = {"classic": "tab:orange", "DynamicVRAM": "tab:green"}[label]
+            axis.plot(
+                [percent for percent, _ in found],
+                [value for _, value in found],
+                style,
+                color=colour,
+                label=f"ComfyUI {label}, equal VRAM",
+            )
         axis.set_title(f"{name}, {size}")
         axis.set_xlabel("% on the CPU")
         axis.set_ylabel("ms per step")

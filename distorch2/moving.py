@@ -11,7 +11,8 @@ from .slab import allocate
 from .transfer import Upload
 
 _CPU = torch.device("cpu")
-_BUFFER_BYTES = 32 * 1024**2
+_BUFFER_BYTES = 8 * 1024**2
+_NUM_BUFFERS = 8
 _LARGE_BYTES = 1024**2
 
 
@@ -68,9 +69,11 @@ class Mover:
 
 
 def page_locked_upload(device: torch.device, pinned: PinnedSlabs) -> Upload | None:
-    """An `Upload` by way of buffers of its own, unless they cannot be page-locked."""
-    buffers = [allocate(_BUFFER_BYTES, _CPU) for _ in range(2)]
-    if all(pinned.pin(buffer) for buffer in buffers):
+    """An `Upload` by way of buffers of its own, unless not even two can be page-locked."""
+    buffers: list[torch.Tensor] = []
+    while len(buffers) < _NUM_BUFFERS and pinned.pin(buffer := allocate(_BUFFER_BYTES, _CPU)):
+        buffers.append(buffer)
+    if len(buffers) > 1:
         return Upload(device, buffers)
     for buffer in buffers:
         pinned.unpin(buffer)

@@ -111,8 +111,9 @@ class StreamedGroup:
         It changes nothing, so that several threads may pack groups.
         """
         slab = allocate(self.num_bytes, device)
-        for layer in self.living:
-            layer.pack(slab, (values or {}).get(layer, {}))
+        with torch.no_grad():  # of a thread, too
+            for layer in self.living:
+                layer.pack(slab, (values or {}).get(layer, {}))
         return slab
 
     def serve_from(self, slab: torch.Tensor) -> None:

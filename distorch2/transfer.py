@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ class Transfer:
         self.upload: Upload | None = None
         self._backend = _backend_of(device)
         self._stream: Any = None
+        self._on_stream: Any = None
+        self._given: Any = None  # an event: what the device has been given so far is done
 
     def submit(self, copies: Sequence[Copy]) -> None:
         """Start `copies`, one after another, when the work that the compute device has been given so far is done.
@@ -46,12 +50,15 @@ class Transfer:
                 copy.target.copy_(copy.source)
             return
         if self._stream is None:
-            self._stream = self._backend.Stream(self.device)
-        self._stream.wait_stream(self._backend.current_stream(self.device))
-        with self._backend.stream(self._stream):
+            self._stream, self._given = self._backend.Stream(self.device), self._backend.Event()
+            self._on_stream = self._backend.stream(self._stream)
+        self._given.record(self._backend.current_stream(self.device))
+        self._stream.wait_event(self._given)
+        with self._on_stream:
             for copy in copies:
                 if self.upload is not None and copy.is_pageable:
                     self.upload.copy(copy.source, copy.target)
+                    self.upload.flush()
                 else:
                     copy.target.copy_(copy.source, non_blocking=True)
                 if copy.is_done is None:
@@ -76,7 +83,8 @@ class Transfer:
 class Upload:
     """Copies from pageable host memory to one device by way of page-locked `buffers` (uint8) that take turns.
 
-    The driver's own copies from such memory are several times slower. The caller waits until a buffer is free.
+    The driver's own copies from such memory are several times slower, and so is one thread that reads a memory-mapped
+    file: every buffer has its own. The caller waits until a buffer is free.
     """
 
     def __init__(self, device: torch.device, buffers: Sequence[torch.Tensor]) -> None:
@@ -85,28 +93,44 @@ class Upload:
         self._backend: Any = getattr(torch, device.type)
         self._turns = itertools.cycle([(buffer, self._backend.Event()) for buffer in buffers])
         self._num_bytes = min(buffer.nbytes for buffer in buffers)
+        self._threads = ThreadPoolExecutor(len(buffers))
+        self._filling: collections.deque[tuple[Future[torch.Tensor], torch.Tensor, torch.Event]] = collections.deque()
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Fill `target` on the device with `source`, in the dtype of `target`, on the current stream of the device.
+        """Fill `target` on the device with `source`, in the dtype of `target`; both are contiguous.
 
-        Both are contiguous.
+        The last parts are on their way after `flush`, on the stream that is the current one then.
         """
-        stream = self._backend.current_stream(self._device)
         source, target = source.reshape(-1), target.view(-1)
         step = self._num_bytes // target.element_size()
         for begin in range(0, target.numel(), step):
+            if len(self._filling) == len(self.buffers):
+                self._send()
             part = target[begin : begin + step]
             buffer, is_read = next(self._turns)
             is_read.synchronize()
             staged = buffer[: part.nbytes].view(part.dtype)
-            staged.copy_(source[begin : begin + step])
-            part.copy_(staged, non_blocking=True)
-            is_read.record(stream)
+            self._filling.append((self._threads.submit(_fill, staged, source[begin : begin + step]), part, is_read))
+
+    def flush(self) -> None:
+        while self._filling:
+            self._send()
+
+    def _send(self) -> None:
+        filling, part, is_read = self._filling.popleft()
+        part.copy_(filling.result(), non_blocking=True)
+        is_read.record(self._backend.current_stream(self._device))
 
     def wait(self) -> None:
         """Return when the buffers are not in use any more."""
+        self.flush()
         for _ in self.buffers:
             next(self._turns)[1].synchronize()
+
+
+def _fill(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():  # which is on for one thread at a time
+        return target.copy_(source)
 
 
 class Crossing:

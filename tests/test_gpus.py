@@ -124,6 +124,7 @@ def test_what_a_gpu_runs_out_of_is_said(checkpoints):
 def test_five_hundred_steps_leave_nothing_behind(checkpoints):
     """With sizes that change, and interrupts in the middle of a step."""
     model, clip, _ = ours(checkpoints, "flux", ("cuda:0", "cuda:0,40%;cpu,60%"))
+    sample(model, clip)  # the first forward of a process may take other kernels
     wanted = sample(model, clip)
     leaves = [module for module in model.model.modules() if hasattr(module, "weight")]
     levels = set()

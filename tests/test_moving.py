@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from distorch2.moving import Mover
@@ -32,8 +33,18 @@ def test_tensors_larger_than_the_buffers_arrive_whole_and_in_the_dtype_asked_for
         for dtype in (torch.float32, torch.float16):
             target = torch.zeros(shape, dtype=dtype)
             upload.copy(source, target)
+            upload.flush()
             assert torch.equal(target, source.to(dtype))
     upload.wait()
+
+
+def test_what_cannot_be_read_is_raised(monkeypatch):
+    upload = upload_on_the_cpu(monkeypatch, [torch.zeros(1000, dtype=torch.uint8) for _ in range(2)])
+    upload.copy(torch.zeros(10, dtype=torch.float8_e4m3fn), torch.zeros(10))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *arguments, **options: 1 / 0)
+    upload.copy(torch.zeros(10), torch.zeros(10))
+    with pytest.raises(ZeroDivisionError):
+        upload.wait()
 
 
 def test_a_tensor_stays_the_same_object_and_a_cpu_needs_no_buffers():

@@ -165,10 +165,17 @@ def set_stream(stream: Stream) -> None:
     _threads.streams[stream.device.index] = stream
 
 
-@contextlib.contextmanager
-def use_stream(stream: Stream | None) -> Iterator[None]:
-    with contextlib.nullcontext() if stream is None else stream:
-        yield
+class use_stream:
+    """As torch's, it can be entered again."""
+
+    def __init__(self, stream: Stream | None) -> None:
+        self._context = contextlib.nullcontext() if stream is None else stream
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self._context.__exit__(*exception)
 
 
 @contextlib.contextmanager
