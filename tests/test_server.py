@@ -33,7 +33,7 @@ DEVICES = ["cpu", *(f"cuda:{index}" for index in range(NUM_ACCELERATORS))]
 ACCELERATOR = DEVICES[min(1, NUM_ACCELERATORS)]
 
 
-def _start(version, base, checkpoints, arguments=()):
+def _start(version, base, checkpoints, arguments=(), environment=None):
     """A server whose checkpoint folder has every file that the tests ask for."""
     folder = base / "models" / "checkpoints"
     folder.mkdir(parents=True)
@@ -42,7 +42,7 @@ def _start(version, base, checkpoints, arguments=()):
     (base / "models" / "text_encoders").mkdir()
     (base / "models" / "text_encoders" / "clip_l.safetensors").symlink_to(checkpoints("clip_l"))
     tree = COMFYUI_PATH if version in ("given", DEFAULT_VERSION) else fetch_comfyui(version, Path(sys.executable))
-    return ComfyServer(tree, base, arguments=(*ARGUMENTS, *arguments))
+    return ComfyServer(tree, base, arguments=(*ARGUMENTS, *arguments), environment=environment)
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -133,6 +133,7 @@ def test_the_node_is_what_saved_workflows_expect(server):
         ("clip_expert_mode_allocations", "STRING", {"default": "", "multiline": False}),
         ("high_precision_loras", "BOOLEAN", {"default": True}),
         ("eject_models", "BOOLEAN", {"default": False}),
+        ("donor_mode", "COMBO", {"default": "auto", "options": ["auto", "stream", "relay"]}),
     ]
     assert info["output"] == ["MODEL", "CLIP", "VAE"]
     assert info["category"] == "multigpu/distorch_2"
@@ -338,7 +339,7 @@ def prompt_with_text(server, checkpoint, widgets):
 
 def placement_rows(log):
     """Component, device and so on of the rows of placement tables in the log; MiB are printed rounded to a tenth."""
-    pattern = r"^  (diffusion|text)\S* \S+ +(\S+) +(resident|streamed) +(\d+) +([\d.]+)"
+    pattern = r"^  (diffusion|text)\S* \S+ +(\S+) +(resident|streamed|relayed) +(\d+) +([\d.]+)"
     names = ("component", "device", "served", "layers", "mib")
     rows = [dict(zip(names, row)) for row in re.findall(pattern, log, re.MULTILINE)]
     return [{**row, "layers": int(row["layers"]), "mib": float(row["mib"]) + 0.05} for row in rows]
@@ -381,3 +382,20 @@ def test_letting_go_of_models_empties_the_donors(checkpoints, tmp_path):
         while server.get("/simulated_accelerators")["used_bytes"] != [0, 0]:
             assert time.monotonic() < deadline
             time.sleep(0.2)
+
+
+@on_simulated
+@pytest.mark.parametrize(
+    ("mode", "served"), [("auto", {"resident", "relayed", "streamed"}), ("stream", {"resident", "streamed"})]
+)
+def test_an_accelerator_that_computes_beside_the_compute_device(checkpoints, tmp_path, mode, served):
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
+    computing = dict.fromkeys(("unet_compute_device", "clip_compute_device", "vae_device"), "sim:0")
+    widgets = {"unet_expert_mode_allocations": "sim:0,45%;sim:1,55%", "donor_mode": mode, **computing}
+    with _start(NEWEST, tmp_path, checkpoints, ("--cache-none",), {"SIMULATED_COMPUTE": "sim:0"}) as server:
+        prompt = with_text_encoder_of_its_own(prompt_for(server, "flux.safetensors", **widgets))
+        ours = latent_of(server, prompt)
+        assert torch.equal(ours, latent_of(server, with_core_loader(prompt)))
+        rows = placement_rows(server.log)
+    assert {row["served"] for row in rows if row["component"] == "diffusion"} == served

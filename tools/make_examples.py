@@ -44,8 +44,8 @@ needed. The text encoder computes on the CPU.
 
 **To change:** the checkpoint; more GB when the card runs out of memory, fewer for speed.""",
     "two_cards_by_ratio": """## Two cards, by ratio
-**cuda:0** computes the diffusion model and keeps 70% of it; **cuda:1** lends memory for 30%, and has the whole text \
-encoder.
+**cuda:0** keeps 70% of the diffusion model; **cuda:1** has the last 30%, whose blocks it runs itself, and the whole \
+text encoder.
 
 **To change:** the checkpoint; the ratio; a third device, as in **cuda:0,60%;cuda:1,20%;cpu,20%**.""",
     "exact_bytes": """## Exact bytes
