@@ -16,10 +16,10 @@ MEMORY = {
 TWELVE = [Layer(f"block.{i}", 100) for i in range(12)]  # 1,200 bytes
 
 
-def plan(layers, allocation, compute_device="cuda:0", memory=MEMORY):
+def plan(layers, allocation, compute_device="cuda:0", memory=MEMORY, donor_mode="auto"):
     if isinstance(allocation, str):
         allocation = parse_allocation(allocation)
-    return make_plan(layers, ComponentRequest(compute_device, allocation), memory)
+    return make_plan(layers, ComponentRequest(compute_device, allocation, donor_mode), memory)
 
 
 def drawing(plan):
@@ -223,3 +223,78 @@ def test_layers_that_cannot_move_and_do_not_fit_take_nothing_from_the_donors():
     memory = {**MEMORY, "cuda:0": DeviceMemory(24 * GIB, 2 * GIB)}
     made = plan(layers, "cuda:0,6gb;cuda:1,9gb;cpu,*", memory=memory)
     assert made.bytes_on("cuda:1") == pytest.approx(9 * GIB, abs=GIB // 10)
+
+
+# --- relay
+
+UNITS = [Layer("in", 100), *(Layer(f"blocks.{i}.{j}", 100, unit=f"blocks.{i}") for i in range(6) for j in range(4))]
+THREE = {**MEMORY, "cuda:2": DeviceMemory(24 * GIB, 24 * GIB)}
+
+
+def relayed(made):
+    """One character a unit: the last of the device that runs it."""
+    return "".join(made.relayed_units.get(f"blocks.{i}", "....0")[-1] for i in range(6))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "expected"),
+    [
+        ("cuda:0,50%;cuda:1,50%", "000111"),
+        ("cuda:1,100%", "111111"),
+        ("cuda:1,*", "111111"),
+        ("cuda:0,300b;cuda:1,1000b;cuda:2,1200b", "011222"),  # 200 b of each are left, and streamed from there
+        ("cuda:0,20%;cuda:1,40%;cpu,40%", "000011"),
+        ("cuda:0,90%;cuda:1,10%", "000000"),  # less than a unit
+        ("cuda:1,0%;cuda:0,100%", "000000"),
+    ],
+)
+def test_the_last_units_run_on_donors_and_the_rest_is_streamed(allocation, expected):
+    made = plan(UNITS, allocation, memory=THREE)
+    assert relayed(made) == expected
+    streamed = plan(UNITS, allocation, memory=THREE, donor_mode="stream")
+    assert relayed(streamed) == "000000"
+    for device in THREE:
+        assert abs(made.bytes_on(device) - streamed.bytes_on(device)) <= 100
+    groups = {(group.is_relayed, layer.unit) for group in made.groups for layer in group.layers}
+    assert {unit for is_relayed, unit in groups if is_relayed} == set(made.relayed_units)
+    assert sum(len(group.layers) for group in made.groups) == len(made.streamed) + 4 * len(made.relayed_units)
+
+
+def test_relayed_units_need_no_staging_buffer():
+    layers = [Layer(f"blocks.{i}", 100, slab_bytes=256, unit=f"blocks.{i}") for i in range(40)]
+    made = plan(layers, "cuda:0,50%;cuda:1,50%")
+    assert made.staging_bytes == 0 < made.staging_bytes_of_units
+    assert made.compute_bytes == 2000
+
+
+def test_a_donor_runs_no_more_than_it_has_room_for():
+    memory = {**MEMORY, "cuda:1": DeviceMemory(24 * GIB, 900)}
+    made = plan(UNITS, "cuda:0,50%;cuda:1,50%", memory=memory)
+    assert relayed(made) == "000011"
+    assert made.bytes_on("cuda:1") == 900
+
+
+@pytest.mark.parametrize(
+    ("mode", "compute", "donor", "can_compute", "expected"),
+    [
+        ("auto", "cuda:0", "cuda:1", True, True),
+        ("auto", "cuda:0", "cuda:1", False, False),
+        ("auto", "cuda:0", "cpu", True, False),
+        ("auto", "cpu", "cuda:1", True, False),
+        ("relay", "cuda:0", "cpu", True, True),
+        ("relay", "cpu", "cuda:1", True, True),
+        ("relay", "cuda:0", "cuda:1", False, False),
+        ("stream", "cuda:0", "cuda:1", True, False),
+    ],
+)
+def test_who_relays(mode, compute, donor, can_compute, expected):
+    memory = {device: DeviceMemory(24 * GIB, 24 * GIB, can_compute or device == compute) for device in MEMORY}
+    made = plan(UNITS, f"{compute},50%;{donor},50%", compute, memory, mode)
+    assert bool(made.relayed_units) == expected
+
+
+def test_a_unit_with_a_layer_that_cannot_move_is_relayed_without_it():
+    layers = [*UNITS, Layer("blocks.5", 4, movable=False, unit="blocks.5")]
+    made = plan(layers, "cuda:0,50%;cuda:1,50%")
+    assert relayed(made) == "000111"
+    assert made.placements[-1].device == "cuda:0"

@@ -16,5 +16,16 @@ def test_one_row_for_each_device_the_compute_device_first():
     )
 
 
+def test_a_donor_that_computes_with_a_part_of_its_weights():
+    layers = [Layer("a", MIB), Layer("b.0", MIB, unit="b.0"), Layer("b.1", MIB, unit="b.1"), Layer("c", MIB)]
+    devices = ["cuda:0", "cuda:1", "cuda:1", "cuda:1"]
+    plan = Plan("cuda:0", tuple(map(Placement, layers, devices)), relays=("cuda:1",))
+    assert [(row.device, row.served, row.num_layers, row.share) for row in rows_of_plan("model", plan)] == [
+        ("cuda:0", "resident", 1, 0.25),
+        ("cuda:1", "relayed", 2, 0.5),
+        ("cuda:1", "streamed", 1, 0.25),
+    ]
+
+
 def test_a_model_without_weights_has_no_rows():
     assert rows_of_plan("text encoder", Plan("cpu", ())) == []
