@@ -36,7 +36,7 @@ from .distribution import Distribution
 from .inventory import list_layers, own_tensors
 from .plan import GIB, Plan, PlanError
 from .quantised import as_parameter, is_quantised, plain_tensors, to_device
-from .slab import is_out_of_memory
+from .slab import is_device_lost, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class DistributedPatcher(ModelPatcher):
         own = {"load_device", "offload_device", "size"}
         patcher.__dict__.update({name: value for name, value in vars(core).items() if name not in own})
         patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _ATTRIBUTE)
-        patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _ATTRIBUTE, _explain_out_of_memory)
+        patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _ATTRIBUTE, _explain)
         return patcher
 
     def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
@@ -179,6 +179,8 @@ class DistributedPatcher(ModelPatcher):
         try:
             yield
         except BaseException as error:
+            if is_device_lost(error):
+                raise RuntimeError(self.device_lost_message("placing", error)) from error
             self.detach()
             if is_out_of_memory(error):
                 advice = "give the full device less, or unload other models"
@@ -529,14 +531,24 @@ class DistributedPatcher(ModelPatcher):
             f"{plan.staging_bytes / GIB:.2f} GiB on {plan.compute_device}; {advice} ({error})"
         )
 
+    def device_lost_message(self, doing: str, error: BaseException) -> str:
+        devices = " or ".join(device for device in self.distribution.plan.devices if device != str(_CPU))
+        reason = str(error).splitlines()[0]
+        return f"{devices} failed while {doing} {type(self.model).__name__} ({reason}); restart ComfyUI"
 
-def _explain_out_of_memory(executor: Any, *arguments: Any, **options: Any) -> Any:
-    """A wrapper of the model's forward, which says what a plan has to do with it when there is no memory."""
+
+def _explain(executor: Any, *arguments: Any, **options: Any) -> Any:
+    """A wrapper of the model's forward, which says what a plan has to do with it when there is no memory, and what is
+    left to do when a device is lost."""
     try:
         return executor(*arguments, **options)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
         patcher = getattr(executor.class_obj, "current_patcher", None)
         if not isinstance(patcher, DistributedPatcher):
+            raise
+        if is_device_lost(error):
+            raise RuntimeError(patcher.device_lost_message("running", error)) from error
+        if not isinstance(error, torch.OutOfMemoryError):
             raise
         advice = f"keep less of it on {patcher.load_device}, or make the image or the batch smaller"
         # Of the same class: ComfyUI unloads all models then.

@@ -91,8 +91,15 @@ class SlabLayout:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On an accelerator, or on the host, for which torch has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """On an accelerator, or on the host; torch has no class of its own for all of it."""
+    texts = ("DefaultCPUAllocator", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether nothing can be done on the accelerator any more, before the process is started again."""
+    is_of_accelerator = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+    return is_of_accelerator and not is_out_of_memory(error)
 
 
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:

@@ -278,6 +278,31 @@ def test_what_the_model_itself_runs_out_of_names_the_device_and_what_to_change(c
     assert same(sample(model, clip), expected["flux"])
 
 
+LOST = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later"
+
+
+def lost(*arguments, **options):
+    raise RuntimeError(LOST)
+
+
+def test_a_device_that_is_lost_is_named_and_needs_a_restart(checkpoints, expected):
+    """Nothing is tried on it any more. That it works again here is for the test."""
+    model, clip = load(checkpoints, "flux", "sim:0,60%;sim:1,40%")
+    wanted = (
+        r"sim:0 or sim:1 failed while {} Flux \(CUDA error: an illegal memory access was encountered\); restart ComfyUI"
+    )
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(Distribution, "place", lost)
+        with pytest.raises(RuntimeError, match=wanted.format("placing")):
+            sample(model, clip)
+    assert same(sample(model, clip), expected["flux"])
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(type(model.model.diffusion_model), "forward", lost)
+        with pytest.raises(RuntimeError, match=wanted.format("running")):
+            sample(model, clip)
+    assert same(sample(model, clip), expected["flux"])
+
+
 @pytest.mark.parametrize("num_allowed", [0, 1, 2, 10, 1000])
 @pytest.mark.parametrize("is_deferred", [False, True])
 def test_host_memory_that_cannot_be_page_locked_is_copied_by_way_of_some_that_can(
