@@ -16,7 +16,7 @@ import torch
 
 from .donor_share import DonorShare
 from .inventory import layout_of, loaded_dtypes, note_dtype
-from .moving import Mover, page_locked_upload
+from .moving import UPLOAD_BYTES, Mover, page_locked_upload
 from .pinning import PinnedSlabs
 from .plan import GIB, Group, Plan
 from .quantised import as_parameter, plain_tensors, to_device
@@ -73,8 +73,12 @@ class Distribution:
         """What is on the compute device: resident layers and staging buffers."""
         if self.streamer is None:
             return 0
-        of_units = self.relay.streamer.staging.nbytes if self.relay is not None else 0
-        return self.plan.bytes_on(self.plan.compute_device) + self.streamer.staging.nbytes + of_units
+        return self.plan.bytes_on(self.plan.compute_device) + self.streamer.staging.nbytes + self.unplanned_bytes
+
+    @property
+    def unplanned_bytes(self) -> int:
+        """The staging buffer of relayed units that had to run on the compute device."""
+        return self.relay.streamer.staging.nbytes if self.relay is not None else 0
 
     def bytes_planned_on(self, donor: torch.device) -> int:
         return sum(key.slab_bytes for key in self.plan.groups if torch.device(key.device) == donor)
@@ -90,6 +94,8 @@ class Distribution:
         """
         module, before = self._root, self.plan
         self.plan = plan
+        if self.relay is not None:
+            self.relay.streamer.give_up_staging()
         if self.is_placed and plan.evicted == before.evicted:
             self._move_the_others(module, self.device)
             return
@@ -208,12 +214,6 @@ class Distribution:
     def is_on_donor(self, module: torch.nn.Module) -> bool:
         return module in self._served
 
-    def computing_device(self, module: torch.nn.Module) -> torch.device:
-        """Where the layer is expected to run."""
-        group, _ = self._find(module)
-        is_relayed = any(self.groups[key] is group for key in self.plan.groups if key.is_relayed)
-        return group.slab.device if is_relayed and group is not None else self.device
-
     def _homes(self) -> dict[Group, torch.device]:
         """Where the slab of every group is to lie: the first on their donors, as far as the limits there allow."""
         homes, used = {}, dict.fromkeys(self._limits, 0)
@@ -257,6 +257,8 @@ class Distribution:
         self._stop_serving()
         key = next(key for key, each in self.groups.items() if each is group)
         self._pack({key: [layer.module for layer in group.living]}, {key: group.slab.device})
+        if not self._is_interrupted:  # the model is not placed
+            self.pinned.unpin(self.groups[key].slab)
 
     def _move(self, key: Group, device: torch.device) -> None:
         group = self.groups[key]
@@ -275,9 +277,8 @@ class Distribution:
 
     def _start_serving(self) -> None:
         groups = [self.groups[key] for key in self.plan.groups if not key.is_relayed]
-        self.streamer = _with_staging_buffer(groups, self.transfer, self.plan.staging_bytes)
-        if self.plan.relayed_units:
-            self.relay = self._make_relay()
+        relay = self._make_relay() if self.plan.relayed_units else None
+        self.streamer, self.relay = _with_staging_buffer(groups, self.transfer, self.plan.staging_bytes), relay
         self._attach()
         self._is_interrupted = False
         self._page_lock([group.slab for group in self.groups.values() if group.slab.device == _CPU])
@@ -289,7 +290,8 @@ class Distribution:
             module = self._root.get_submodule(name)
             layers = [self._served[child] for child in module.modules() if child in self._served]
             units.append(RelayedUnit(module, torch.device(donor), layers))
-        return Relay(self.device, units, StreamerOfUnits(groups, self.transfer, self.plan.staging_bytes_of_units))
+        staging_bytes = max([self.plan.staging_bytes_of_units, *(group.num_bytes for group in groups)])
+        return Relay(self.device, units, StreamerOfUnits(groups, self.transfer, staging_bytes))
 
     def _attach(self) -> None:
         if self.streamer is not None:
@@ -306,9 +308,14 @@ class Distribution:
     def _page_lock(self, slabs: Sequence[torch.Tensor]) -> None:
         """All of `slabs`, or as many as can be beside buffers by way of which the others are copied."""
         locked = [slab for slab in slabs if self.pinned.pin(slab)]
-        if len(locked) < len(slabs) and self.transfer.upload is None and locked:
+        if len(locked) < len(slabs) and self.transfer.upload is None:
+            given_up: list[torch.Tensor] = []
             while (upload := page_locked_upload(self.device, self.pinned)) is None and locked:
-                self.pinned.unpin(locked.pop())
+                if sum(slab.nbytes for slab in given_up) > UPLOAD_BYTES:  # it is not for want of room
+                    locked += [slab for slab in given_up if self.pinned.pin(slab)]
+                    break
+                given_up.append(locked.pop())
+                self.pinned.unpin(given_up[-1])
             self.transfer.upload = upload
         if len(locked) < len(slabs) and self.device != _CPU:
             logger.info(

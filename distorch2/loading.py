@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -403,13 +404,17 @@ def _build_diffusion_model(
     model = config.get_model(detected.state_dict, detected.prefix, device=_CPU)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, **model_options)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    dtypes = {name: tensor.dtype for name, tensor in _tensors_of(model)}
     model.load_model_weights(detected.state_dict, detected.prefix, assign=True)
     if not patcher.is_dynamic():  # which casts as it goes
-        for name, parameter in model.named_parameters():
-            if name in dtypes and not is_quantised(parameter):
-                parameter.data = parameter.to(dtypes[name])
+        for name, tensor in _tensors_of(model):
+            if name in dtypes and not is_quantised(tensor):
+                tensor.data = tensor.to(dtypes[name])
     return patcher
+
+
+def _tensors_of(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    return itertools.chain(module.named_parameters(), module.named_buffers())
 
 
 def _report(filename: str, plans: Mapping[str, Plan]) -> str:

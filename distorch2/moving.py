@@ -13,6 +13,7 @@ from .transfer import Upload
 _CPU = torch.device("cpu")
 _BUFFER_BYTES = 8 * 1024**2
 _NUM_BUFFERS = 8
+UPLOAD_BYTES = _NUM_BUFFERS * _BUFFER_BYTES
 _LARGE_BYTES = 1024**2
 
 

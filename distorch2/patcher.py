@@ -108,8 +108,8 @@ class DistributedPatcher(ModelPatcher):
         return distributions[device]
 
     def model_size(self) -> int:
-        """Bytes that the model needs on its compute device: resident layers, patched, and staging buffer."""
-        return self._plan().compute_bytes
+        """Bytes that the model needs on its compute device: resident layers, patched, and staging buffers."""
+        return self._plan().compute_bytes + self.distribution.unplanned_bytes
 
     def loaded_size(self) -> int:
         """Bytes that it has there."""
@@ -247,15 +247,14 @@ class DistributedPatcher(ModelPatcher):
 
     def inject_model(self) -> None:
         super().inject_model()
-        self._allow_relay(not self.is_injected)  # what is injected lies on the compute device
+        if self.is_injected and self.distribution.relay is not None:
+            self.distribution.relay.is_allowed = False  # what is injected lies on the compute device
 
     def eject_model(self) -> None:
+        was_injected = self.is_injected
         super().eject_model()
-        self._allow_relay(True)
-
-    def _allow_relay(self, is_allowed: bool) -> None:
-        if self.distribution.relay is not None:
-            self.distribution.relay.is_allowed = is_allowed
+        if was_injected and self.distribution.relay is not None:
+            self.distribution.relay.is_allowed = True
 
     def patch_weight_to_device(
         self,
@@ -490,8 +489,7 @@ class DistributedPatcher(ModelPatcher):
                 module.comfy_cast_weights = True
             module.weight_function.extend(self.weight_wrapper_patches.get(f"{name}.weight", []))
             module.bias_function.extend(self.weight_wrapper_patches.get(f"{name}.bias", []))
-            if module.weight_function or module.bias_function:
-                move_weight_functions(module, self.distribution.computing_device(module))
+            move_weight_functions(module, self.load_device)
 
     def _owner(self, key: str) -> tuple[torch.nn.Module, str]:
         """The module that has the weight `key`, and the weight's name in it."""
@@ -514,8 +512,10 @@ class DistributedPatcher(ModelPatcher):
         """A weight on a donor replaced by a copy on the compute device, which is written back."""
         module, name = self._owner(key)
         weight = getattr(module, name)
-        self.distribution.settle()
-        if weight.device == self.load_device:
+        is_resident = weight.device == self.load_device
+        if not is_resident or self.distribution.relay is not None:
+            self.distribution.settle()
+        if is_resident:
             yield
             return
         copy = weight.to(self.load_device, copy=True)

@@ -184,11 +184,14 @@ class Plan:
 
     @cached_property
     def relayed_units(self) -> dict[str, str]:
-        """Name of a unit -> the donor that runs it."""
+        """Name of a unit -> the donor that runs it. Evicted layers are to run on the compute device."""
+        evicted = self._evicted_names
         devices: dict[str, set[str]] = {}
         for placement in self.placements:
-            if placement.layer.unit and placement.layer.movable and placement.layer.num_bytes:
-                devices.setdefault(placement.layer.unit, set()).add(placement.device)
+            layer = placement.layer
+            if layer.unit and layer.movable and layer.num_bytes:
+                device = self.compute_device if layer.name in evicted else placement.device
+                devices.setdefault(layer.unit, set()).add(device)
         return {unit: device for unit, (device, *others) in devices.items() if not others and device in self.relays}
 
     def is_relayed(self, placement: Placement) -> bool:
@@ -206,14 +209,18 @@ class Plan:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The layers on donors in groups of up to `group_bytes`; a larger layer is a group of its own."""
-        evicted = {layer.name for group in self.evicted for layer in group.layers}
+        evicted = self._evicted_names
         groups: list[Group] = []
         for device in self.donors:
             there = [item for item in self.placements if item.device == device and item.layer.name not in evicted]
-            for is_relayed in (False, True):
+            for is_relayed in (True, False):  # the last lose their place first when there is less room
                 layers = (item.layer for item in there if self.is_relayed(item) == is_relayed)
                 groups += self._grouped(device, layers, is_relayed)
         return (*groups, *self.evicted)
+
+    @cached_property
+    def _evicted_names(self) -> frozenset[str]:
+        return frozenset(layer.name for group in self.evicted for layer in group.layers)
 
     @cached_property
     def group_bytes(self) -> int:

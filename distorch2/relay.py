@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -23,6 +24,8 @@ import torch
 from .quantised import to_device
 from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Crossing, Transfer, on_device
+
+logger = logging.getLogger(__name__)
 
 _OUTSIDE_OF_UNITS = {
     "dit", "double_block", "emb_patch", "forward_timestep_embed_patch", "input_block_patch",
@@ -40,6 +43,7 @@ class RelayedUnit:
         # Weak, since the module reaches this object through its own forward.
         self._module = weakref.ref(module)
         self.donor = donor
+        self.stays_at_home = False
         self._layers = layers
         self._groups = {group for group, _ in layers}
         self._others: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] | None = None
@@ -49,9 +53,9 @@ class RelayedUnit:
         return self._module()
 
     def is_there(self) -> bool:
-        """Whether all of its weights are on the donor and are the module's."""
+        """Whether all of its weights are on the donor and the module's own, and nothing at home is to be added."""
         return all(group.slab.device == self.donor for group in self._groups) and all(
-            layer.is_alive and layer.is_bound() for _, layer in self._layers
+            layer.is_alive and layer.is_bound() and not _has_functions(layer.module) for _, layer in self._layers
         )
 
     def forget_others(self) -> None:
@@ -61,7 +65,7 @@ class RelayedUnit:
     @contextlib.contextmanager
     def others_there(self) -> Iterator[None]:
         """Tensors that cannot be kept on donors (bare parameters, buffers) replaced by copies that are there."""
-        if self._others is None:
+        if self._others is None or any(tensors.get(name) is not tensor for tensors, name, tensor, _ in self._others):
             self._others = self._copied()
         try:
             for tensors, name, _, copy in self._others:
@@ -161,6 +165,8 @@ class Relay:
                 module.forward = previous
         self._attached.clear()
         self._known.clear()
+        for unit in self.units:
+            unit.forget_others()  # object patches may bring others
         self.streamer.detach()
 
     def forget_copies(self) -> None:
@@ -175,13 +181,26 @@ class Relay:
             forward = previous or type(module).forward.__get__(module)
             runs_there = (
                 self.is_allowed
+                and not unit.stays_at_home
                 and _device_of(arguments, options) == self._home
                 and unit.is_there()
                 and not _has_patches_inside((*arguments, *options.values()))
             )
-            if not runs_there:
-                return forward(*arguments, **options)
-            return self._run(unit, forward, arguments, options)
+            if runs_there:
+                try:
+                    return self._run(unit, forward, arguments, options)
+                except RuntimeError as error:
+                    if "same device" not in str(error):
+                        raise
+                    # It was given something at home that nobody sees. Nothing there has been written yet.
+                    unit.stays_at_home = True
+                    logger.warning(
+                        "DisTorch2: a %s cannot run on %s and is streamed from there (%s)",
+                        type(module).__name__,
+                        unit.donor,
+                        str(error).splitlines()[0],
+                    )
+            return forward(*arguments, **options)
 
         return torch.compiler.disable(serve)
 
@@ -192,9 +211,10 @@ class Relay:
                 there, options_there = visit.send((arguments, options))
                 with unit.others_there():
                     result = forward(*there, **options_there)
-                with self.crossings[unit.donor].leaving(unit.donor):
-                    visit.bring_changes()
-                    return visit.bring(result)
+                visit.bring_changes()
+                result = visit.bring(result)
+                self._copy_home(visit.arriving, unit.donor)
+                return result
             finally:
                 visit.restore()
 
@@ -206,21 +226,25 @@ class Relay:
         crossing = self.crossings[donor]
         with crossing.leaving(self._home):
             twin = crossing.copy(tensor, donor)
-        if tensor.is_inference():
+        if tensor.is_inference() and _is_whole(tensor):
             with contextlib.suppress(RuntimeError):  # others refer to it: it is sent again each time
                 torch.utils.swap_tensors(tensor, _counting(tensor))
         return self._remember(tensor, twin)
 
-    def _bring(self, twin: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        """While leaving the donor: a tensor at home that is equal, or one there made equal."""
-        self.bytes_brought += twin.nbytes
-        tensor = self.crossings[twin.device].copy(twin, self._home, into)
-        self._remember(tensor, _counting(twin))
-        return tensor
+    def _copy_home(self, arriving: Sequence[tuple[torch.Tensor, torch.Tensor]], donor: torch.device) -> None:
+        """Pairs of a twin and what is to be equal at home."""
+        # Of copies, since the next unit may write to a twin while it is on its way.
+        leaving = [twin.clone() for twin, _ in arriving]
+        crossing = self.crossings[donor]
+        with crossing.leaving(donor):
+            for source, (twin, tensor) in zip(leaving, arriving, strict=True):
+                self.bytes_brought += source.nbytes
+                crossing.copy(source, self._home, into=tensor)
+                self._remember(tensor, _counting(twin))
 
     def _remember(self, tensor: torch.Tensor, twin: torch.Tensor) -> _Sent:
         sent = _Sent(tensor, twin)
-        if not tensor.is_inference():
+        if not tensor.is_inference() and _is_whole(tensor):
             key, known = id(tensor), self._known
             sent.home = weakref.ref(tensor, lambda reference: known.pop(key, None))
             known[key] = sent
@@ -235,6 +259,8 @@ class _Visit:
         self._sent: dict[int, _Sent] = {}  # by id of the tensor at home
         self._returned: dict[int, torch.Tensor] = {}  # by id of the twin: what to return for it
         self._originals: list[torch.Tensor] = []  # lest their ids be given to others
+        self.arriving: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Twins, and the tensors at home that they are to be copied to."""
         self._undo: list[Callable[[], None]] = []
         self._seen: set[int] = set()  # by id: containers, which may hold each other
 
@@ -287,14 +313,16 @@ class _Visit:
         """What the unit wrote to its arguments is written to them at home."""
         for tensor, sent in zip(self._originals, self._sent.values(), strict=True):
             if sent.is_changed_there():
-                self._relay._bring(sent.twin, into=tensor)
+                self.arriving.append((sent.twin, tensor))
 
     def bring(self, value: Any) -> Any:
         """`value`, which the unit returned, with its tensors at home."""
         if isinstance(value, torch.Tensor):
             if id(value) not in self._returned and value.device == self._donor:
-                self._returned[id(value)] = self._relay._bring(value)
-                self._originals.append(value)
+                with torch.inference_mode(False):
+                    tensor = torch.empty_like(value, device=self._relay._home)
+                self._returned[id(value)] = tensor
+                self.arriving.append((value, tensor))
             return self._returned.get(id(value), value)
         if isinstance(value, (tuple, list)):
             items = [self.bring(item) for item in value]
@@ -326,7 +354,7 @@ def _fields(value: Any) -> Sequence[str]:
     if isinstance(value, type):
         return ()
     if dataclasses.is_dataclass(value):
-        return [field.name for field in dataclasses.fields(value)]
+        return [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
     slots = vars(type(value)).get("__slots__", ())
     if not slots or hasattr(value, "__dict__") or callable(value):
         return ()
@@ -354,6 +382,17 @@ def _has_patches_inside(values: Sequence[Any]) -> bool:
             if value.get("optimized_attention_override") is not None:
                 return True
     return False
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether nothing else has a part of its memory, as far as can be told: a write to that would not be noticed."""
+    is_plain = type(tensor) is torch.Tensor and not tensor.is_conj() and not tensor.is_neg()
+    return is_plain and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def _has_functions(module: Any) -> bool:
+    """Of ComfyUI's, which are applied to a weight each time and have tensors of their own."""
+    return bool(module.weight_function or module.bias_function)
 
 
 def _counting(tensor: torch.Tensor) -> torch.Tensor:

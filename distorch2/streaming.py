@@ -180,6 +180,13 @@ class Streamer:
         self._schedule_version = 0
         self._copies, self._inside = [], []  # they hold the slabs that were replaced
 
+    def give_up_staging(self) -> None:
+        """Until the next layer runs."""
+        if self.staging.nbytes:
+            self._transfer.wait()
+            self.forget_staged()
+            self.staging = allocate(0, self._transfer.device)
+
     def _serving(self, index: int, layer: StreamedLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         """A forward for the layer's module. It runs once for every layer in every step: little is done, and inline."""
         schedule, transfer, group = self._schedule, self._transfer, self._group_of[index]

@@ -189,11 +189,16 @@ class Crossing:
         one, other = self._devices
         expected = torch.arange(2**16, dtype=torch.int32)
         self.is_direct = True
-        with self.leaving(one):
-            there = self.copy(expected.to(one), other)
-        with self.leaving(other):
-            back = self.copy(there, one)
-        self.is_direct = torch.equal(there.cpu(), expected) and torch.equal(back.cpu(), expected)
+        try:
+            with self.leaving(one):
+                there = self.copy(expected.to(one), other)
+            with self.leaving(other):
+                back = self.copy(there, one)
+            is_right = torch.equal(there.cpu(), expected) and torch.equal(back.cpu(), expected)
+        except BaseException:
+            self.is_direct = None
+            raise
+        self.is_direct = is_right
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

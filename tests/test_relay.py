@@ -191,7 +191,13 @@ def test_units_with_patches_inside_stay_at_home(checkpoints):
     assert same(sample(patched, clip), wanted)
     relay = model.distribution.relay
     assert relay.streamer.staging.nbytes > 0
-    assert model.loaded_size() == model.model_size() + relay.streamer.staging.nbytes
+    assert (
+        model.loaded_size()
+        == model.model_size()
+        == model.distribution.plan.compute_bytes + relay.streamer.staging.nbytes
+    )
+    mm.load_models_gpu([model])
+    assert model.loaded_size() == model.distribution.plan.compute_bytes  # until it is needed again
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3_no_clip_weights"])
@@ -276,6 +282,98 @@ def test_what_crosses_over_between_devices_that_cannot_reach_each_other(checkpoi
     assert len(crossed) == 2  # the check, there and back
 
 
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_object_patches_of_what_does_not_lie_in_slabs(checkpoints, expected, patched_first):
+    def patch(model):
+        for number in range(4):
+            modulation = torch.nn.Parameter(torch.full((1, 6, 128), 0.3), requires_grad=False)
+            model.add_object_patch(f"diffusion_model.blocks.{number}.modulation", modulation)
+
+    with pytest.MonkeyPatch.context() as patches:
+        wanted = patched_on_the_cpu(patches, checkpoints, "wan", patch)
+    model, clip = load(checkpoints, "wan", HALF, "auto")
+    patched = model.clone()
+    patch(patched)
+    for one, latents in [(patched, wanted), (model, expected["wan"])][:: 1 if patched_first else -1] * 2:
+        assert same(sample(one, clip), latents)
+    assert is_relayed(model)
+    mm.unload_all_models()
+    assert same(sample(model, clip), expected["wan"])
+
+
+def test_an_injection_keeps_units_at_home_while_other_clones_die(checkpoints, expected):
+    class Injection:
+        """Something of its own on the compute device, around a layer's forward."""
+
+        def __init__(self, name):
+            self.name, self.half = name, torch.full((1,), 0.5, device="sim:0")
+
+        def inject(self, patcher):
+            self.module = patcher.model.get_submodule(self.name)
+            self.forward = forward = self.module.forward
+            self.module.forward = lambda x: forward(x) + self.half * 0
+
+        def eject(self, patcher):
+            self.module.forward = self.forward
+
+    model, clip = load(checkpoints, "flux", "sim:1,100%", "auto")
+    assert same(sample(model, clip), expected["flux"])
+    injected = model.clone()
+    injected.set_injections("test", [Injection("diffusion_model.single_blocks.11.linear2")])
+    others = [model.clone()]
+
+    def one_less(arguments):
+        others.clear()
+        return arguments["denoised"]
+
+    injected.set_model_sampler_post_cfg_function(one_less)
+    before = model.distribution.relay.bytes_sent
+    assert same(sample(injected, clip), expected["flux"])
+    assert model.distribution.relay.bytes_sent == before
+    assert same(sample(model, clip), expected["flux"])
+    assert model.distribution.relay.bytes_sent > before
+
+
+def test_what_nobody_sees_keeps_a_unit_at_home(checkpoints, expected, caplog):
+    """A block that is handed a tensor by way of an object."""
+    model, clip = load(checkpoints, "flux", "sim:1,100%", "auto")
+    zero = torch.zeros(1, device="sim:0")
+    block = model.model.diffusion_model.single_blocks[5]
+    hook = block.linear1.register_forward_hook(lambda module, arguments, output: output + zero)
+    assert same(sample(model, clip), expected["flux"])
+    hook.remove()
+    assert same(sample(model, clip), expected["flux"])
+    assert len([r for r in caplog.records if "cannot run on sim:1" in r.getMessage()]) == 1
+    assert model.distribution.relay.bytes_sent > 0
+
+
+def test_evictions_to_a_host_that_relays(checkpoints, expected):
+    model, clip = load(checkpoints, "wan", "sim:0,70%;cpu,30%", "relay")
+    assert same(sample(model, clip), expected["wan"])
+    num_units = len(model.distribution.plan.relayed_units)
+    model.partially_unload(torch.device("cpu"), model.loaded_size() * 0.6)
+    assert model.distribution.plan.evicted
+    assert len(model.distribution.plan.relayed_units) == num_units > 0
+    assert same(model_sampled_as_it_is(model, clip), expected["wan"])
+    assert same(sample(model, clip), expected["wan"])
+
+
+def model_sampled_as_it_is(model, clip):
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(mm, "load_models_gpu", lambda *arguments, **options: None)
+        return sample(model, clip)
+
+
+def test_units_with_weight_functions_stay_at_home(checkpoints, expected):
+    model, clip = load(checkpoints, "flux", "sim:1,100%", "auto")
+    wrapped = model.clone()
+    zero = torch.zeros(1, device="sim:0")
+    wrapped.add_weight_wrapper("diffusion_model.single_blocks.3.linear1.weight", lambda weight: weight + zero)
+    assert same(sample(wrapped, clip), expected["flux"])
+    assert model.distribution.relay.streamer.staging.nbytes > 0
+    assert same(sample(model, clip), expected["flux"])
+
+
 # --- what units are called with
 
 
@@ -311,6 +409,7 @@ def test_arguments_of_any_form_are_on_the_donor_and_come_back(checkpoints):
     there[0].add_(1)
     visit.bring_changes()
     result = visit.bring({"same": there[0], "other": (there[0] * 2, elsewhere), "record": Record(there[0] + 0)})
+    model.distribution.relay._copy_home(visit.arriving, torch.device("sim:1"))
     visit.restore()
     assert torch.equal(home.cpu(), torch.full((3,), 2.0))
     assert result["same"].data_ptr() == home.data_ptr()
