@@ -7,10 +7,10 @@ import comfy.hooks
 import comfy.model_management as mm
 import pytest
 import torch
+from computing import INFERENCE_BYTES, load, same, sim
 from computing import computing as computing
 from computing import expected as expected
 from computing import inference_mode as inference_mode
-from computing import load, same, sim
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from placing import lora_for, lora_weights
@@ -225,6 +225,17 @@ def test_a_share_that_is_evicted_and_comes_back(checkpoints, expected):
     assert relay.streamer.staging.nbytes > 0
     assert same(sample(model, clip), expected["flux"])
     assert share.loaded_size() == share.model_size()
+
+
+@pytest.mark.parametrize("mode", ["auto", "stream"])
+def test_room_for_inference_is_kept_on_a_donor_that_computes(checkpoints, expected, monkeypatch, mode):
+    model, clip = load(checkpoints, "flux", HALF, mode)
+    planned = model.distribution.bytes_planned_on(torch.device("sim:1"))
+    monkeypatch.setattr(sim, "capacity_bytes", [sim.capacity_bytes[0], planned + INFERENCE_BYTES // 2])
+    assert same(sample(model, clip), expected["flux"])
+    (share,) = model.distribution.shares
+    assert share.model_size() == planned
+    assert (share.loaded_size() < planned - INFERENCE_BYTES // 4) == (mode == "auto")
 
 
 def sample_without_loading(model, clip):
