@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 
+import comfy.controlnet
 import comfy.hooks
 import comfy.model_management as mm
 import pytest
+import safetensors.torch
 import torch
 from computing import INFERENCE_BYTES, load, same, sim
 from computing import computing as computing
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from placing import lora_for, lora_weights
 from sampling import sample
+from test_compatibility import OWN_KINDS, controlled, controlnet, latents
 
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest, PlanError, VirtualVram
@@ -166,7 +169,7 @@ def louder_values(model):
     model.set_model_attn1_patch(lambda query, key, value, options: (query, key, value * 1.5))
 
 
-def patched_on_the_cpu(patches, checkpoints, kind, patch, **options):
+def patched_on_the_cpu(patches, checkpoints, kind, patch, run=sample, **options):
     """Latents of ComfyUI's loader with a patch, in a process that does not compute on sim:0 meanwhile."""
     import comfy.sd
 
@@ -179,7 +182,7 @@ def patched_on_the_cpu(patches, checkpoints, kind, patch, **options):
     )
     model = model.clone()
     patch(model)
-    return sample(model, clip, **options)
+    return run(model, clip, **options)
 
 
 def test_units_with_patches_inside_stay_at_home(checkpoints):
@@ -293,6 +296,26 @@ def test_what_crosses_over_between_devices_that_cannot_reach_each_other(checkpoi
     assert len(crossed) == 2  # the check, there and back
 
 
+@pytest.mark.parametrize("text", [HALF, "sim:1,100%"])
+def test_a_controlnet(tmp_path, text):
+    paths = {"unet": str(tmp_path / "unet.safetensors"), "control": str(tmp_path / "control.safetensors")}
+    for name, make in (("unet", OWN_KINDS["unet"]), ("control", controlnet)):
+        safetensors.torch.save_file(make(), paths[name])
+
+    def with_control(model, clip):
+        return controlled(model, clip, comfy.controlnet.load_controlnet(paths["control"], model))
+
+    checkpoints = paths.__getitem__
+    with pytest.MonkeyPatch.context() as patches:
+        plain = patched_on_the_cpu(patches, checkpoints, "unet", lambda model: None, latents)
+        wanted = patched_on_the_cpu(patches, checkpoints, "unet", lambda model: None, with_control)
+    model, clip = load(checkpoints, "unet", text, "auto")
+    assert same(with_control(model, clip), wanted)
+    assert not torch.equal(wanted, plain)
+    assert is_relayed(model)
+    assert same(latents(model, clip), plain)
+
+
 @pytest.mark.parametrize("patched_first", [True, False])
 def test_object_patches_of_what_does_not_lie_in_slabs(checkpoints, expected, patched_first):
     def patch(model):
@@ -305,8 +328,8 @@ def test_object_patches_of_what_does_not_lie_in_slabs(checkpoints, expected, pat
     model, clip = load(checkpoints, "wan", HALF, "auto")
     patched = model.clone()
     patch(patched)
-    for one, latents in [(patched, wanted), (model, expected["wan"])][:: 1 if patched_first else -1] * 2:
-        assert same(sample(one, clip), latents)
+    for one, made in [(patched, wanted), (model, expected["wan"])][:: 1 if patched_first else -1] * 2:
+        assert same(sample(one, clip), made)
     assert is_relayed(model)
     mm.unload_all_models()
     assert same(sample(model, clip), expected["wan"])
