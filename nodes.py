@@ -11,7 +11,7 @@ from comfy_api.v0_0_2 import io
 from . import device_utils
 from .allocation_parser import AllocationError, parse_allocation
 from .distorch2.loading import load_components
-from .distorch2.plan import AUTO, DONOR_MODES, Allocation, ComponentRequest, VirtualVram
+from .distorch2.plan import AUTO, DONOR_MODES, ComponentRequest, VirtualVram
 
 NODE_ID = "CheckpointLoaderAdvancedDisTorch2MultiGPU"
 DISPLAY_NAME = "Load Checkpoint (DisTorch2)"
@@ -122,15 +122,11 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
     ) -> io.NodeOutput:
         loaded = load_components(
             folder_paths.get_full_path_or_raise("checkpoints", ckpt_name),
-            ComponentRequest(
-                unet_compute_device,
-                _allocation(unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations),
-                donor_mode,
+            _request(
+                unet_compute_device, unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations, donor_mode
             ),
-            ComponentRequest(
-                clip_compute_device,
-                _allocation(clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations),
-                donor_mode,
+            _request(
+                clip_compute_device, clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations, donor_mode
             ),
             vae_device,
             high_precision_loras=high_precision_loras,
@@ -185,10 +181,12 @@ def _selectable_devices() -> tuple[str, ...]:
     return tuple(name for name in device_utils.list_devices() if name == device_utils.HOST_DEVICE or name in managed)
 
 
-def _allocation(virtual_vram_gb: float, donor_device: str, expert_text: str) -> Allocation:
+def _request(
+    compute_device: str, virtual_vram_gb: float, donor_device: str, expert_text: str, donor_mode: str
+) -> ComponentRequest:
     if expert_text.strip():
-        return parse_allocation(expert_text, _selectable_devices())
-    return VirtualVram(virtual_vram_gb, donor_device)
+        return ComponentRequest(compute_device, parse_allocation(expert_text, _selectable_devices()), donor_mode)
+    return ComponentRequest(compute_device, VirtualVram(virtual_vram_gb, donor_device), donor_mode)
 
 
 NODE_CLASS_MAPPINGS = {NODE_ID: CheckpointLoaderAdvancedDisTorch2MultiGPU}

@@ -63,8 +63,8 @@ def measure(path: str) -> None:
                 mm.load_models_gpu([patched], force_full_load=True)
                 torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - started)
-    reference, *others = (summary([round(value, 3) for value in values[1:]]) for values in seconds.values())
     result = {name: summary([round(value, 3) for value in values[1:]]) for name, values in seconds.items()}
+    reference, *others = result.values()
     result["patched weights"] = len(patches)
     result["ours / ComfyUI"] = [round(each["median"] / reference["median"], 2) for each in others]
     print(json.dumps(result))

@@ -42,15 +42,15 @@ _T5_XXL = {
 }  # fmt: skip
 
 
-def _random_tensors(shapes: dict[str, torch.Size], prefix: str, dtype: torch.dtype, device: str) -> dict:
+def _random_tensors(shapes: dict[str, torch.Size], prefix: str, dtype: torch.dtype) -> dict:
     """Such that activations stay finite: norms at one, the others at 1/sqrt(fan in)."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator("cuda").manual_seed(0)
     tensors = {}
     for name, shape in shapes.items():
         if len(shape) == 1:
             value = torch.full(shape, 1.0 if "norm" in name or name.endswith("scale") else 0.01, dtype=dtype)
         else:
-            value = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            value = torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
             value = value.div_(shape[1:].numel() ** 0.5).cpu()
         tensors[prefix + name] = value
     return tensors
@@ -67,12 +67,12 @@ class DiffusionModel:
     sizes: ClassVar = (512, 1024)
     unit: ClassVar = "px"
 
-    def save(self, path: Path, device: str = "cuda") -> None:
+    def save(self, path: Path) -> None:
         module = self.module_class(
             **self.config, dtype=self.dtype, device="meta", operations=comfy.ops.disable_weight_init
         )
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        save_file(_random_tensors(shapes, "model.diffusion_model.", self.dtype, device), path)
+        save_file(_random_tensors(shapes, "model.diffusion_model.", self.dtype), path)
 
     def core(self, path: str) -> Any:
         return comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
@@ -80,17 +80,17 @@ class DiffusionModel:
     def distributed(self, path: str, request: ComponentRequest) -> Any:
         return load_checkpoint(path, request, request, request.compute_device)[0]
 
-    def inputs(self, pixels: int, device: str = "cuda") -> dict[str, torch.Tensor]:
-        generator = torch.Generator(device).manual_seed(1)
+    def inputs(self, pixels: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator("cuda").manual_seed(1)
         side = pixels // 8
         if self.name == "Flux":
             shapes = {"x": (1, 16, side, side), "c_crossattn": (1, 256, 4096), "y": (1, 768)}
         else:
             shapes = {"x": (1, 4, side, side), "c_crossattn": (1, 77, 2048), "y": (1, 2816)}
-        inputs = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
-        inputs["t"] = torch.full((1,), 0.5 if self.name == "Flux" else 1.0, device=device)
+        inputs = {name: torch.randn(shape, generator=generator, device="cuda") for name, shape in shapes.items()}
+        inputs["t"] = torch.full((1,), 0.5 if self.name == "Flux" else 1.0, device="cuda")
         if self.name == "Flux":
-            inputs["guidance"] = torch.full((1,), 3.5, device=device)
+            inputs["guidance"] = torch.full((1,), 3.5, device="cuda")
         return inputs
 
     def memory_required(self, patcher: Any, inputs: dict[str, torch.Tensor]) -> float:
@@ -111,13 +111,13 @@ class TextEncoder:
     sizes: ClassVar = (256,)
     unit: ClassVar = "tokens"
 
-    def save(self, path: Path, device: str = "cuda") -> None:
+    def save(self, path: Path) -> None:
         sys.path.append(str(ROOT / "tools"))
         from checkpoints import sd3_model
 
         module = comfy.text_encoders.t5.T5(self.config, self.dtype, "meta", comfy.ops.disable_weight_init)
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        tensors = _random_tensors(shapes, "text_encoders.t5xxl.transformer.", self.dtype, device)
+        tensors = _random_tensors(shapes, "text_encoders.t5xxl.transformer.", self.dtype)
         save_file(sd3_model(0) | tensors, path)
 
     def core(self, path: str) -> Any:
@@ -127,7 +127,7 @@ class TextEncoder:
         resident = ComponentRequest(request.compute_device, VirtualVram(0.0, "cpu"))
         return load_checkpoint(path, resident, request, request.compute_device)[1].patcher
 
-    def inputs(self, tokens: int, device: str = "cuda") -> dict[str, list]:
+    def inputs(self, tokens: int) -> dict[str, list]:
         return {"l": [], "g": [], "t5xxl": [[(token, 1.0) for token in range(1, tokens + 1)]]}
 
     def memory_required(self, patcher: Any, inputs: dict[str, list]) -> float:

@@ -321,22 +321,26 @@ def measure_dynamic(name: str, path: str, free_bytes: list[list[int]]) -> None:
 
 def main(folder: Path, names: list[str]) -> None:
     results: dict = {}
+    broke_off = False
     for name in names:
         path = save_model(name, folder)
         try:
             for measured in printed_by([sys.executable, __file__, "--measure", name, path]):
                 results[name] = measured
                 result_path = write_results("streaming", results)
-            limited = [row for row in results[name]["rows"] if row["streamed GiB"]]
+            broke_off |= "broke off with status" in results[name]
+            limited = [row for row in results[name].get("rows", []) if row["streamed GiB"]]
             used_bytes = json.dumps([row["used bytes"] for row in limited])
             for dynamic in printed_by([sys.executable, __file__, "--dynamic", name, path, used_bytes]):
-                for row, dynamic_row in zip(limited, dynamic["rows"]):
+                for row, dynamic_row in zip(limited, dynamic.get("rows", [])):
                     row["DynamicVRAM at equal VRAM"] = dynamic_row
+                broke_off |= "broke off with status" in dynamic
                 result_path = write_results("streaming", results)
             if importlib.util.find_spec("matplotlib"):
                 subprocess.run([sys.executable, Path(__file__).with_name("plot.py"), result_path], check=True)
         finally:
             path.unlink(missing_ok=True)
+    sys.exit("a measurement broke off" if broke_off else 0)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 
 from placement import bytes_by_device, save_model, start_comfyui
@@ -27,8 +28,6 @@ HOME, DONOR = "cuda:0", "cuda:1"
 
 def gpu_link_gb_per_second(num_bytes: int = 1024**3) -> float:
     """Median of 5 copies from the donor to the compute device."""
-    import time
-
     import torch
 
     source = torch.ones(num_bytes, dtype=torch.uint8, device=DONOR)

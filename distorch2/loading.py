@@ -12,7 +12,7 @@ import inspect
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from .checkpoint_file import CheckpointError, check_file
 from .inventory import list_layers
 from .patcher import DistributedPatcher, forget
 from .plan import ComponentRequest, DeviceMemory, Plan, PlanError
-from .planner import make_plan, relays
+from .planner import make_plan, relaying_donors
 from .quantised import is_quantised
 from .report import render_table, rows_of_plan
 
@@ -240,14 +240,17 @@ def _without_donated(memory: DeviceMemory, plan: Plan, device: str) -> DeviceMem
     return replace(memory, free_bytes=max(0, memory.free_bytes - plan.bytes_on(device)))
 
 
-def _memory_of(requests: Iterable[ComponentRequest], *others: str) -> dict[str, DeviceMemory]:
+def _memory_of(requests: Sequence[ComponentRequest], *others: str) -> dict[str, DeviceMemory]:
     """Memory of the devices of these requests and of others that compute, with `cpu` always among them.
 
     Of a device that computes, what models hold that ComfyUI can evict counts as free, and the room that it leaves for
     inference does not. What models hold on a device that only keeps weights does not count as free.
     """
     homes = {*others, *(request.compute_device for request in requests)}
-    computing = {*homes, *(donor for request in requests for donor in relays(request, request.allocation.devices))}
+    computing = {
+        *homes,
+        *(donor for request in requests for donor in relaying_donors(request, request.allocation.devices)),
+    }
     keeping = {device for request in requests for device in request.allocation.devices}
     present = list(dict.fromkeys(["cpu", *(str(device) for device in mm.get_all_torch_devices())]))
     named = sorted((computing | keeping) - {"cpu"})
@@ -261,12 +264,12 @@ def _memory_of(requests: Iterable[ComponentRequest], *others: str) -> dict[str, 
         if name in computing:
             loaded = (item for item in mm.current_loaded_models if item.device == device and item.model is not None)
             free_bytes += int(sum(item.model_loaded_memory() for item in loaded) - mm.minimum_inference_memory())
-        can_compute = all(_can_do_what(name, home) for home in homes)
+        can_compute = all(_supports_all_of(name, home) for home in homes)
         memory[name] = DeviceMemory(int(mm.get_total_memory(device)), max(0, free_bytes), can_compute)
     return memory
 
 
-def _can_do_what(device: str, other: str) -> bool:
+def _supports_all_of(device: str, other: str) -> bool:
     """Whether `device` has the dtypes and kernels of `other`. Of CUDA's it is known by their compute capability."""
     if not device.startswith("cuda") or not other.startswith("cuda"):
         return True
@@ -327,7 +330,8 @@ def _load_model_and_clip(
     model = None
     if with_model and (first_device != _CPU or unet_device != "cpu"):
         # ComfyUI may build the diffusion model on a GPU, whatever device it is asked to load it on, and without
-        # DynamicVRAM it copies all of the file into memory that is the process's own.
+        # DynamicVRAM it copies all of the file into memory that is the process's own. Where the CPU computes it may:
+        # there the weights stay, and the file may be replaced meanwhile.
         model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
     del detected
     core_model, clip, *_ = comfy.sd.load_state_dict_guess_config(

@@ -68,7 +68,7 @@ def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Map
 
     device_of = dict.fromkeys(fixed, compute_device)
     sizes = {index: layer.num_bytes for index, layer in enumerate(layers) if index not in fixed}
-    computing = relays(request, [device for device in asked if memory[device].can_compute])
+    computing = relaying_donors(request, [device for device in asked if memory[device].can_compute])
     targets = {device: min(asked[device], _limit(room, device)) for device in computing}
     device_of |= _relayed(layers, sizes, targets)
     placed = {device: sum(layers[i].num_bytes for i, d in device_of.items() if d == device) for device in asked}
@@ -116,7 +116,7 @@ def _with_excess(shares: Mapping[str, int], compute_device: str, excess: int) ->
     return {compute_device: shares.get(compute_device, 0) + excess, **reduced}
 
 
-def relays(request: ComponentRequest, devices: Iterable[str]) -> tuple[str, ...]:
+def relaying_donors(request: ComponentRequest, devices: Iterable[str]) -> tuple[str, ...]:
     """Those of `devices` that are to compute beside the compute device: in doubt, those of its kind."""
     donors = [device for device in devices if device != request.compute_device]
     if request.donor_mode == RELAY:

@@ -6,7 +6,8 @@ unit, and is not sent again unless it was written meanwhile. So units that follo
 for home. Tensors made in inference mode do not count their writes: those that are sent are made to.
 
 A unit stays at home, where its layers are streamed, while it cannot run on the donor: when ComfyUI has evicted a part
-of its weights, or when patches are to run inside it, which may hold tensors of their own.
+of its weights, or when something runs inside it that has tensors of its own at home (attention patches, weight
+functions, injections, or what is only seen when it fails).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _OUTSIDE_OF_UNITS = {
 
 
 class RelayedUnit:
-    """A module all of whose large weights lie on `donor`, in slabs; `layers` has the group of each."""
+    """A module all of whose movable weights lie on `donor`, in slabs; `layers` has the group of each."""
 
     def __init__(
         self, module: torch.nn.Module, donor: torch.device, layers: Sequence[tuple[StreamedGroup, StreamedLayer]]
@@ -282,7 +283,7 @@ class _Visit:
         elif isinstance(value, dict):
             self._seen.add(id(value))
             self._send_items(value, list(value.items()))
-        elif fields := _fields(value):
+        elif fields := _field_names(value):
             self._seen.add(id(value))
             self._send_fields(value, fields)
         return value
@@ -329,7 +330,7 @@ class _Visit:
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if isinstance(value, dict):
             return {key: self.bring(item) for key, item in value.items()}
-        if fields := _fields(value):
+        if fields := _field_names(value):
             for name in fields:
                 object.__setattr__(value, name, self.bring(getattr(value, name)))
         return value
@@ -349,7 +350,7 @@ def _put_back(container: Any, key: Any, new: Any, old: Any) -> None:
         container[key] = old
 
 
-def _fields(value: Any) -> Sequence[str]:
+def _field_names(value: Any) -> Sequence[str]:
     """Names of what a small record holds: of a dataclass, or of an object with slots and nothing beside."""
     if isinstance(value, type):
         return ()

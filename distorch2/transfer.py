@@ -1,4 +1,5 @@
-"""Copies from the host and from slabs to the compute device. The only file that deals with streams and events."""
+"""Copies of weights to the compute device, and of activations both ways. The only file that deals with streams and
+events."""
 
 from __future__ import annotations
 
@@ -171,6 +172,7 @@ class Crossing:
             self._copy_by_host(tensor, into)
         else:
             into.copy_(tensor.cpu())
+        # Streams of another class are of a backend in Python, as the tests have, where torch has no memory to reuse.
         if self._have_streams and isinstance(self._streams[tensor.device], torch.Stream):
             tensor.record_stream(self._streams[tensor.device])
         return into
@@ -202,7 +204,7 @@ class Crossing:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Some kernels run on the current device, whatever device their arguments are on."""
+    """Makes `device` the current one: some kernels run there, whatever device their arguments are on."""
     backend = _backend_of(device)
     return contextlib.nullcontext() if backend is None else backend.device(device)
 

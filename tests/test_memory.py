@@ -13,7 +13,6 @@ import re
 import comfy.cli_args
 import comfy.hooks
 import comfy.lora
-import comfy.model_base
 import comfy.model_management as mm
 import pytest
 import torch

@@ -6,6 +6,7 @@ import dataclasses
 import comfy.controlnet
 import comfy.hooks
 import comfy.model_management as mm
+import comfy.sd
 import pytest
 import safetensors.torch
 import torch
@@ -58,17 +59,12 @@ def test_latents_are_the_same_bits(checkpoints, expected, kind, text, is_deferre
 
 def test_qwen_image(checkpoints, monkeypatch):
     """By itself, since ComfyUI knows it in its full width only."""
-    with pytest.MonkeyPatch.context() as patches:
-        wanted = patched_on_the_cpu(patches, checkpoints, "qwen_image", lambda model: None)
+    wanted = patched_on_the_cpu(checkpoints, "qwen_image")
     monkeypatch.setattr(sim, "capacity_bytes", [4 * 1024**3] * 2)
     model, clip = load(checkpoints, "qwen_image", HALF, "auto")
     assert same(sample(model, clip), wanted)
     assert len(model.distribution.plan.relayed_units) == 1
     assert is_relayed(model)
-
-
-def twins(model):
-    return model.distribution.relay._known.values() if model.distribution.relay else []
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -78,7 +74,11 @@ def twins(model):
 def test_any_split(checkpoints, expected, shares, kind):
     text = ";".join(f"{device},{share}%" for device, share in zip(("sim:0", "sim:1", "cpu"), shares))
     model, clip = load(checkpoints, kind, text, "auto")
+    plan = model.distribution.asked
+    assert plan.relayed_units or plan.streamed
     assert same(sample(model, clip), expected[kind])
+    if plan.relayed_units:
+        assert is_relayed(model)
     mm.unload_all_models()
 
 
@@ -127,25 +127,19 @@ def test_an_activation_that_nobody_changed_is_sent_once(checkpoints, expected, m
         return copy(crossing, tensor, device, into)
 
     monkeypatch.setattr(Crossing, "copy", recorded)
-    with counted_forwards() as forwards:
-        assert same(sample(model, clip), expected["flux"])
+    before = sim.counters["diffusion_forwards"]
+    assert same(sample(model, clip), expected["flux"])
+    num_forwards = sim.counters["diffusion_forwards"] - before
     image, both = (2, 16, 128), (2, 16 + 77, 128)  # with the text, for positive and negative conditioning
     # The image comes home from every block, and goes there again only where the model has made another of it: at the
     # start, and of image and text together.
-    assert crossed["sim:0"].count(image) == 12 * forwards()
-    assert crossed["sim:0"].count(both) == 12 * forwards()
-    assert crossed["sim:1"].count(image) == crossed["sim:1"].count(both) == forwards()
-
-
-@contextlib.contextmanager
-def counted_forwards():
-    before = sim.counters["diffusion_forwards"]
-    yield lambda: sim.counters["diffusion_forwards"] - before
+    assert crossed["sim:0"].count(image) == 12 * num_forwards
+    assert crossed["sim:0"].count(both) == 12 * num_forwards
+    assert crossed["sim:1"].count(image) == crossed["sim:1"].count(both) == num_forwards
 
 
 def test_what_is_written_at_home_between_units_reaches_the_next(checkpoints):
-    with pytest.MonkeyPatch.context() as patches:
-        wanted = patched_on_the_cpu(patches, checkpoints, "flux", replaced_blocks)
+    wanted = patched_on_the_cpu(checkpoints, "flux", replaced_blocks)
     model, clip = load(checkpoints, "flux", HALF, "auto")
     patched = model.clone()
     replaced_blocks(patched)
@@ -169,25 +163,24 @@ def louder_values(model):
     model.set_model_attn1_patch(lambda query, key, value, options: (query, key, value * 1.5))
 
 
-def patched_on_the_cpu(patches, checkpoints, kind, patch, run=sample, **options):
-    """Latents of ComfyUI's loader with a patch, in a process that does not compute on sim:0 meanwhile."""
-    import comfy.sd
-
-    patches.setattr(mm, "get_torch_device", lambda: torch.device("cpu"))
-    patches.setattr(mm, "text_encoder_device", lambda: torch.device("cpu"))
+def patched_on_the_cpu(checkpoints, kind, patch=None, run=sample, **options):
+    """Latents of ComfyUI's loader on the CPU, with a patch; nothing computes on sim:0 meanwhile."""
     cpu = torch.device("cpu")
     devices = {"load_device": cpu, "offload_device": cpu}
-    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
-        checkpoints(kind), model_options=devices, te_model_options=devices
-    )
-    model = model.clone()
-    patch(model)
-    return run(model, clip, **options)
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(mm, "get_torch_device", lambda: cpu)
+        patches.setattr(mm, "text_encoder_device", lambda: cpu)
+        model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+            checkpoints(kind), model_options=devices, te_model_options=devices
+        )
+        model = model.clone()
+        if patch is not None:
+            patch(model)
+        return run(model, clip, **options)
 
 
 def test_units_with_patches_inside_stay_at_home(checkpoints):
-    with pytest.MonkeyPatch.context() as patches:
-        wanted = patched_on_the_cpu(patches, checkpoints, "sd15_blocks", louder_values)
+    wanted = patched_on_the_cpu(checkpoints, "sd15_blocks", louder_values)
     model, clip = load(checkpoints, "sd15_blocks", HALF, "auto")
     patched = model.clone()
     louder_values(patched)
@@ -205,8 +198,7 @@ def test_units_with_patches_inside_stay_at_home(checkpoints):
 
 @pytest.mark.parametrize("kind", ["flux", "sd3_no_clip_weights"])
 def test_a_lora_gives_the_same_bits(checkpoints, kind):
-    with pytest.MonkeyPatch.context() as patches:
-        wanted = patched_on_the_cpu(patches, checkpoints, kind, lambda model: take_patches(model, lora_for(model)))
+    wanted = patched_on_the_cpu(checkpoints, kind, lambda model: take_patches(model, lora_for(model)))
     model, clip = load(checkpoints, kind, HALF, "auto", high_precision_loras=False)
     assert same(sample(lora_for(model), clip), wanted)
     assert is_relayed(model)
@@ -271,8 +263,7 @@ def test_whatever_is_raised_on_a_donor_leaves_everything_as_it_was(checkpoints, 
 def test_hook_loras_are_written_where_the_weights_lie(checkpoints, expected):
     model, clip = load(checkpoints, "flux", HALF, "auto", high_precision_loras=False)
     hooks = comfy.hooks.create_hook_lora(lora_weights(model), 0.5, 0.0)
-    with pytest.MonkeyPatch.context() as patches:
-        wanted = patched_on_the_cpu(patches, checkpoints, "flux", lambda model: None, hooks=hooks)
+    wanted = patched_on_the_cpu(checkpoints, "flux", hooks=hooks)
     assert same(sample(model, clip), expected["flux"])
     assert same(sample(model, clip, hooks=hooks), wanted)
     assert not torch.equal(wanted, expected["flux"])
@@ -306,9 +297,8 @@ def test_a_controlnet(tmp_path, text):
         return controlled(model, clip, comfy.controlnet.load_controlnet(paths["control"], model))
 
     checkpoints = paths.__getitem__
-    with pytest.MonkeyPatch.context() as patches:
-        plain = patched_on_the_cpu(patches, checkpoints, "unet", lambda model: None, latents)
-        wanted = patched_on_the_cpu(patches, checkpoints, "unet", lambda model: None, with_control)
+    plain = patched_on_the_cpu(checkpoints, "unet", run=latents)
+    wanted = patched_on_the_cpu(checkpoints, "unet", run=with_control)
     model, clip = load(checkpoints, "unet", text, "auto")
     assert same(with_control(model, clip), wanted)
     assert not torch.equal(wanted, plain)
@@ -323,8 +313,7 @@ def test_object_patches_of_what_does_not_lie_in_slabs(checkpoints, expected, pat
             modulation = torch.nn.Parameter(torch.full((1, 6, 128), 0.3), requires_grad=False)
             model.add_object_patch(f"diffusion_model.blocks.{number}.modulation", modulation)
 
-    with pytest.MonkeyPatch.context() as patches:
-        wanted = patched_on_the_cpu(patches, checkpoints, "wan", patch)
+    wanted = patched_on_the_cpu(checkpoints, "wan", patch)
     model, clip = load(checkpoints, "wan", HALF, "auto")
     patched = model.clone()
     patch(patched)
@@ -333,6 +322,38 @@ def test_object_patches_of_what_does_not_lie_in_slabs(checkpoints, expected, pat
     assert is_relayed(model)
     mm.unload_all_models()
     assert same(sample(model, clip), expected["wan"])
+
+
+class Scaled(torch.nn.Module):
+    """Another pack's layer around one of the model's, with a parameter that it does not cast."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.scale = torch.nn.Parameter(torch.full((128,), 1.5), requires_grad=False)
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+@pytest.mark.parametrize("is_run_before", [True, False])
+def test_what_another_pack_puts_into_a_unit_is_copied_to_the_donor(checkpoints, expected, is_run_before):
+    def patch(model):
+        for number in range(4):
+            ffn = model.model.diffusion_model.blocks[number].ffn
+            model.add_object_patch(f"diffusion_model.blocks.{number}.ffn", Scaled(ffn))
+
+    wanted = patched_on_the_cpu(checkpoints, "wan", patch)
+    model, clip = load(checkpoints, "wan", HALF, "auto")
+    if is_run_before:
+        assert same(sample(model, clip), expected["wan"])
+    patched = model.clone()
+    patch(patched)
+    assert same(sample(patched, clip), wanted)
+    assert not torch.equal(wanted, expected["wan"])
+    assert is_relayed(model)
+    assert same(sample(model, clip), expected["wan"])
+    assert is_relayed(model)
 
 
 def test_an_injection_keeps_units_at_home_while_other_clones_die(checkpoints, expected):
