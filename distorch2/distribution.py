@@ -242,7 +242,8 @@ class Distribution:
                 for ahead in itertools.islice(on_host, 2 * _PACKING_THREADS - len(packing)):
                     if ahead in evicted:
                         self._move_all(modules[ahead], _CPU)  # from under those who hold the parameters
-                    packing[ahead] = pool.submit(made[ahead].packed, _CPU)
+                    # What a thread allocates, the C library may keep for it when it is freed.
+                    packing[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(_CPU))
                 slab = packing.pop(key).result() if key in packing else _there_or_on_host(group.packed, homes[key])
                 replaced = self.groups.get(key)
                 group.serve_from(slab)

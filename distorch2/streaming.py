@@ -106,11 +106,16 @@ class StreamedGroup:
     def packed(
         self, device: torch.device, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]] | None = None
     ) -> torch.Tensor:
-        """A slab on `device` with these weights, by layer and name, and with the others that the modules have.
+        """A new slab on `device` with these weights, by layer and name, and with the others that the modules have."""
+        return self.fill(self.new_slab(device), values)
 
-        It changes nothing, so that several threads may pack groups.
-        """
-        slab = allocate(self.num_bytes, device)
+    def new_slab(self, device: torch.device) -> torch.Tensor:
+        return allocate(self.num_bytes, device)
+
+    def fill(
+        self, slab: torch.Tensor, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]] | None = None
+    ) -> torch.Tensor:
+        """Returns the slab, which is all that it changes: several threads may fill slabs."""
         with torch.no_grad():  # of a thread, too
             for layer in self.living:
                 layer.pack(slab, (values or {}).get(layer, {}))
