@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from placement import save_model, start_comfyui
-from record import printed_by, summary, write_results
+from placement import saved_model, start_comfyui
+from record import record_printed_by, summary
 
 RANK = 32
 PERCENTAGES = (0, 50)
@@ -71,15 +71,9 @@ def measure(path: str) -> None:
 
 
 def main(folder: Path) -> None:
-    path = save_model("Flux", folder)
-    result: dict = {}
-    try:
-        for result in printed_by([sys.executable, __file__, "--measure", path]):
-            print(json.dumps(result, indent=1))
-            write_results("lora", result)
-    finally:
-        path.unlink(missing_ok=True)
-    sys.exit(result.get("broke off with status"))
+    with saved_model("Flux", folder) as path:
+        status = record_printed_by("lora", [sys.executable, __file__, "--measure", path])
+    sys.exit(status)
 
 
 if __name__ == "__main__":

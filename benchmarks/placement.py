@@ -9,12 +9,14 @@ that ComfyUI's own loader makes, loaded completely, in the same process and at t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from record import ROOT, write_results
@@ -155,21 +157,27 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
     }
 
 
-def save_model(name: str, folder: Path) -> Path:
-    """Write the checkpoint of a model, in a process of its own: this one is not to import ComfyUI."""
+@contextlib.contextmanager
+def saved_model(name: str, folder: Path) -> Iterator[Path]:
+    """The checkpoint of a model, for as long as it is needed.
+
+    It is written in a process of its own: this one is not to import ComfyUI.
+    """
     path = folder / f"distorch2_{name}.safetensors"
     script = "import sys, placement; placement.start_comfyui(False); import models; from pathlib import Path; "
     script += f"models.BY_NAME[{name!r}].save(Path(sys.argv[1]))"
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT / "benchmarks"), *sys.path]))
-    subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=environment)
-    return path
+    try:
+        subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=environment)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def main(folder: Path) -> None:
     results, failed = {}, []
     for name in ("Flux", "SDXL"):
-        path = save_model(name, folder)
-        try:
+        with saved_model(name, folder) as path:
             for dynamic_vram in (False, True):
                 label = f"{name}, DynamicVRAM {'on' if dynamic_vram else 'off'}"
                 command = [sys.executable, __file__, "--measure", name, str(path), str(int(dynamic_vram))]
@@ -180,8 +188,6 @@ def main(folder: Path) -> None:
                     failed.append(label)
                 print(label, json.dumps(results.get(label, "failed"), indent=1), flush=True)
                 write_results("placement", {"failed": failed, **results})
-        finally:
-            path.unlink(missing_ok=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -41,6 +41,14 @@ def printed_by(command: Sequence[str | Path]) -> Iterator[dict[str, Any]]:
         yield {**last, "broke off with status": process.returncode}
 
 
+def record_printed_by(name: str, command: Sequence[str | Path]) -> int:
+    """Write what a command prints, as it prints it, to `benchmarks/results/<name>.json`; its exit status."""
+    results: dict[str, Any] = {}
+    for results in printed_by(command):
+        write_results(name, results)
+    return results.get("broke off with status", 0)
+
+
 def provenance() -> dict[str, Any]:
     """The date, the commit, the machine and the versions."""
     return {

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from placement import save_model, start_comfyui
+from placement import saved_model, start_comfyui
 from record import printed_by, write_results
 
 PERCENTAGES = (0, 10, 25, 50, 75, 90, 100)
@@ -323,8 +323,7 @@ def main(folder: Path, names: list[str]) -> None:
     results: dict = {}
     broke_off = False
     for name in names:
-        path = save_model(name, folder)
-        try:
+        with saved_model(name, folder) as path:
             for measured in printed_by([sys.executable, __file__, "--measure", name, path]):
                 results[name] = measured
                 result_path = write_results("streaming", results)
@@ -338,8 +337,6 @@ def main(folder: Path, names: list[str]) -> None:
                 result_path = write_results("streaming", results)
             if importlib.util.find_spec("matplotlib"):
                 subprocess.run([sys.executable, Path(__file__).with_name("plot.py"), result_path], check=True)
-        finally:
-            path.unlink(missing_ok=True)
     sys.exit("a measurement broke off" if broke_off else 0)
 
 

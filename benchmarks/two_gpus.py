@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from placement import bytes_by_device, save_model, start_comfyui
-from record import printed_by, write_results
+from placement import bytes_by_device, saved_model, start_comfyui
+from record import record_printed_by
 from streaming import TURNS, WARM_UP_STEPS, step, turn_ms, warm_up_gpu
 
 PERCENTAGES = (10, 50, 90)
@@ -119,14 +119,9 @@ def measure(path: str, modes: list[str]) -> None:
 
 
 def main(folder: Path, modes: list[str]) -> None:
-    path = save_model("Flux", folder)
-    results: dict = {}
-    try:
-        for results in printed_by([sys.executable, __file__, "--measure", path, *modes]):
-            write_results("two_gpus", results)
-    finally:
-        path.unlink(missing_ok=True)
-    sys.exit(results.get("broke off with status"))
+    with saved_model("Flux", folder) as path:
+        status = record_printed_by("two_gpus", [sys.executable, __file__, "--measure", path, *modes])
+    sys.exit(status)
 
 
 if __name__ == "__main__":

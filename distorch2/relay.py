@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 
 from .quantised import to_device
-from .streaming import StreamedGroup, StreamedLayer, Streamer
+from .streaming import Forwards, StreamedGroup, StreamedLayer, Streamer
 from .transfer import Crossing, Transfer, on_device
 
 logger = logging.getLogger(__name__)
@@ -142,29 +142,16 @@ class Relay:
         self._home = home
         self.crossings = {unit.donor: Crossing(home, unit.donor) for unit in units}
         self._known: dict[int, _Sent] = {}  # by id of the tensor at home
-        self._attached: list[tuple[RelayedUnit, weakref.ref[Callable[..., Any]], Callable[..., Any] | None]] = []
+        self._forwards = Forwards()
 
     def attach(self) -> None:
         self.streamer.attach()
         for unit in self.units:
-            module = unit.module
-            if module is not None:
-                previous = vars(module).get("forward")
-                serve = self._serving(unit, previous)
-                self._attached.append((unit, weakref.ref(serve), previous))
-                module.forward = serve
+            if unit.module is not None:
+                self._forwards.set(unit.module, functools.partial(self._serving, unit))
 
     def detach(self) -> None:
-        """Give every unit back the forward that it had, unless another has been set since."""
-        for unit, reference, previous in self._attached:
-            module, serve = unit.module, reference()
-            if module is None or serve is None or vars(module).get("forward") is not serve:
-                continue
-            if previous is None:
-                del module.forward
-            else:
-                module.forward = previous
-        self._attached.clear()
+        self._forwards.give_back()
         self._known.clear()
         for unit in self.units:
             unit.forget_others()  # object patches may bring others

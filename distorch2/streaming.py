@@ -6,6 +6,7 @@ layer's parameters are views into its group's slab, so that state dicts, patches
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -135,6 +136,36 @@ class StreamedGroup:
             layer.move(slab)
 
 
+class Forwards:
+    """Forwards that are set on modules for a while, in the place of their own.
+
+    Only the modules hold them, and they hold whoever serves: memory is freed with the modules, not by a collection of
+    cycles some time later.
+    """
+
+    def __init__(self) -> None:
+        self._set: list[tuple[weakref.ref[torch.nn.Module], weakref.ref[Callable], Callable[..., Any] | None]] = []
+
+    def set(self, module: torch.nn.Module, make: Callable[[Callable[..., Any] | None], Callable[..., Any]]) -> None:
+        """`make` is given the forward that was set on the module before, None where it has that of its class."""
+        previous = vars(module).get("forward")
+        forward = make(previous)
+        self._set.append((weakref.ref(module), weakref.ref(forward), previous))
+        module.forward = forward
+
+    def give_back(self) -> None:
+        """Every module has the forward that it had, unless another has been set since."""
+        for module_reference, forward_reference, previous in self._set:
+            module, forward = module_reference(), forward_reference()
+            if module is None or forward is None or vars(module).get("forward") is not forward:
+                continue
+            if previous is None:
+                del module.forward
+            else:
+                module.forward = previous
+        self._set.clear()
+
+
 class Streamer:
     """Streams groups through a staging buffer of `staging_bytes` on the compute device, from `attach` to `detach`.
 
@@ -154,30 +185,16 @@ class Streamer:
         self._schedule_version = 0
         self._copies: list[Copy] = []
         self._inside: list[dict[str, torch.nn.Parameter]] = []
-        # Only the modules hold their forwards, which hold this object: memory is freed with the modules, not by a
-        # collection of cycles some time later.
-        self._attached: list[tuple[StreamedLayer, weakref.ref[Callable], Callable[..., Any] | None]] = []
+        self._forwards = Forwards()
 
     def attach(self) -> None:
         for index, layer in enumerate(layer for group in self._groups for layer in group.layers):
             if layer.is_alive:
-                previous = vars(layer.module).get("forward")
-                serve = self._serving(index, layer, previous)
-                self._attached.append((layer, weakref.ref(serve), previous))
-                layer.module.forward = serve
+                self._forwards.set(layer.module, functools.partial(self._serving, index, layer))
 
     def detach(self) -> None:
-        """Give every module back the forward that it had, unless another has been set since."""
         self._transfer.wait()
-        for layer, reference, previous in self._attached:
-            serve = reference()
-            if serve is None or not layer.is_alive or vars(layer.module).get("forward") is not serve:
-                continue
-            if previous is None:
-                del layer.module.forward
-            else:
-                layer.module.forward = previous
-        self._attached.clear()
+        self._forwards.give_back()
 
     def forget_staged(self) -> None:
         """Fetch everything anew: slabs were replaced or rewritten. No copy may be under way."""

@@ -139,12 +139,7 @@ def test_an_activation_that_nobody_changed_is_sent_once(checkpoints, expected, m
 
 
 def test_what_is_written_at_home_between_units_reaches_the_next(checkpoints):
-    wanted = patched_on_the_cpu(checkpoints, "flux", replaced_blocks)
-    model, clip = load(checkpoints, "flux", HALF, "auto")
-    patched = model.clone()
-    replaced_blocks(patched)
-    assert same(sample(patched, clip), wanted)
-    assert is_relayed(model)
+    assert is_relayed(patched_as_on_the_cpu(checkpoints, "flux", replaced_blocks))
 
 
 def replaced_blocks(model):
@@ -179,12 +174,18 @@ def patched_on_the_cpu(checkpoints, kind, patch=None, run=sample, **options):
         return run(model, clip, **options)
 
 
-def test_units_with_patches_inside_stay_at_home(checkpoints):
-    wanted = patched_on_the_cpu(checkpoints, "sd15_blocks", louder_values)
-    model, clip = load(checkpoints, "sd15_blocks", HALF, "auto")
+def patched_as_on_the_cpu(checkpoints, kind, patch):
+    """The model, with half of it relayed, after a clone of it with the patch has given the same bits."""
+    wanted = patched_on_the_cpu(checkpoints, kind, patch)
+    model, clip = load(checkpoints, kind, HALF, "auto")
     patched = model.clone()
-    louder_values(patched)
+    patch(patched)
     assert same(sample(patched, clip), wanted)
+    return model
+
+
+def test_units_with_patches_inside_stay_at_home(checkpoints):
+    model = patched_as_on_the_cpu(checkpoints, "sd15_blocks", louder_values)
     relay = model.distribution.relay
     assert relay.streamer.staging.nbytes > 0
     assert (
