@@ -38,6 +38,17 @@ class Mover:
             for buffer in self._upload.buffers:
                 self._pinned.unpin(buffer)
 
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device, itself if it is there already. It is for what the device is given after `flush`."""
+        parts = plain_tensors(tensor)
+        if all(part.device == self._device for part in parts):
+            return tensor
+        return rebuilder(tensor)([self._moved(part.detach(), part.dtype) for part in parts])
+
+    def flush(self) -> None:
+        if self._upload is not None:
+            self._upload.flush()
+
     def move(self, module: torch.nn.Module) -> None:
         """Move the tensors of the module itself, to the dtypes they are loaded in."""
         for name, tensor in own_tensors(module).items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from .distribution import Distribution
 from .inventory import list_layers, own_tensors
+from .moving import Mover
 from .plan import GIB, Plan, PlanError
 from .quantised import as_parameter, is_quantised, plain_tensors, to_device
 from .slab import is_device_lost, is_out_of_memory
@@ -321,20 +322,32 @@ class DistributedPatcher(ModelPatcher):
         self.model.current_weight_patches_uuid = None  # first: what fails in the middle is not taken for patched
         self.distribution.settle()
         by_layer = _by_layer(changed)
-        for batch in self.distribution.batches(by_layer):
-            weights: dict[str, dict[str, torch.Tensor]] = {}
-            keys = {key: (layer_name, name) for layer_name in batch for name, key in by_layer[layer_name].items()}
-            for key, (layer_name, name) in keys.items():
-                weight = self._patched(key, self.load_device) if key in wanted else self.backup[key].weight
+        with Mover(self.load_device, self.distribution.pinned) as mover:
+            for batch in self.distribution.batches(by_layer):
+                self._patch_batch({layer_name: by_layer[layer_name] for layer_name in batch}, wanted, mover)
+
+    def _patch_batch(
+        self, batch: Mapping[str, Mapping[str, str]], wanted: Mapping[str, list[tuple]], mover: Mover
+    ) -> None:
+        """The same for the weights of `batch`: layer name -> name in it -> key."""
+        keys = [key for of_layer in batch.values() for key in of_layer.values()]
+        originals = {key: mover.copied(self._original(key)) for key in keys if key in wanted}
+        mover.flush()
+        weights: dict[str, dict[str, torch.Tensor]] = {}
+        for layer_name, of_layer in batch.items():
+            for name, key in of_layer.items():
+                if key in wanted:
+                    weight = self._patched(key, self.load_device, original=originals.pop(key))
+                else:
+                    weight = self.backup[key].weight
                 weights.setdefault(layer_name, {})[name] = weight
                 self._back_up(key)
-            self.distribution.replace(weights)
-            for key in keys:
-                if key in wanted:
-                    kept_dtype = self._kept_dtype(key)
-                    self.backup[key] = self.backup[key]._replace(patches=wanted[key], kept_dtype=kept_dtype)
-                else:
-                    del self.backup[key]
+        self.distribution.replace(weights)
+        for key in keys:
+            if key in wanted:
+                self.backup[key] = self.backup[key]._replace(patches=wanted[key], kept_dtype=self._kept_dtype(key))
+            else:
+                del self.backup[key]
 
     def _is_in_place(self, key: str, patches: list[tuple]) -> bool:
         backup = self.backup.get(key)
@@ -442,11 +455,17 @@ class DistributedPatcher(ModelPatcher):
         module, name = self._owner(key)
         return getattr(module, name)
 
-    def _patched(self, key: str, device: torch.device | None, force_cast: bool = False) -> torch.Tensor:
-        """The weight with this clone's patches, made from the original. Without patches, and unless it is to be cast,
-        ComfyUI returns the original itself."""
+    def _patched(
+        self,
+        key: str,
+        device: torch.device | None,
+        force_cast: bool = False,
+        original: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The weight with this clone's patches, made from the original, or from a copy of it that is given. Without
+        patches, and unless it is to be cast, ComfyUI returns the original itself."""
         module, name = self._owner(key)
-        in_place, weight = getattr(module, name), self._original(key)
+        in_place, weight = getattr(module, name), self._original(key) if original is None else original
         if device is not None and is_quantised(weight):
             weight = to_device(weight, device)  # before ComfyUI takes it there in full precision
         dtype = self._kept_dtype(key)

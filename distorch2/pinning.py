@@ -17,9 +17,12 @@ class PinnedSlabs:
     def num_bytes(self) -> int:
         return sum(slab.nbytes for slab in self._slabs.values())
 
+    def holds(self, slab: torch.Tensor) -> bool:
+        return slab.data_ptr() in self._slabs
+
     def pin(self, slab: torch.Tensor) -> bool:
         """Page-lock `slab` if it can be and ComfyUI's budget allows it; whether it is."""
-        if slab.data_ptr() in self._slabs:
+        if self.holds(slab):
             return True
         if not self._is_useful or slab.device.type != "cpu":
             return False

@@ -104,11 +104,9 @@ class StreamedGroup:
     def is_bound(self) -> bool:
         return all(layer.is_bound() for layer in self.living)
 
-    def packed(
-        self, device: torch.device, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]] | None = None
-    ) -> torch.Tensor:
-        """A new slab on `device` with these weights, by layer and name, and with the others that the modules have."""
-        return self.fill(self.new_slab(device), values)
+    def packed(self, device: torch.device) -> torch.Tensor:
+        """A new slab on `device` with the weights that the modules have."""
+        return self.fill(self.new_slab(device))
 
     def new_slab(self, device: torch.device) -> torch.Tensor:
         return allocate(self.num_bytes, device)
@@ -116,7 +114,8 @@ class StreamedGroup:
     def fill(
         self, slab: torch.Tensor, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]] | None = None
     ) -> torch.Tensor:
-        """Returns the slab, which is all that it changes: several threads may fill slabs."""
+        """Write these weights, by layer and name, and the others that the modules have. Returns the slab, which is all
+        that it changes: several threads may fill slabs."""
         with torch.no_grad():  # of a thread, too
             for layer in self.living:
                 layer.pack(slab, (values or {}).get(layer, {}))

@@ -6,11 +6,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+
+_LEAST_TO_HALVE_BYTES = 2 * 1024**2
 
 
 class Copy:
@@ -19,8 +22,9 @@ class Copy:
     def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
         self.source = source
         self.target = target
-        self.is_pageable = source.device.type == "cpu" and not source.is_pinned()
-        self.is_done: torch.Event | None = None
+        self.is_from_host = source.device.type == "cpu"
+        self.is_pageable = self.is_from_host and not source.is_pinned()
+        self.is_done: list[torch.Event] = []  # of each way that a part of it takes
         self.is_awaited = True
         """Whether the compute device waits for it already, or need not."""
 
@@ -28,13 +32,15 @@ class Copy:
 class Transfer:
     """Copies to one device, on a stream of their own where the device has streams; else each is done at once.
 
-    `copies` counts what was submitted. What is not page-locked is copied by way of `upload`, if there is one.
+    `copies` counts what was submitted. What is not page-locked is copied by way of `upload`, if there is one; of what
+    is, a half takes the `detour`, if there is one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.copies = 0
         self.upload: Upload | None = None
+        self.detour: Detour | None = None
         self._backend = _backend_of(device)
         self._stream: Any = None
         self._on_stream: Any = None
@@ -57,21 +63,44 @@ class Transfer:
         self._stream.wait_event(self._given)
         with self._on_stream:
             for copy in copies:
-                if self.upload is not None and copy.is_pageable:
-                    self.upload.copy(copy.source, copy.target)
-                    self.upload.flush()
-                else:
-                    copy.target.copy_(copy.source, non_blocking=True)
-                if copy.is_done is None:
-                    copy.is_done = self._backend.Event()
-                copy.is_done.record(self._stream)
+                for number, stream in enumerate(self._start(copy)):
+                    if number == len(copy.is_done):
+                        copy.is_done.append(self._backend.Event())
+                    copy.is_done[number].record(stream)
                 copy.is_awaited = False
+
+    def _start(self, copy: Copy) -> Sequence[Any]:
+        """Returns the streams on which it is done."""
+        source, target = copy.source, copy.target
+        if self.upload is not None and copy.is_pageable:
+            self.upload.copy(source, target)
+            self.upload.flush()
+        elif self.detour is not None and copy.is_from_host and source.nbytes >= _LEAST_TO_HALVE_BYTES:
+            half = source.nbytes // 2
+            self.detour.copy(source[half:], target[half:], self._given)
+            target[:half].copy_(source[:half], non_blocking=True)
+            return self._stream, self.detour.stream
+        else:
+            target.copy_(source, non_blocking=True)
+        return (self._stream,)
 
     def use(self, copy: Copy) -> None:
         """Let what the compute device is given from now on wait for `copy`."""
-        if self._backend is not None and not copy.is_awaited and copy.is_done is not None:
-            self._backend.current_stream(self.device).wait_event(copy.is_done)
+        if self._backend is not None and not copy.is_awaited:
+            for event in copy.is_done:
+                self._backend.current_stream(self.device).wait_event(event)
             copy.is_awaited = True
+
+    def bytes_per_second(self, copies: Sequence[Copy]) -> float:
+        """Measured for these copies, which are done a few times."""
+        num_bytes, seconds = sum(copy.source.nbytes for copy in copies), []
+        for _ in range(3):  # the first time, there may be memory to get and buffers to set up
+            self.wait()
+            started = time.perf_counter()
+            self.submit(copies)
+            self.wait()
+            seconds.append(time.perf_counter() - started)
+        return num_bytes / min(seconds)
 
     def wait(self) -> None:
         """Return when everything is done, so that slabs and staging buffer may be written or freed."""
@@ -79,6 +108,40 @@ class Transfer:
             self._backend.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+
+class Detour:
+    """The way from page-locked host memory to one device by another accelerator, whose link to the host is free.
+
+    `slots` are buffers (uint8, of one size) on the other accelerator that take turns. What is copied is on the device
+    when `stream` has done what it was given.
+    """
+
+    def __init__(self, device: torch.device, slots: Sequence[torch.Tensor]) -> None:
+        helper = slots[0].device
+        self.slots = slots
+        self._backend: Any = getattr(torch, device.type)
+        self.stream = self._backend.Stream(device)
+        self._to_helper, self._onward = self._backend.Stream(helper), self._backend.Stream(helper)
+        self._turns = itertools.cycle([(slot, self._backend.Event(), self._backend.Event()) for slot in slots])
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, is_free: torch.Event) -> None:
+        """Start to copy bytes from the host into `target`, which is written to when `is_free`."""
+        self.stream.wait_event(is_free)
+        step = self.slots[0].nbytes
+        for begin in range(0, source.nbytes, step):
+            part = source[begin : begin + step]
+            slot, is_filled, is_empty = next(self._turns)
+            staged = slot[: part.nbytes]
+            self._to_helper.wait_event(is_empty)
+            with self._backend.stream(self._to_helper):
+                staged.copy_(part, non_blocking=True)
+            is_filled.record(self._to_helper)
+            self._onward.wait_event(is_filled)
+            # Between devices torch copies on the current stream of the first, and lets that of the second wait.
+            with self._backend.stream(self.stream), self._backend.stream(self._onward):
+                target[begin : begin + step].copy_(staged, non_blocking=True)
+            is_empty.record(self._onward)
 
 
 class Upload:

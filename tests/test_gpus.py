@@ -171,6 +171,18 @@ def test_the_other_gpu_lends_or_computes(checkpoints, kind, text, mode):
 
 
 @pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")
+@pytest.mark.parametrize("kind", ["flux", "sd15_blocks", "wan"])
+def test_three_gpus_compute(checkpoints, kind):
+    wanted = sample(*core(checkpoints, kind, "cuda:0"))
+    model, clip, _ = ours(checkpoints, kind, ("cuda:0", "cuda:0,30%;cuda:1,30%;cuda:2,30%;cpu,10%"))
+    for _ in range(2):
+        assert torch.equal(sample(model, clip), wanted)
+    assert is_as_planned(model)
+    assert set(model.distribution.plan.relayed_units.values()) == {"cuda:1", "cuda:2"}
+
+
+@pytest.mark.multigpu
 @pytest.mark.parametrize("mode", ["stream", "auto"])
 @pytest.mark.parametrize("kind", ["flux", "sd15_blocks"])
 def test_computing_on_the_second_gpu(checkpoints, kind, mode):

@@ -23,9 +23,11 @@ from computing import inference_mode as inference_mode
 from placing import lora_for
 from sampling import core_load, sample
 
-from distorch2 import slab
+from distorch2 import distribution as distribution_module
+from distorch2 import slab, transfer
 from distorch2.distribution import Distribution
 from distorch2.plan import PlanError
+from distorch2.transfer import Transfer
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
 KINDS = ("sd3_no_clip_weights", "flux", "sd15_blocks")
@@ -302,6 +304,13 @@ def test_a_device_that_is_lost_is_named_and_needs_a_restart(checkpoints, expecte
     assert same(sample(model, clip), expected["flux"])
 
 
+def page_lock_with(monkeypatch, distribution, page_lock, unlock):
+    monkeypatch.setattr(mm, "pin_memory", page_lock)
+    monkeypatch.setattr(mm, "unpin_memory", unlock)
+    monkeypatch.setattr(mm, "ensure_pin_registerable", lambda num_bytes: True)
+    distribution.pinned._is_useful = True
+
+
 @pytest.mark.parametrize("num_allowed", [0, 1, 2, 10, 1000])
 @pytest.mark.parametrize("is_deferred", [False, True])
 def test_host_memory_that_cannot_be_page_locked_is_copied_by_way_of_some_that_can(
@@ -316,11 +325,8 @@ def test_host_memory_that_cannot_be_page_locked_is_copied_by_way_of_some_that_ca
             return True
         return False
 
-    monkeypatch.setattr(mm, "pin_memory", page_lock)
-    monkeypatch.setattr(mm, "unpin_memory", lambda tensor: locked.remove(tensor.data_ptr()))
-    monkeypatch.setattr(mm, "ensure_pin_registerable", lambda num_bytes: True)
     distribution = model.distribution
-    distribution.pinned._is_useful = True
+    page_lock_with(monkeypatch, distribution, page_lock, lambda tensor: locked.remove(tensor.data_ptr()))
     with sim.deferred_copies() if is_deferred else contextlib.nullcontext():
         assert same(sample(model, clip), expected["flux"])
         assert same(sample(model, clip), expected["flux"])
@@ -330,6 +336,67 @@ def test_host_memory_that_cannot_be_page_locked_is_copied_by_way_of_some_that_ca
     assert not locked
     assert distribution.transfer.upload is None
     assert same(sample(model, clip), expected["flux"])
+
+
+@pytest.fixture
+def with_detours(checkpoints, monkeypatch):
+    """(model, clip) of which a half may come by way of sim:1: it is large enough, and twice as fast."""
+    model, clip = load(checkpoints, "flux", "sim:0,30%;cpu,70%")
+    page_lock_with(monkeypatch, model.distribution, lambda tensor: True, lambda tensor: True)
+    for name, value in {"_LEAST_TO_DETOUR_BYTES": 0, "_MEASURED_BYTES": 1024**2, "_SLOT_BYTES": 10_000}.items():
+        monkeypatch.setattr(distribution_module, name, value)
+    monkeypatch.setattr(transfer, "_LEAST_TO_HALVE_BYTES", 1000)
+    measure_with_gain(monkeypatch, 2.0)
+    yield model, clip
+    mm.unload_all_models()
+
+
+def measure_with_gain(monkeypatch, gain):
+    measure = Transfer.bytes_per_second
+
+    def measured(transfer, copies):
+        measure(transfer, copies)
+        return gain if transfer.detour is not None else 1.0
+
+    monkeypatch.setattr(Transfer, "bytes_per_second", measured)
+
+
+def test_half_of_what_is_streamed_comes_by_way_of_another_accelerator(with_detours, expected, caplog):
+    model, clip = with_detours
+    before = sim.counters["bytes_across"]
+    with caplog.at_level(logging.INFO), sim.deferred_copies():
+        for _ in range(2):
+            assert same(sample(model, clip), expected["flux"])
+    assert sim.counters["bytes_across"] - before > 3 * model.distribution.plan.bytes_on("cpu") / 2
+    assert log_lines(caplog, "half of what is streamed to sim:0 comes by way of sim:1")
+    assert sim.used_bytes[1] == 40_000
+    mm.unload_all_models()
+    assert sim.used_bytes == [0, 0]
+
+
+@pytest.mark.parametrize("reason", ["not faster", "wrong bytes", "no memory there", "little to stream"])
+def test_no_detour(with_detours, expected, monkeypatch, reason):
+    model, clip = with_detours
+    if reason == "not faster":
+        measure_with_gain(monkeypatch, 1.1)
+    elif reason == "wrong bytes":
+        monkeypatch.setattr(transfer.Detour, "copy", lambda way, source, target, is_free: target.zero_())
+    elif reason == "no memory there":
+        limit(monkeypatch, 1, INFERENCE_BYTES - 1)
+    else:
+        monkeypatch.setattr(distribution_module, "_LEAST_TO_DETOUR_BYTES", 1024**3)
+    assert same(sample(model, clip), expected["flux"])
+    assert model.distribution.transfer.detour is None
+    assert model.distribution.transfer.copies > 0
+    assert sim.used_bytes[1] == 0
+
+
+def test_a_detour_that_has_no_memory_for_its_slots(with_detours, expected, monkeypatch):
+    model, clip = with_detours
+    monkeypatch.setattr(mm, "minimum_inference_memory", lambda: 0)
+    limit(monkeypatch, 1, 39_999)
+    assert same(sample(model, clip), expected["flux"])
+    assert model.distribution.transfer.detour is None
 
 
 def test_a_staging_buffer_that_does_not_fit_is_made_smaller(checkpoints, expected, monkeypatch):

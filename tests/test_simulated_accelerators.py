@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from sampling import core_load, runs_of_core, sample
 
 from allocation_parser import parse_allocation
+from distorch2 import transfer as transfer_module
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest
-from distorch2.transfer import Copy, Transfer
+from distorch2.transfer import Copy, Detour, Transfer
 
 HAS_SIMULATED = str(mm.get_torch_device()) == "cpu"
 if HAS_SIMULATED:
@@ -454,6 +455,60 @@ def test_a_transfer_waits_for_its_copies(mode):
         transfer.submit([to_copy])
         transfer.wait()
         assert target.tolist() == [2] * 4
+
+
+def test_a_copy_between_devices_waits_for_both(mode):
+    """On the stream of the source, which waits for that of the target, which waits for the copy."""
+    source, target = torch.ones(2, device="sim:0"), torch.zeros(2, device="sim:1")
+    leaving, arriving = torch.sim.Stream("sim:0"), torch.sim.Stream("sim:1")
+    with sim.deferred_copies():
+        with torch.sim.stream(leaving):
+            source.copy_(torch.full((2,), 2.0), non_blocking=True)
+        with torch.sim.stream(arriving):
+            target.copy_(torch.full((2,), 9.0), non_blocking=True)
+        with torch.sim.stream(arriving), torch.sim.stream(leaving):
+            target.copy_(source, non_blocking=True)
+        assert source.tolist() == [1, 1]
+        assert target.tolist() == [0, 0]
+        arriving.synchronize()
+        assert source.tolist() == target.tolist() == [2, 2]
+
+
+def detour(num_bytes=5):
+    return Detour(torch.device("sim:0"), [torch.zeros(num_bytes, dtype=torch.uint8, device="sim:1") for _ in range(2)])
+
+
+def test_half_of_a_copy_takes_a_detour(mode, monkeypatch):
+    """In parts that are smaller than the half; again and again, by way of the same slots."""
+    monkeypatch.setattr(transfer_module, "_LEAST_TO_HALVE_BYTES", 40)
+    device = torch.device("sim:0")
+    transfer, other = Transfer(device), detour()
+    transfer.detour = other
+    sources = [torch.randint(256, (size,), dtype=torch.uint8) for size in (40, 33, 64, 1, 57)]
+    copies = [Copy(source, torch.zeros(source.shape, dtype=torch.uint8, device=device)) for source in sources]
+    with sim.deferred_copies():
+        for _ in range(3):
+            transfer.submit(copies)
+            for copy in copies:
+                transfer.use(copy)
+                assert torch.equal(copy.target.cpu(), copy.source)
+                copy.source.random_(256)
+    assert [len(copy.is_done) for copy in copies] == [2, 1, 2, 1, 2]
+
+
+def test_a_detour_writes_when_the_target_is_free(mode):
+    """Not before what it was given to wait for."""
+    stream, is_free = torch.sim.Stream("sim:0"), torch.sim.Event()
+    target, read = torch.ones(8, dtype=torch.uint8, device="sim:0"), torch.zeros(8, dtype=torch.uint8, device="sim:0")
+    with sim.deferred_copies():
+        with torch.sim.stream(stream):
+            read.copy_(target, non_blocking=True)
+        is_free.record(stream)
+        way = detour()
+        way.copy(torch.full((8,), 7, dtype=torch.uint8), target, is_free)
+        way.stream.synchronize()
+        assert read.tolist() == [1] * 8
+        assert target.tolist() == [7] * 8
 
 
 # --- whole models

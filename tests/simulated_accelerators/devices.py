@@ -93,7 +93,7 @@ class Stream:
         return event
 
     def wait_event(self, event: Event) -> None:
-        if self.is_default or self.query():
+        if self.is_default:
             event.synchronize()
         else:
             self.submit(event.snapshot().synchronize)

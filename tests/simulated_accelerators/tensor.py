@@ -297,14 +297,18 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
         counters[f"bytes{kind}"] += source.nbytes
     host_target = on_host(target) if _is_simulated(target) else target
     host_source = on_host(source) if _is_simulated(source) else source
-    streams = [stream for stream in map(devices.current_stream, simulated) if not stream.is_default]
-    if devices.defers_copies and non_blocking and streams and kind != "_across":  # torch waits for both devices itself
-        # `target` and `source` keep the memory.
-        streams[0].submit(lambda: (host_target.copy_(host_source), target, source))
-        return target
-    for stream in streams:
-        stream.finish()
-    host_target.copy_(host_source)
+    last = devices.current_stream(simulated[0])
+    # Between devices torch copies on the stream of the source, and lets that and the target's wait for each other.
+    first = devices.current_stream(source.device) if kind == "_across" else last
+    if first is not last:
+        first.wait_stream(last)
+    if devices.defers_copies and non_blocking and not first.is_default:
+        first.submit(lambda: (host_target.copy_(host_source), target, source))  # the tensors keep the memory
+    else:
+        first.finish()
+        host_target.copy_(host_source)
+    if first is not last:
+        last.wait_stream(first)
     return target
 
 
