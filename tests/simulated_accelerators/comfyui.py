@@ -81,7 +81,10 @@ def tell_comfyui(
 
 
 def serve_counters() -> None:
-    """GET /simulated_accelerators: the counters, and what each device holds."""
+    """GET /simulated_accelerators: the counters, and what each device holds. POST to it: the C library gives the memory
+    that it keeps of what was freed back to the system, so that the process has what it uses."""
+    import ctypes
+
     from aiohttp import web
     from server import PromptServer
 
@@ -89,3 +92,8 @@ def serve_counters() -> None:
     async def get_counters(_request):
         held = {"used_bytes": devices.used_bytes, "capacity_bytes": devices.capacity_bytes}
         return web.json_response({**counters, **held})
+
+    @PromptServer.instance.routes.post("/simulated_accelerators")
+    async def trim(_request):
+        getattr(ctypes.CDLL(None), "malloc_trim", id)(0)  # of glibc
+        return web.Response()
