@@ -1,8 +1,12 @@
-"""How long a step takes with streamed weights, forecast from how long its parts take. Pure: numbers only.
+"""How long a step takes with streamed weights or with relayed units, forecast from how long its parts take. Pure:
+numbers only.
 
-The real `Schedule` is run against two clocks, that of the compute device and that of the link. As the engine does it,
-a copy starts when the one before it is done and the compute device has done what it had been given when the copy was
-submitted; a layer starts when its group has arrived.
+For streaming the real `Schedule` is run against two clocks, that of the compute device and that of the link. As the
+engine does it, a copy starts when the one before it is done and the compute device has done what it had been given when
+the copy was submitted; a layer starts when its group has arrived.
+
+For relay every device has a clock, and each way between home and a donor. A unit starts when its device is free and
+what it is given has arrived; home waits for what the units on donors make.
 """
 
 from __future__ import annotations
@@ -58,3 +62,61 @@ def forecast(
             submit(schedule.leave(layer))
             now += time.after_s
     return Forecast(now - begun, stalled)
+
+
+@dataclass(frozen=True)
+class UnitCall:
+    """A unit runs once: bytes of the tensors that it is given and makes, by number. A tensor that is written to has
+    another number then.
+
+    Seconds of home from the start of the step to the first call, of the unit itself, and of home from there to the next
+    call, or to the end of the step.
+    """
+
+    unit: str
+    given: Mapping[int, int]
+    made: Mapping[int, int]
+    before_s: float = 0.0
+    inside_s: float = 0.0
+    after_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class RelayForecast:
+    """Of all calls: seconds until home is done, and bytes that go to donors and come home."""
+
+    seconds: float
+    bytes_sent: int
+    bytes_brought: int
+
+
+def forecast_relay(
+    calls: Sequence[UnitCall], donor_of: Mapping[str, str], bytes_per_s: float = float("inf")
+) -> RelayForecast:
+    """With the units in `donor_of` on these donors and the others at home; `bytes_per_s` each way."""
+    home = 0.0
+    donors = dict.fromkeys(donor_of.values(), 0.0)
+    out, back = dict(donors), dict(donors)
+    twins: dict[int, tuple[str, float]] = {}  # tensor -> where it has a twin, and from when
+    sent = brought = 0
+    for call in calls:
+        home += call.before_s
+        donor = donor_of.get(call.unit)
+        if donor is None:
+            home += call.inside_s
+        else:
+            start = donors[donor]
+            for tensor, num_bytes in call.given.items():
+                if twins.get(tensor, ("", 0.0))[0] != donor:
+                    out[donor] = max(out[donor], home) + num_bytes / bytes_per_s
+                    twins[tensor] = donor, out[donor]
+                    sent += num_bytes
+                start = max(start, twins[tensor][1])
+            donors[donor] = start + call.inside_s
+            for tensor, num_bytes in call.made.items():
+                back[donor] = max(back[donor], donors[donor]) + num_bytes / bytes_per_s
+                twins[tensor] = donor, donors[donor]
+                brought += num_bytes
+                home = max(home, back[donor])
+        home += call.after_s
+    return RelayForecast(home, sent, brought)

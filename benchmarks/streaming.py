@@ -22,6 +22,7 @@ import gc
 import importlib.util
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -320,6 +321,7 @@ def measure_dynamic(name: str, path: str, free_bytes: list[list[int]]) -> None:
 
 
 def main(folder: Path, names: list[str]) -> None:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # or half of the weights might come by way of another GPU
     results: dict = {}
     broke_off = False
     for name in names:

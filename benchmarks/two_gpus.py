@@ -3,8 +3,10 @@
     python3 tools/host.py run benchmarks/two_gpus.py [FOLDER] [MODE ...]
 
 A Flux-sized model with random weights is written to FOLDER (default /dev/shm; 23 GiB). Steps of the resident model and
-of ours take turns, as in `streaming.py`. The modes are stream, relay, and "relay through the host", where nothing is
-copied from GPU to GPU directly.
+of ours take turns, as in `streaming.py`. The modes are relay, stream, "relay through the host", where nothing is copied
+from GPU to GPU directly, and "two links", where the weights are on the CPU and half of them is streamed by way of the
+second GPU. Their floor is the longer of the resident step and the copy of the streamed bytes at the measured speed of
+the two links. Forecasts are those of `simulator.py` for the times of the units in one recorded step.
 """
 
 from __future__ import annotations
@@ -19,10 +21,15 @@ from pathlib import Path
 
 from placement import bytes_by_device, saved_model, start_comfyui
 from record import record_printed_by
-from streaming import TURNS, WARM_UP_STEPS, step, turn_ms, warm_up_gpu
+from streaming import TURNS, WARM_UP_STEPS, link_gb_per_second, step, turn_ms, warm_up_gpu
 
-PERCENTAGES = (10, 50, 90)
-MODES = ("stream", "relay", "relay through the host")
+MODES = {
+    "relay": (10, 50, 90),
+    "two links": (50, 90, 100),
+    "relay through the host": (10, 50, 90),
+    "stream": (10, 50, 90),
+}
+"""With the percentages of the model on the donor."""
 HOME, DONOR = "cuda:0", "cuda:1"
 
 
@@ -43,25 +50,77 @@ def gpu_link_gb_per_second(num_bytes: int = 1024**3) -> float:
     return num_bytes / statistics.median(seconds[1:]) / 1e9
 
 
+def two_links_gb_per_second(num_bytes: int = 1024**3) -> float:
+    """Median of 5 times two copies at once, from the host to both GPUs."""
+    import torch
+
+    streams = [torch.cuda.Stream(device) for device in (HOME, DONOR)]
+    source = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
+    targets = [torch.empty(num_bytes, dtype=torch.uint8, device=stream.device) for stream in streams]
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        for stream, target in zip(streams, targets):
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+        for stream in streams:
+            stream.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * num_bytes / statistics.median(seconds[1:]) / 1e9
+
+
+def megabytes(*numbers: float) -> list[float]:
+    return [round(num_bytes / 1e6, 1) for num_bytes in numbers]
+
+
 def repeated(inputs: dict, batch: int) -> dict:
     """The same image so many times."""
     return {name: value.repeat(batch, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+
+
+def recorded_calls(model, resident, size: int, batch: int) -> list:
+    """The units of the model in one step. Outside inference mode, so that writes are counted."""
+    import torch
+    from recording import recorded_units
+
+    from distorch2.inventory import list_layers
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    units = {layer.unit for layer in list_layers(resident.model)} - {""}
+    modules = {unit: resident.model.get_submodule(unit) for unit in units}
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = repeated(model.inputs(size), batch)
+        step(model, resident, inputs)
+        with recorded_units(modules, mark) as calls:
+            step(model, resident, inputs)
+    return calls
 
 
 def measure(path: str, modes: list[str]) -> None:
     """Prints a JSON object after each row: the last one is complete."""
     start_comfyui(dynamic_vram=False)
     import models
+    import simulator
     import torch
 
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
     model = models.FLUX
-    result = {"GPU link GB/s": round(gpu_link_gb_per_second(), 1), "rows": []}
+    two_links = two_links_gb_per_second()
+    result = {
+        "GPU link GB/s": round(gpu_link_gb_per_second(), 1),
+        "host link GB/s": round(link_gb_per_second(page_locked=True), 1),
+        "two host links GB/s": round(two_links, 1),
+        "rows": [],
+    }
     with torch.inference_mode():
-        cases = {f"{size} {model.unit}": model.inputs(size) for size in model.sizes}
-        cases["1024 px, batch of 2"] = repeated(model.inputs(1024), 2)
+        shapes = {f"{size} {model.unit}": (size, 1) for size in model.sizes} | {"1024 px, batch of 2": (1024, 2)}
+        cases = {case: repeated(model.inputs(size), batch) for case, (size, batch) in shapes.items()}
         warm_up_gpu(model.dtype)
         resident = model.core(path)
         model_bytes = resident.model_size()
@@ -70,27 +129,31 @@ def measure(path: str, modes: list[str]) -> None:
         for case, inputs in cases.items():
             for _ in range(WARM_UP_STEPS):
                 expected[case] = step(model, resident, inputs)
-        for percent, mode in itertools.product(PERCENTAGES, modes):
+        calls = {case: recorded_calls(model, resident, *shape) for case, shape in shapes.items()}
+        for mode, percent in [(name, percent) for name in modes for percent in MODES[name]]:
             gc.collect()
             torch.cuda.empty_cache()
-            allocation = VirtualVram(model_bytes * percent / 100 / GIB, DONOR)
-            patcher = model.distributed(path, ComponentRequest(HOME, allocation, mode.partition(" ")[0]))
+            donor, donor_mode = ("cpu", "stream") if mode == "two links" else (DONOR, mode.partition(" ")[0])
+            allocation = VirtualVram(model_bytes * percent / 100 / GIB, donor)
+            patcher = model.distributed(path, ComponentRequest(HOME, allocation, donor_mode))
             patcher.patch_model()
             distribution = patcher.distribution
             plan, relay = distribution.plan, distribution.relay
-            if mode == MODES[2]:
+            if mode == "relay through the host":
                 for crossing in relay.crossings.values():
                     crossing.is_direct = False
             planned = {device: plan.bytes_on(device) for device in plan.devices}
             row = {
-                "percent on the other GPU": percent,
                 "mode": mode,
+                "percent on the donor": percent,
                 "planned bytes": planned,
                 "bytes equal the plan": planned == bytes_by_device(patcher.model),
                 "relayed units": len(plan.relayed_units),
                 "streamed GiB": round(sum(item.layer.num_bytes for item in plan.streamed) / GIB, 2),
+                "has a detour": distribution.transfer.detour is not None,
                 "at": {},
             }
+            copy_ms = sum(group.slab_bytes for group in plan.groups) / two_links / 1e6 if donor == "cpu" else 0.0
             for case, inputs in cases.items():
                 if case.endswith("batch of 2") and percent != 50:
                     continue
@@ -105,12 +168,19 @@ def measure(path: str, modes: list[str]) -> None:
                     "ours ms": round(ours_ms, 1),
                     "ours / resident": round(ours_ms / resident_ms, 3),
                 }
+                if copy_ms:
+                    floor_ms = max(resident_ms, copy_ms)
+                    row["at"][case] |= {"floor ms": round(floor_ms, 1), "ours / floor": round(ours_ms / floor_ms, 3)}
                 if relay:
                     num_steps = sum(len(turn) + 1 for _, turn in turns)
                     sent, brought = relay.bytes_sent - crossed[0], relay.bytes_brought - crossed[1]
-                    row["at"][case]["MB sent and brought in a step"] = [
-                        round(num_bytes / num_steps / 1e6, 1) for num_bytes in (sent, brought)
-                    ]
+                    link = result["GPU link GB/s"] if mode == "relay" else result["host link GB/s"] / 2  # out, then in
+                    forecast = simulator.forecast_relay(calls[case], plan.relayed_units, link * 1e9)
+                    row["at"][case] |= {
+                        "MB sent and brought in a step": megabytes(sent / num_steps, brought / num_steps),
+                        "forecast MB": megabytes(forecast.bytes_sent, forecast.bytes_brought),
+                        "forecast ms": round(forecast.seconds * 1000, 1),
+                    }
             patcher.detach()
             del patcher, distribution, relay
             result["rows"].append(row)

@@ -10,9 +10,10 @@ from functools import cached_property
 from typing import Protocol
 
 GIB = 1024**3
-GROUP_BYTES = 32 * 1024**2
-"""Large enough for a copy at the full speed of the link. A small model is cut into at least `MIN_GROUPS`, since the
-staging buffer has to hold a few."""
+GROUP_BYTES = 64 * 1024**2
+"""Large enough for a copy at the full speed of the link, and for few copies, each of which costs a model whose step is
+bound by the CPU some 60 microseconds. A small model is cut into at least `MIN_GROUPS`, since the staging buffer has to
+hold a few."""
 MIN_GROUPS = 32
 STAGING_BYTES = 512 * 1024**2
 """Enough, unless three groups need more: in forecasts of `benchmarks/simulator.py` twice as much gains under 1 % for

@@ -29,14 +29,14 @@ def conditioning(model, clip, seed):
     return [[text, {"pooled_output": torch.randn(1, pooled_width, generator=generator)}]]
 
 
-def sample(model, clip, steps=2, seed=7, hooks=None):
-    """Latents [1, C, PIXELS / 8, PIXELS / 8] of a short run, or [1, C, frames, PIXELS / 8, PIXELS / 8].
+def sample(model, clip, steps=2, seed=7, hooks=None, pixels=PIXELS):
+    """Latents [1, C, pixels / 8, pixels / 8] of a short run, or [1, C, frames, pixels / 8, pixels / 8].
 
     Call it in inference mode, as ComfyUI runs nodes.
     """
     channels = model.model.latent_format.latent_channels
     frames = _FRAMES.get(type(model.model).__name__, ())
-    latent = torch.zeros(1, channels, *frames, PIXELS // 8, PIXELS // 8)
+    latent = torch.zeros(1, channels, *frames, pixels // 8, pixels // 8)
     noise = comfy.sample.prepare_noise(latent, seed)
     positive, negative = conditioning(model, clip, seed), conditioning(model, clip, seed + 1)
     if hooks is not None:

@@ -11,6 +11,7 @@ from placing import lora_for
 from sampling import sample
 
 from allocation_parser import parse_allocation
+from distorch2 import distribution, transfer
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest, VirtualVram
 from distorch2.quantised import plain_tensors
@@ -122,18 +123,21 @@ def test_what_a_gpu_runs_out_of_is_said(checkpoints):
 
 @pytest.mark.gpu
 def test_five_hundred_steps_leave_nothing_behind(checkpoints):
-    """With sizes that change, and interrupts in the middle of a step."""
+    """With sizes that change, and interrupts and errors in the middle of a step."""
     model, clip, _ = ours(checkpoints, "flux", ("cuda:0", "cuda:0,40%;cpu,60%"))
     sample(model, clip)  # the first forward of a process may take other kernels
     wanted = sample(model, clip)
     leaves = [module for module in model.model.modules() if hasattr(module, "weight")]
+    raised = [raising(mm.InterruptProcessingException()), raising(ZeroDivisionError("planted"))]
     levels = set()
     for number in range(125):
-        hook = leaves[number * 37 % len(leaves)].register_forward_hook(interrupt) if number % 3 == 0 else None
+        hook = None
+        if number % 3 == 0:
+            hook = leaves[number * 37 % len(leaves)].register_forward_hook(raised[number % 2])
         try:
-            sample(model, clip, steps=4, seed=number)
-        except mm.InterruptProcessingException:
-            pass
+            sample(model, clip, steps=4, seed=number, pixels=64 + 16 * (number % 5))
+        except (mm.InterruptProcessingException, ZeroDivisionError):
+            assert hook is not None
         finally:
             if hook is not None:
                 hook.remove()
@@ -144,8 +148,11 @@ def test_five_hundred_steps_leave_nothing_behind(checkpoints):
     assert len(levels) == 1
 
 
-def interrupt(*arguments):
-    raise mm.InterruptProcessingException
+def raising(error):
+    def hook(*arguments):
+        raise error
+
+    return hook
 
 
 # --- two GPUs
@@ -237,6 +244,22 @@ def test_a_lora_on_two_gpus(checkpoints, kind, mode):
     )
     assert torch.equal(sample(lora_for(model), clip), wanted)
     assert torch.equal(sample(model, clip), plain)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("kind", ["flux", "sd15_blocks"])
+def test_half_of_what_is_streamed_comes_by_way_of_the_other_gpu(checkpoints, monkeypatch, kind):
+    """Here for any gain, and for models that are smaller than it is for."""
+    wanted = sample(*core(checkpoints, kind, "cuda:0"))
+    for name in ("_LEAST_TO_DETOUR_BYTES", "_LEAST_GAIN"):
+        monkeypatch.setattr(distribution, name, 0)
+    monkeypatch.setattr(transfer, "_LEAST_TO_HALVE_BYTES", 1000)
+    model, clip, _ = ours(checkpoints, kind, ("cuda:0", "cuda:0,20%;cpu,80%"))
+    for _ in range(3):
+        assert torch.equal(sample(model, clip), wanted)
+    detour = model.distribution.transfer.detour
+    assert {slot.device for slot in detour.slots} == {torch.device("cuda:1")}
+    assert is_as_planned(model)
 
 
 @pytest.mark.multigpu

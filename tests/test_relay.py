@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 
 import comfy.controlnet
 import comfy.hooks
@@ -14,6 +15,7 @@ from computing import INFERENCE_BYTES, load, same, sim
 from computing import computing as computing
 from computing import expected as expected
 from computing import inference_mode as inference_mode
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from placing import lora_for, lora_weights
@@ -24,6 +26,10 @@ from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest, PlanError, VirtualVram
 from distorch2.relay import _Visit
 from distorch2.transfer import Crossing
+
+sys.path.append(str(ROOT / "benchmarks"))
+from recording import recorded_units
+from simulator import forecast_relay
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
 KINDS = ("sd3_no_clip_weights", "sd3", "flux", "sd15_blocks", "wan")
@@ -80,6 +86,46 @@ def test_any_split(checkpoints, expected, shares, kind):
     if plan.relayed_units:
         assert is_relayed(model)
     mm.unload_all_models()
+
+
+@pytest.mark.parametrize("text", ["sim:0,30%;sim:1,40%;cpu,30%", "sim:1,60%;cpu,40%", "cpu,20%;sim:1,30%;sim:0,50%"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "sd15_blocks", "wan"])
+def test_three_devices_compute(checkpoints, expected, kind, text):
+    """The host as well, if it is told to."""
+    model, clip = load(checkpoints, kind, text, "relay")
+    with sim.deferred_copies():
+        for _ in range(2):
+            assert same(sample(model, clip), expected[kind])
+    assert set(model.distribution.plan.relayed_units.values()) == {"sim:1", "cpu"}
+    assert is_relayed(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [
+        (HALF, "auto"),
+        ("sim:1,100%", "auto"),
+        ("sim:0,80%;sim:1,20%", "auto"),
+        ("sim:0,30%;sim:1,40%;cpu,30%", "auto"),
+        ("sim:0,30%;sim:1,40%;cpu,30%", "relay"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sd3", "flux", "sd15_blocks", "wan"])
+def test_as_many_bytes_cross_over_as_the_simulator_says(checkpoints, kind, text, mode):
+    model, clip = load(checkpoints, kind, "sim:0,*")
+    units = {layer.unit for layer in model.distribution.asked.layers_on("sim:0")} - {""}
+    modules = {unit: model.model.get_submodule(unit) for unit in units}
+    # Outside inference mode writes are counted.
+    with torch.inference_mode(False), torch.no_grad(), recorded_units(modules) as calls:
+        sample(model, clip)
+    mm.unload_all_models()
+    model, clip = load(checkpoints, kind, text, mode)
+    sample(model, clip)
+    plan, relay = model.distribution.plan, model.distribution.relay
+    forecast = forecast_relay(calls, plan.relayed_units)
+    assert len({call.unit for call in calls}) == len(units)
+    assert (relay.bytes_sent, relay.bytes_brought) == (forecast.bytes_sent, forecast.bytes_brought)
+    assert forecast.bytes_sent > 0 < forecast.bytes_brought
 
 
 @pytest.mark.parametrize(("compute", "donor"), [("sim:0", "cpu"), ("cpu", "sim:1")])

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
-from simulator import LayerTime, forecast
+from simulator import LayerTime, UnitCall, forecast, forecast_relay
 
 # Three groups fit at one time, so that the ring comes round at the end of the pass.
 NINE = {"group_of": range(9), "sizes": [100] * 9, "capacity": 300, "bytes_per_s": 100.0}
@@ -41,3 +41,41 @@ def test_what_is_computed_between_layers_hides_copies_too():
 def test_any_order_can_be_forecast():
     made = forecast(**NINE, times=dict.fromkeys([0, 2, 1, *range(8, 2, -1)], LayerTime(2.0, 0.0)))
     assert made.step_s == pytest.approx(18.0)
+
+
+A_CHAIN = [UnitCall(f"unit {n}", {n: 100, -1: 50}, {n + 1: 100}, inside_s=2.0, after_s=0.5) for n in range(6)]
+
+
+def test_what_a_donor_has_is_not_sent_again():
+    made = forecast_relay(A_CHAIN, {f"unit {n}": "a" for n in (1, 2, 3)})
+    assert (made.bytes_sent, made.bytes_brought) == (100 + 50, 300)
+
+
+def test_every_change_of_device_costs_a_crossing():
+    there_and_back = forecast_relay(A_CHAIN, {f"unit {n}": "a" for n in (1, 3, 5)})
+    assert (there_and_back.bytes_sent, there_and_back.bytes_brought) == (3 * 100 + 50, 300)
+    two = forecast_relay(A_CHAIN, {"unit 1": "a", "unit 2": "b", "unit 3": "a"})
+    assert (two.bytes_sent, two.bytes_brought) == (3 * (100 + 50), 300)
+
+
+def test_a_tensor_that_was_written_is_sent_again():
+    written = [UnitCall("one", {1: 10, 2: 30}, {3: 10}), UnitCall("two", {3: 10, 4: 30}, {5: 10})]
+    made = forecast_relay(written, {"one": "a", "two": "a"})
+    assert (made.bytes_sent, made.bytes_brought) == (10 + 30 + 30, 20)
+
+
+def test_with_a_fast_link_relay_takes_no_longer():
+    for donor_of in ({}, {"unit 5": "a"}, {f"unit {n}": "ab"[n % 2] for n in range(6)}):
+        assert forecast_relay(A_CHAIN, donor_of).seconds == pytest.approx(15.0)
+
+
+def test_home_waits_for_what_crosses_the_link():
+    donor_of = {f"unit {n}": "a" for n in (3, 4, 5)}
+    # 150 bytes go out, and of what comes back only the last is waited for: what comes before is on its way meanwhile.
+    assert forecast_relay(A_CHAIN, donor_of, 100.0).seconds == pytest.approx(3 * 2.5 + 1.5 + 3 * 2.0 + 1.0 + 0.5)
+
+
+def test_home_works_while_a_donor_does():
+    """On what does not come from there."""
+    calls = [UnitCall("there", {1: 1}, {}, inside_s=3.0, after_s=2.0), UnitCall("here", {1: 1}, {}, inside_s=2.0)]
+    assert forecast_relay(calls, {"there": "a"}).seconds == pytest.approx(4.0)
