@@ -44,6 +44,7 @@ class Transfer:
         self._backend = _backend_of(device)
         self._stream: Any = None
         self._on_stream: Any = None
+        self._donor_streams: dict[torch.device, Any] = {}
         self._given: Any = None  # an event: what the device has been given so far is done
 
     def submit(self, copies: Sequence[Copy]) -> None:
@@ -80,9 +81,21 @@ class Transfer:
             self.detour.copy(source[half:], target[half:], self._given)
             target[:half].copy_(source[:half], non_blocking=True)
             return self._stream, self.detour.stream
+        elif source.device.type == self.device.type:
+            with self._backend.stream(self._stream_on(source.device)):
+                target.copy_(source, non_blocking=True)
         else:
             target.copy_(source, non_blocking=True)
         return (self._stream,)
+
+    def _stream_on(self, donor: torch.device) -> Any:
+        """For copies from there. On a donor's default stream CUDA would have them wait for all that both devices have
+        been given, and both devices for them."""
+        if donor not in self._donor_streams:
+            self._donor_streams[donor] = self._backend.Stream(donor)
+        stream = self._donor_streams[donor]
+        stream.wait_stream(self._backend.current_stream(donor))  # which may have written the weights
+        return stream
 
     def use(self, copy: Copy) -> None:
         """Let what the compute device is given from now on wait for `copy`."""

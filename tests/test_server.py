@@ -399,3 +399,19 @@ def test_an_accelerator_that_computes_beside_the_compute_device(checkpoints, tmp
         assert torch.equal(ours, latent_of(server, with_core_loader(prompt)))
         rows = placement_rows(server.log)
     assert {row["served"] for row in rows if row["component"] == "diffusion"} == served
+
+
+@on_simulated
+def test_what_comfyui_drops_for_want_of_ram_is_loaded_again(checkpoints, tmp_path):
+    """With more RAM to be kept free than there is, nothing outlives its prompt."""
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
+    too_much = ("--cache-ram", "1000000", "1000000")
+    with _start(NEWEST, tmp_path, checkpoints, too_much) as server:
+        prompt = prompt_for(server, "sd3.safetensors", unet_expert_mode_allocations="cpu,30%;sim:0,70%")
+        expected = latent_of(server, with_core_loader(prompt))
+        for run in (1, 2, 3):
+            assert torch.equal(latent_of(server, prompt), expected)
+            assert server.log.count("DisTorch2: sd3.safetensors") == run
+        latent_of(server, with_core_loader(prompt))
+        assert server.get("/simulated_accelerators")["used_bytes"] == [0, 0]
