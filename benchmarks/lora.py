@@ -9,6 +9,7 @@ another, until the GPU is done, for ComfyUI's own model, completely on the GPU, 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,7 @@ def measure(path: str) -> None:
 
 
 def main(folder: Path) -> None:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # or half of the weights might come by way of another GPU
     with saved_model("Flux", folder) as path:
         status = record_printed_by("lora", [sys.executable, __file__, "--measure", path])
     sys.exit(status)

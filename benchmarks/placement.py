@@ -175,6 +175,7 @@ def saved_model(name: str, folder: Path) -> Iterator[Path]:
 
 
 def main(folder: Path) -> None:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     results, failed = {}, []
     for name in ("Flux", "SDXL"):
         with saved_model(name, folder) as path:

@@ -69,8 +69,8 @@ class UnitCall:
     """A unit runs once: bytes of the tensors that it is given and makes, by number. A tensor that is written to has
     another number then.
 
-    Seconds of home from the start of the step to the first call, of the unit itself, and of home from there to the next
-    call, or to the end of the step.
+    Seconds: `inside_s` of the unit itself; `after_s` of home from there to the next call, or to the end of the step;
+    `before_s` of home before the call, for the first one.
     """
 
     unit: str

@@ -60,9 +60,10 @@ def packing_gb_per_second(num_bytes: int = 4 * 1024**3) -> dict[str, float]:
     """The parts of packing as fast as they can be: eight threads that copy to new memory, and page-locking it."""
     import torch
 
+    from distorch2.plan import GROUP_BYTES
     from distorch2.slab import allocate
 
-    part = 32 * 1024**2
+    part = GROUP_BYTES
     source = torch.ones(part, dtype=torch.uint8)
     result = {}
     for _ in range(2):  # the first time, the machine may not have given this process the memory yet
@@ -100,6 +101,15 @@ def turn_ms(model, patcher, inputs, num_steps: int = STEPS_IN_A_TURN) -> list[fl
     return times[1:]
 
 
+def mark():
+    """An event on the GPU that takes the time."""
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 def recorded_step(model, patcher, inputs):
     """(LayerTime by layer, in the order of running, and milliseconds in which the GPU waited for weights) of a step."""
     import simulator
@@ -109,11 +119,6 @@ def recorded_step(model, patcher, inputs):
     modules = [layer.module for key in distribution.plan.groups for layer in distribution.groups[key].layers]
     number_of = {module: number for number, module in enumerate(modules)}
     use, marks = distribution.transfer.use, []
-
-    def mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def recording_use(copy) -> None:
         before = mark()

@@ -1,12 +1,13 @@
-"""On two GPUs: how long a step takes with part of a model on the second one, streamed from there or relayed to it.
+"""On two GPUs: how long a step takes with part of a model on the second one, streamed from there or relayed to it, and
+with part of it on the CPU, streamed over the links of both.
 
     python3 tools/host.py run benchmarks/two_gpus.py [FOLDER] [MODE ...]
 
 A Flux-sized model with random weights is written to FOLDER (default /dev/shm; 23 GiB). Steps of the resident model and
 of ours take turns, as in `streaming.py`. The modes are relay, stream, "relay through the host", where nothing is copied
 from GPU to GPU directly, and "two links", where the weights are on the CPU and half of them is streamed by way of the
-second GPU. Their floor is the longer of the resident step and the copy of the streamed bytes at the measured speed of
-the two links. Forecasts are those of `simulator.py` for the times of the units in one recorded step.
+second GPU: its floor is the longer of the resident step and the copy of the streamed bytes at the measured speed of the
+two links. Forecasts are those of `simulator.py` for the times of the units in one recorded step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from placement import bytes_by_device, saved_model, start_comfyui
 from record import record_printed_by
-from streaming import TURNS, WARM_UP_STEPS, link_gb_per_second, step, turn_ms, warm_up_gpu
+from streaming import TURNS, WARM_UP_STEPS, link_gb_per_second, mark, step, turn_ms, warm_up_gpu
 
 MODES = {
     "relay": (10, 50, 90),
@@ -81,21 +82,12 @@ def repeated(inputs: dict, batch: int) -> dict:
 def recorded_calls(model, resident, size: int, batch: int) -> list:
     """The units of the model in one step. Outside inference mode, so that writes are counted."""
     import torch
-    from recording import recorded_units
+    from unit_calls import recorded_units
 
-    from distorch2.inventory import list_layers
-
-    def mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    units = {layer.unit for layer in list_layers(resident.model)} - {""}
-    modules = {unit: resident.model.get_submodule(unit) for unit in units}
     with torch.inference_mode(False), torch.no_grad():
         inputs = repeated(model.inputs(size), batch)
         step(model, resident, inputs)
-        with recorded_units(modules, mark) as calls:
+        with recorded_units(resident.model, mark) as calls:
             step(model, resident, inputs)
     return calls
 

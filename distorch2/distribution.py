@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, cast
 
-import comfy.model_management as mm
 import comfy.utils
 import torch
 
+from .detour import take_detour
 from .donor_share import DonorShare
 from .inventory import layout_of, loaded_dtypes, note_dtype
 from .moving import UPLOAD_BYTES, Mover, page_locked_upload
@@ -21,20 +21,14 @@ from .pinning import PinnedSlabs
 from .plan import GIB, Group, Plan
 from .quantised import as_parameter, plain_tensors, to_device
 from .relay import Relay, RelayedUnit, StreamerOfUnits
-from .slab import allocate
 from .streaming import StreamedGroup, StreamedLayer, Streamer
-from .transfer import Copy, Detour, Transfer
+from .transfer import Transfer
 
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _T = TypeVar("_T")
 _PACKING_THREADS = 8
-_SLOT_BYTES = 16 * 1024**2
-_NUM_SLOTS = 4
-_MEASURED_BYTES = 256 * 1024**2
-_LEAST_TO_DETOUR_BYTES = 1024**3
-_LEAST_GAIN = 1.2
 
 
 class Distribution:
@@ -203,17 +197,19 @@ class Distribution:
                 self._lay_out_again(group)
 
     def _pack_anew(self, group: StreamedGroup, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]]) -> None:
-        """In a new slab, which is page-locked first: weights that come from the compute device come faster."""
+        """Serve a group from a new slab with these weights. It is page-locked before they come: from the compute device
+        that is faster."""
         replaced = group.slab
-        self.pinned.unpin(replaced)
         slab = _there_or_on_host(group.new_slab, replaced.device)
+        is_locked = self.is_placed and self.pinned.pin(slab)
         try:
-            if self.is_placed:
-                self.pinned.pin(slab)
             group.serve_from(group.fill(slab, values))
         except BaseException:
             self.pinned.unpin(slab)
             raise
+        self.pinned.unpin(replaced)
+        if self.is_placed and not is_locked:  # for want of what was locked before
+            self.pinned.pin(slab)
 
     def resume(self) -> None:
         """After `replace`: serve again, if weights of another size made it stop."""
@@ -297,7 +293,8 @@ class Distribution:
         self._attach()
         self._is_interrupted = False
         self._page_lock([group.slab for group in self.groups.values() if group.slab.device == _CPU])
-        self._find_detour(groups)
+        slabs = [group.slab for group in groups if self.pinned.holds(group.slab)]
+        take_detour(self.transfer, slabs, self.streamer.staging)
 
     def _make_relay(self) -> Relay:
         groups = [self.groups[key] for key in self.plan.groups if key.is_relayed]
@@ -339,35 +336,6 @@ class Distribution:
                 len(slabs) - len(locked),
                 len(slabs),
             )
-
-    def _find_detour(self, groups: Sequence[StreamedGroup]) -> None:
-        """Let half of what is streamed from the host come by way of another accelerator that has memory to spare, where
-        that is measured to be worth it."""
-        slabs = [group.slab for group in groups if self.pinned.holds(group.slab)]
-        if self.streamer is None or sum(slab.nbytes for slab in slabs) < _LEAST_TO_DETOUR_BYTES:
-            return
-        copies, begin = [], 0
-        for slab in slabs:
-            if begin + slab.nbytes > min(_MEASURED_BYTES, self.streamer.staging.nbytes):
-                break
-            copies.append(Copy(slab, self.streamer.staging[begin : begin + slab.nbytes]))
-            begin += slab.nbytes
-        direct = self.transfer.bytes_per_second(copies)
-        for helper in mm.get_all_torch_devices():
-            is_another = helper.type == self.device.type and helper != self.device
-            if not is_another or mm.get_free_memory(helper) < mm.minimum_inference_memory():
-                continue
-            with contextlib.suppress(torch.OutOfMemoryError):
-                slots = [allocate(_SLOT_BYTES, helper) for _ in range(_NUM_SLOTS)]
-                self.transfer.detour = Detour(self.device, slots)
-                both = self.transfer.bytes_per_second(copies)
-                is_right = all(torch.equal(copy.target.cpu(), copy.source) for copy in copies)
-                if is_right and both > _LEAST_GAIN * direct:
-                    speeds = both / 1e9, direct / 1e9
-                    text = "DisTorch2: half of what is streamed to %s comes by way of %s: %.1f GB/s instead of %.1f"
-                    logger.info(text, self.device, helper, *speeds)
-                    return
-            self.transfer.detour = None
 
     def _stop_serving(self) -> None:
         self._detach()

@@ -18,7 +18,7 @@ _LARGE_BYTES = 1024**2
 
 
 class Mover:
-    """Moves to one device, from `with` to its end. `pinned` page-locks the buffers, where that can be done.
+    """Moves or copies to one device, from `with` to its end. `pinned` page-locks the buffers, where that can be done.
 
     As with torch's own `.to()` a tensor stays the same object where it can: others may hold it, and are not to keep
     memory of a device that it has left.
@@ -39,13 +39,14 @@ class Mover:
                 self._pinned.unpin(buffer)
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device, itself if it is there already. It is for what the device is given after `flush`."""
+        """The tensor on the device, itself if it is there already. Only what is given after `flush` may read it."""
         parts = plain_tensors(tensor)
         if all(part.device == self._device for part in parts):
             return tensor
         return rebuilder(tensor)([self._moved(part.detach(), part.dtype) for part in parts])
 
     def flush(self) -> None:
+        """Start the last of the copies."""
         if self._upload is not None:
             self._upload.flush()
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -267,12 +267,13 @@ class DistributedPatcher(ModelPatcher):
     ) -> Any:
         """As ComfyUI's, but always from the original weight, since the one in place may be patched already."""
         if return_weight or key not in self.patches:
-            return self._patched(key, device_to, force_cast)
+            return self._patched(key, self._original(key), device_to, force_cast)
         layer_name, name = _split(key)
         self.model.current_weight_patches_uuid = None  # those of others may be of another clone
         self.distribution.settle()
         self._back_up(key)
-        self.distribution.replace({layer_name: {name: self._patched(key, device_to, force_cast)}})
+        weight = self._patched(key, self._original(key), device_to, force_cast)
+        self.distribution.replace({layer_name: {name: weight}})
         self.distribution.resume()
         return None
 
@@ -324,24 +325,22 @@ class DistributedPatcher(ModelPatcher):
         by_layer = _by_layer(changed)
         with Mover(self.load_device, self.distribution.pinned) as mover:
             for batch in self.distribution.batches(by_layer):
-                self._patch_batch({layer_name: by_layer[layer_name] for layer_name in batch}, wanted, mover)
+                keys = [key for layer_name in batch for key in by_layer[layer_name].values()]
+                self._patch_batch(keys, wanted, mover)
 
-    def _patch_batch(
-        self, batch: Mapping[str, Mapping[str, str]], wanted: Mapping[str, list[tuple]], mover: Mover
-    ) -> None:
-        """The same for the weights of `batch`: layer name -> name in it -> key."""
-        keys = [key for of_layer in batch.values() for key in of_layer.values()]
+    def _patch_batch(self, keys: Sequence[str], wanted: Mapping[str, list[tuple]], mover: Mover) -> None:
+        """`_patch_weights` for the weights of one group of layers, or of one layer."""
         originals = {key: mover.copied(self._original(key)) for key in keys if key in wanted}
         mover.flush()
         weights: dict[str, dict[str, torch.Tensor]] = {}
-        for layer_name, of_layer in batch.items():
-            for name, key in of_layer.items():
-                if key in wanted:
-                    weight = self._patched(key, self.load_device, original=originals.pop(key))
-                else:
-                    weight = self.backup[key].weight
-                weights.setdefault(layer_name, {})[name] = weight
-                self._back_up(key)
+        for key in keys:
+            layer_name, name = _split(key)
+            if key in wanted:
+                weight = self._patched(key, originals.pop(key), self.load_device)
+            else:
+                weight = self.backup[key].weight
+            weights.setdefault(layer_name, {})[name] = weight
+            self._back_up(key)
         self.distribution.replace(weights)
         for key in keys:
             if key in wanted:
@@ -456,16 +455,12 @@ class DistributedPatcher(ModelPatcher):
         return getattr(module, name)
 
     def _patched(
-        self,
-        key: str,
-        device: torch.device | None,
-        force_cast: bool = False,
-        original: torch.Tensor | None = None,
+        self, key: str, original: torch.Tensor, device: torch.device | None, force_cast: bool = False
     ) -> torch.Tensor:
-        """The weight with this clone's patches, made from the original, or from a copy of it that is given. Without
-        patches, and unless it is to be cast, ComfyUI returns the original itself."""
+        """`original`, the weight without any clone's patches or a copy of it, with this clone's. Without patches, and
+        unless it is to be cast, ComfyUI returns the original itself."""
         module, name = self._owner(key)
-        in_place, weight = getattr(module, name), self._original(key) if original is None else original
+        in_place, weight = getattr(module, name), original
         if device is not None and is_quantised(weight):
             weight = to_device(weight, device)  # before ComfyUI takes it there in full precision
         dtype = self._kept_dtype(key)

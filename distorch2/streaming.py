@@ -128,7 +128,7 @@ class StreamedGroup:
 
     def move(self, device: torch.device) -> None:
         """Serve the same weights from another device."""
-        slab = allocate(self.num_bytes, device)
+        slab = self.new_slab(device)
         slab.copy_(self.slab)
         self.slab = slab
         for layer in self.living:
@@ -143,18 +143,18 @@ class Forwards:
     """
 
     def __init__(self) -> None:
-        self._set: list[tuple[weakref.ref[torch.nn.Module], weakref.ref[Callable], Callable[..., Any] | None]] = []
+        self._places: list[tuple[weakref.ref[torch.nn.Module], weakref.ref[Callable], Callable[..., Any] | None]] = []
 
     def set(self, module: torch.nn.Module, make: Callable[[Callable[..., Any] | None], Callable[..., Any]]) -> None:
         """`make` is given the forward that was set on the module before, None where it has that of its class."""
         previous = vars(module).get("forward")
         forward = make(previous)
-        self._set.append((weakref.ref(module), weakref.ref(forward), previous))
+        self._places.append((weakref.ref(module), weakref.ref(forward), previous))
         module.forward = forward
 
     def give_back(self) -> None:
         """Every module has the forward that it had, unless another has been set since."""
-        for module_reference, forward_reference, previous in self._set:
+        for module_reference, forward_reference, previous in self._places:
             module, forward = module_reference(), forward_reference()
             if module is None or forward is None or vars(module).get("forward") is not forward:
                 continue
@@ -162,7 +162,7 @@ class Forwards:
                 del module.forward
             else:
                 module.forward = previous
-        self._set.clear()
+        self._places.clear()
 
 
 class Streamer:

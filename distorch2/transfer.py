@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 _LEAST_TO_HALVE_BYTES = 2 * 1024**2
+"""Starting one more copy takes longer than the link needs for half of it."""
 
 
 class Copy:
@@ -22,11 +23,17 @@ class Copy:
     def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
         self.source = source
         self.target = target
-        self.is_from_host = source.device.type == "cpu"
-        self.is_pageable = self.is_from_host and not source.is_pinned()
+        is_on_host = source.device.type == "cpu"
+        self.is_page_locked = is_on_host and source.is_pinned()
+        self.is_pageable = is_on_host and not self.is_page_locked
         self.is_done: list[torch.Event] = []  # of each way that a part of it takes
+        self._begin, self._end = target.data_ptr(), target.data_ptr() + target.nbytes
         self.is_awaited = True
         """Whether the compute device waits for it already, or need not."""
+
+    def overlaps(self, other: Copy) -> bool:
+        """Whether they write to the same memory."""
+        return self._begin < other._end and other._begin < self._end
 
 
 class Transfer:
@@ -46,6 +53,7 @@ class Transfer:
         self._on_stream: Any = None
         self._donor_streams: dict[torch.device, Any] = {}
         self._given: Any = None  # an event: what the device has been given so far is done
+        self._by_two_ways: list[Copy] = []  # those that nobody has waited for
 
     def submit(self, copies: Sequence[Copy]) -> None:
         """Start `copies`, one after another, when the work that the compute device has been given so far is done.
@@ -64,11 +72,22 @@ class Transfer:
         self._stream.wait_event(self._given)
         with self._on_stream:
             for copy in copies:
-                for number, stream in enumerate(self._start(copy)):
-                    if number == len(copy.is_done):
-                        copy.is_done.append(self._backend.Event())
-                    copy.is_done[number].record(stream)
+                if self._by_two_ways:
+                    self._come_after_those_before(copy)
+                copy.is_done = [stream.record_event() for stream in self._start(copy)]
                 copy.is_awaited = False
+                if len(copy.is_done) > 1:
+                    self._by_two_ways.append(copy)
+
+    def _come_after_those_before(self, copy: Copy) -> None:
+        """What was copied ahead by two ways and not used may still be on its way to where `copy` goes."""
+        self._by_two_ways = [other for other in self._by_two_ways if not other.is_awaited]
+        for other in [other for other in self._by_two_ways if other.overlaps(copy)]:
+            for event in other.is_done:
+                self._stream.wait_event(event)
+                if self.detour is not None:
+                    self.detour.stream.wait_event(event)
+            self._by_two_ways.remove(other)
 
     def _start(self, copy: Copy) -> Sequence[Any]:
         """Returns the streams on which it is done."""
@@ -76,7 +95,7 @@ class Transfer:
         if self.upload is not None and copy.is_pageable:
             self.upload.copy(source, target)
             self.upload.flush()
-        elif self.detour is not None and copy.is_from_host and source.nbytes >= _LEAST_TO_HALVE_BYTES:
+        elif self.detour is not None and copy.is_page_locked and source.nbytes >= _LEAST_TO_HALVE_BYTES:
             half = source.nbytes // 2
             self.detour.copy(source[half:], target[half:], self._given)
             target[:half].copy_(source[:half], non_blocking=True)
@@ -117,6 +136,9 @@ class Transfer:
 
     def wait(self) -> None:
         """Return when everything is done, so that slabs and staging buffer may be written or freed."""
+        self._by_two_ways.clear()
+        if self.detour is not None:
+            self.detour.wait()
         if self._backend is not None and self._backend.is_initialized():
             self._backend.synchronize(self.device)
         elif self.device.type == "mps":
@@ -136,7 +158,13 @@ class Detour:
         self._backend: Any = getattr(torch, device.type)
         self.stream = self._backend.Stream(device)
         self._to_helper, self._onward = self._backend.Stream(helper), self._backend.Stream(helper)
+        self._to_helper.wait_stream(self._backend.current_stream(helper))  # which may have used the slots' memory
         self._turns = itertools.cycle([(slot, self._backend.Event(), self._backend.Event()) for slot in slots])
+
+    def wait(self) -> None:
+        """Return when the slots are not in use, whatever broke off."""
+        self._to_helper.synchronize()
+        self._onward.synchronize()
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, is_free: torch.Event) -> None:
         """Start to copy bytes from the host into `target`, which is written to when `is_free`."""

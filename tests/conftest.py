@@ -15,7 +15,7 @@ if not (COMFYUI_PATH / "comfy").is_dir():
 
 # ComfyUI's modules come before ours: both have a `nodes`, and ours is only ever imported as part of the pack.
 sys.path[:0] = [str(COMFYUI_PATH), str(ROOT / "tools")]
-sys.path.append(str(ROOT))
+sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
 import comfy.cli_args  # noqa: E402
 import torch  # noqa: E402

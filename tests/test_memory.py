@@ -23,11 +23,10 @@ from computing import inference_mode as inference_mode
 from placing import lora_for
 from sampling import core_load, sample
 
-from distorch2 import distribution as distribution_module
-from distorch2 import slab, transfer
+from distorch2 import slab
 from distorch2.distribution import Distribution
 from distorch2.plan import PlanError
-from distorch2.transfer import Transfer
+from distorch2.transfer import Detour, Transfer
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
 KINDS = ("sd3_no_clip_weights", "flux", "sd15_blocks")
@@ -344,8 +343,9 @@ def with_detours(checkpoints, monkeypatch):
     model, clip = load(checkpoints, "flux", "sim:0,30%;cpu,70%")
     page_lock_with(monkeypatch, model.distribution, lambda tensor: True, lambda tensor: True)
     for name, value in {"_LEAST_TO_DETOUR_BYTES": 0, "_MEASURED_BYTES": 1024**2, "_SLOT_BYTES": 10_000}.items():
-        monkeypatch.setattr(distribution_module, name, value)
-    monkeypatch.setattr(transfer, "_LEAST_TO_HALVE_BYTES", 1000)
+        monkeypatch.setattr(f"distorch2.detour.{name}", value)
+    monkeypatch.setattr("distorch2.transfer._LEAST_TO_HALVE_BYTES", 1000)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
     measure_with_gain(monkeypatch, 2.0)
     yield model, clip
     mm.unload_all_models()
@@ -374,29 +374,33 @@ def test_half_of_what_is_streamed_comes_by_way_of_another_accelerator(with_detou
     assert sim.used_bytes == [0, 0]
 
 
-@pytest.mark.parametrize("reason", ["not faster", "wrong bytes", "no memory there", "little to stream"])
+def planted_error(*arguments):
+    raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["not faster", "no bytes arrive", "no memory there", "no memory for slots", "an error there", "little to stream"],
+)
 def test_no_detour(with_detours, expected, monkeypatch, reason):
     model, clip = with_detours
     if reason == "not faster":
         measure_with_gain(monkeypatch, 1.1)
-    elif reason == "wrong bytes":
-        monkeypatch.setattr(transfer.Detour, "copy", lambda way, source, target, is_free: target.zero_())
+    elif reason == "no bytes arrive":
+        monkeypatch.setattr(Detour, "copy", lambda *arguments: None)
     elif reason == "no memory there":
         limit(monkeypatch, 1, INFERENCE_BYTES - 1)
+    elif reason == "an error there":
+        monkeypatch.setattr("distorch2.detour.Detour", planted_error)
+    elif reason == "no memory for slots":
+        monkeypatch.setattr(mm, "minimum_inference_memory", lambda: 0)
+        limit(monkeypatch, 1, 39_999)
     else:
-        monkeypatch.setattr(distribution_module, "_LEAST_TO_DETOUR_BYTES", 1024**3)
+        monkeypatch.setattr("distorch2.detour._LEAST_TO_DETOUR_BYTES", 1024**3)
     assert same(sample(model, clip), expected["flux"])
     assert model.distribution.transfer.detour is None
     assert model.distribution.transfer.copies > 0
     assert sim.used_bytes[1] == 0
-
-
-def test_a_detour_that_has_no_memory_for_its_slots(with_detours, expected, monkeypatch):
-    model, clip = with_detours
-    monkeypatch.setattr(mm, "minimum_inference_memory", lambda: 0)
-    limit(monkeypatch, 1, 39_999)
-    assert same(sample(model, clip), expected["flux"])
-    assert model.distribution.transfer.detour is None
 
 
 def test_a_staging_buffer_that_does_not_fit_is_made_smaller(checkpoints, expected, monkeypatch):

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from sampling import core_load, runs_of_core, sample
 
 from allocation_parser import parse_allocation
-from distorch2 import transfer as transfer_module
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest
 from distorch2.transfer import Copy, Detour, Transfer
@@ -474,18 +473,24 @@ def test_a_copy_between_devices_waits_for_both(mode):
         assert source.tolist() == target.tolist() == [2, 2]
 
 
-def detour(num_bytes=5):
-    return Detour(torch.device("sim:0"), [torch.zeros(num_bytes, dtype=torch.uint8, device="sim:1") for _ in range(2)])
+def detour():
+    return Detour(torch.device("sim:0"), [torch.zeros(5, dtype=torch.uint8, device="sim:1") for _ in range(2)])
+
+
+def page_locked_copy(source, target):
+    copy = Copy(source, target)
+    copy.is_page_locked, copy.is_pageable = True, False
+    return copy
 
 
 def test_half_of_a_copy_takes_a_detour(mode, monkeypatch):
     """In parts that are smaller than the half; again and again, by way of the same slots."""
-    monkeypatch.setattr(transfer_module, "_LEAST_TO_HALVE_BYTES", 40)
+    monkeypatch.setattr("distorch2.transfer._LEAST_TO_HALVE_BYTES", 40)
     device = torch.device("sim:0")
-    transfer, other = Transfer(device), detour()
-    transfer.detour = other
+    transfer = Transfer(device)
+    transfer.detour = detour()
     sources = [torch.randint(256, (size,), dtype=torch.uint8) for size in (40, 33, 64, 1, 57)]
-    copies = [Copy(source, torch.zeros(source.shape, dtype=torch.uint8, device=device)) for source in sources]
+    copies = [page_locked_copy(source, torch.zeros_like(source, device=device)) for source in sources]
     with sim.deferred_copies():
         for _ in range(3):
             transfer.submit(copies)
@@ -494,6 +499,22 @@ def test_half_of_a_copy_takes_a_detour(mode, monkeypatch):
                 assert torch.equal(copy.target.cpu(), copy.source)
                 copy.source.random_(256)
     assert [len(copy.is_done) for copy in copies] == [2, 1, 2, 1, 2]
+
+
+def test_what_was_copied_ahead_and_not_used_does_not_come_later(mode, monkeypatch):
+    """The second half of the first copy and the first of the second one go to the same place by two ways."""
+    monkeypatch.setattr("distorch2.transfer._LEAST_TO_HALVE_BYTES", 40)
+    transfer, staging = Transfer(torch.device("sim:0")), torch.zeros(64, dtype=torch.uint8, device="sim:0")
+    transfer.detour = detour()
+    unused = page_locked_copy(torch.full((64,), 1, dtype=torch.uint8), staging)
+    for wanted in (staging[16:56], staging[24:30], staging[30:64]):
+        copy = page_locked_copy(torch.full(wanted.shape, 2, dtype=torch.uint8), wanted)
+        with sim.deferred_copies():
+            transfer.submit([unused])
+            transfer.submit([copy])
+            transfer.use(copy)
+            transfer.wait()
+        assert torch.equal(copy.target.cpu(), copy.source)
 
 
 def test_a_detour_writes_when_the_target_is_free(mode):

@@ -1,9 +1,4 @@
-import sys
-
 import pytest
-from conftest import ROOT
-
-sys.path.append(str(ROOT / "benchmarks"))
 from simulator import LayerTime, UnitCall, forecast, forecast_relay
 
 # Three groups fit at one time, so that the ring comes round at the end of the pass.

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 SHIPPED = [*ROOT.glob("*.py"), *(ROOT / "distorch2").glob("*.py")]
-MAY_IMPORT_COMFYUI = {"nodes.py", "loading.py", "patcher.py", "distribution.py", "donor_share.py", "pinning.py"}
+MAY_IMPORT_COMFYUI = {"nodes.py", "loading.py", "patcher.py", "distribution.py", "detour.py", "donor_share.py"}
+MAY_IMPORT_COMFYUI |= {"pinning.py"}
 PURE = [
     "allocation_parser",
     "distorch2.plan",
@@ -20,8 +21,19 @@ PURE = [
 ]
 COMFYUI_MODULES = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution", "comfyui_version"}
 # Each may import those after it, and none before it.
-LAYERS = ["loading", "patcher", "distribution", "donor_share", "relay", "streaming", "schedule", "moving", "inventory"]
-LAYERS += ["pinning", "slab", "quantised", "transfer", "report", "planner", "plan", "checkpoint_file", "__init__"]
+LAYERS = ["loading", "patcher", "distribution", "detour", "donor_share", "relay", "streaming", "schedule", "moving"]
+LAYERS += [
+    "inventory",
+    "pinning",
+    "slab",
+    "quantised",
+    "transfer",
+    "report",
+    "planner",
+    "plan",
+    "checkpoint_file",
+    "__init__",
+]
 
 
 def imports(path):

@@ -11,7 +11,7 @@ SIMULATED_INFERENCE_MB, and SIMULATED_DEFERRED_COPIES=1, see `deferred_copies`.
 
 from __future__ import annotations
 
-from .comfyui import serve_counters, tell_comfyui
+from .comfyui import serve_routes, tell_comfyui
 from .devices import NUM_DEVICES, capacity_bytes, deferred_copies, used_bytes
 from .tensor import counters, install
 
@@ -22,4 +22,4 @@ install()
 NODE_CLASS_MAPPINGS: dict[str, type] = {}
 if __name__ != "simulated_accelerators":  # imported by ComfyUI as a pack, under its own name for it
     tell_comfyui()
-    serve_counters()
+    serve_routes()

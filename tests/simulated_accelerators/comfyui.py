@@ -80,9 +80,9 @@ def tell_comfyui(
     setattr(mm, "maximum_vram_for_weights", lambda device=None: weights_on_host(torch.device("cpu")))
 
 
-def serve_counters() -> None:
-    """GET /simulated_accelerators: the counters, and what each device holds. POST to it: the C library gives the memory
-    that it keeps of what was freed back to the system, so that the process has what it uses."""
+def serve_routes() -> None:
+    """GET /simulated_accelerators: the counters, and what each device holds. POST /simulated_accelerators/trim: the
+    C library gives the memory that it keeps of what was freed back to the system."""
     import ctypes
 
     from aiohttp import web
@@ -93,7 +93,7 @@ def serve_counters() -> None:
         held = {"used_bytes": devices.used_bytes, "capacity_bytes": devices.capacity_bytes}
         return web.json_response({**counters, **held})
 
-    @PromptServer.instance.routes.post("/simulated_accelerators")
+    @PromptServer.instance.routes.post("/simulated_accelerators/trim")
     async def trim(_request):
-        getattr(ctypes.CDLL(None), "malloc_trim", id)(0)  # of glibc
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # of glibc
         return web.Response()

@@ -288,7 +288,6 @@ def _run(operation: torch._ops.OpOverload, *args: Any, **options: Any) -> Any:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    simulated = [tensor.device for tensor in (target, source) if _is_simulated(tensor)]
     kind = {(False, True): "", (True, False): "_in"}.get((_is_simulated(target), _is_simulated(source)))
     if kind is None and target.device != source.device:
         kind = "_across"
@@ -297,18 +296,18 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
         counters[f"bytes{kind}"] += source.nbytes
     host_target = on_host(target) if _is_simulated(target) else target
     host_source = on_host(source) if _is_simulated(source) else source
-    last = devices.current_stream(simulated[0])
-    # Between devices torch copies on the stream of the source, and lets that and the target's wait for each other.
-    first = devices.current_stream(source.device) if kind == "_across" else last
-    if first is not last:
-        first.wait_stream(last)
-    if devices.defers_copies and non_blocking and not first.is_default:
-        first.submit(lambda: (host_target.copy_(host_source), target, source))  # the tensors keep the memory
+    # Torch copies on the stream of the source, and between devices lets that and the target's wait for each other.
+    copying = devices.current_stream((source if _is_simulated(source) else target).device)
+    receiving = devices.current_stream((target if _is_simulated(target) else source).device)
+    if copying is not receiving:
+        copying.wait_stream(receiving)
+    if devices.defers_copies and non_blocking and not copying.is_default:
+        copying.submit(lambda: (host_target.copy_(host_source), target, source))  # the tensors keep the memory
     else:
-        first.finish()
+        copying.finish()
         host_target.copy_(host_source)
-    if first is not last:
-        last.wait_stream(first)
+    if copying is not receiving:
+        receiving.wait_stream(copying)
     return target
 
 

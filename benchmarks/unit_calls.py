@@ -4,41 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from simulator import UnitCall
 
+from distorch2.inventory import list_layers
+
 
 @contextlib.contextmanager
-def recorded_units(
-    modules: Mapping[str, torch.nn.Module], mark: Callable[[], Any] | None = None
-) -> Iterator[list[UnitCall]]:
-    """The calls of `modules`, by name, in their order; complete at the end of `with`.
+def recorded_units(model: torch.nn.Module, mark: Callable[[], Any] = lambda: None) -> Iterator[list[UnitCall]]:
+    """The calls of the model's units in their order; complete at the end of `with`.
 
     Tensors are numbered anew when they are written to, which those made in inference mode do not tell. `mark` gives
     events that take times; without it all times are 0.
     """
     recorder = _Recorder(mark)
     hooks = []
-    for name, module in modules.items():
+    for name in {layer.unit for layer in list_layers(model)} - {""}:
+        module = model.get_submodule(name)
         hooks.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
         hooks.append(module.register_forward_hook(recorder.after(name), with_kwargs=True))
     calls: list[UnitCall] = []
-    begin = mark() if mark else None
+    begin = mark()
     try:
         yield calls
     finally:
-        end = mark() if mark else None
+        end = mark()
         for hook in hooks:
             hook.remove()
     calls += recorder.calls(begin, end)
 
 
 class _Recorder:
-    def __init__(self, mark: Callable[[], Any] | None) -> None:
-        self._mark = mark or (lambda: None)
+    def __init__(self, mark: Callable[[], Any]) -> None:
+        self._mark = mark
         self._numbers: dict[tuple[int, int], int] = {}
         self._count = 0
         self._kept: list[torch.Tensor] = []  # lest their ids be given to others
