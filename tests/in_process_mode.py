@@ -18,22 +18,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(checkpoint: str, *flags: str) -> None:
     sys.path[:0] = [os.environ["COMFYUI_PATH"], str(ROOT / "tests")]
-    sys.path.append(str(ROOT))
+    sys.path += [str(ROOT), str(ROOT / "benchmarks")]
     sys.argv = [sys.argv[0], *(flag for flag in flags if flag != "--dynamic-vram")]
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    if "--dynamic-vram" in flags:
-        sys.path.append(str(ROOT / "benchmarks"))
-        import placement
+    import placement
 
+    if "--dynamic-vram" in flags:
         placement.start_comfyui(dynamic_vram=True)
     import comfy.model_management as mm
     import torch
     from sampling import core_load, sample
 
     from distorch2.loading import load_checkpoint
-    from distorch2.plan import ComponentRequest, VirtualVram
+    from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     device = str(mm.get_torch_device())
     with torch.inference_mode():
@@ -41,25 +40,27 @@ def main(checkpoint: str, *flags: str) -> None:
         sample(*core_load(checkpoint, clip_device=device)[:2])  # the first forward may take other kernels
         expected = sample(*core_load(checkpoint, clip_device=device)[:2])
         mm.unload_all_models()
-        found = {}
-        for gb in (0.0, 0.03, 100.0):
-            request = ComponentRequest(device, VirtualVram(gb, "cpu"))
+        found, model_gib = [], 0.0
+        for part in (0.0, 0.5, 1000.0):
+            request = ComponentRequest(device, VirtualVram(part * model_gib, "cpu"))
             model, clip, _ = load_checkpoint(checkpoint, request, request, device)
             same = torch.equal(sample(model, clip), expected)
             plan = model.distribution.plan
-            on_device = sum(p.nbytes for p in model.model.parameters() if str(p.device) == device)
-            on_device += sum(b.nbytes for b in model.model.buffers() if str(b.device) == device)
-            found[gb] = {
-                "same": same,
-                "as planned": on_device == plan.bytes_on(device),
-                "streamed": len(model.distribution.asked.streamed),
-                "evicted": len(plan.evicted),
-                "copies": model.distribution.transfer.copies,
-            }
+            on_device = placement.bytes_by_device(model.model).get(device, 0)
+            model_gib = plan.model_bytes / GIB
+            found.append(
+                {
+                    "same": same,
+                    "as planned": on_device == plan.bytes_on(device),
+                    "streamed": len(model.distribution.asked.streamed),
+                    "evicted": len(plan.evicted),
+                    "copies": model.distribution.transfer.copies,
+                }
+            )
             mm.unload_all_models()
             del model, clip
     patcher = type(core_load(checkpoint)[0]).__name__
-    print(json.dumps({"core patcher": patcher, "runs": list(found.values())}))
+    print(json.dumps({"core patcher": patcher, "runs": found}))
 
 
 if __name__ == "__main__":

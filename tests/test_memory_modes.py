@@ -23,9 +23,13 @@ MODES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", MODES, ids=lambda flags: " ".join(flags) or "default")
-def test_weights_on_the_cpu_give_the_same_bits(checkpoints, flags):
-    command = [sys.executable, str(ROOT / "tests" / "in_process_mode.py"), checkpoints("sd15_blocks"), *flags]
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [*(("sd15_blocks", flags) for flags in MODES), *(("sd3_fp8_scaled", flags) for flags in MODES[:2])],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "default",
+)
+def test_weights_on_the_cpu_give_the_same_bits(checkpoints, kind, flags):
+    command = [sys.executable, str(ROOT / "tests" / "in_process_mode.py"), checkpoints(kind), *flags]
     environment = dict(os.environ, COMFYUI_PATH=str(COMFYUI_PATH))
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -104,7 +104,8 @@ def random_placement(rng: random.Random, devices: Devices) -> Widgets:
         text = random_allocation(rng, devices.keeping) if rng.random() < 0.6 else rng.choice(("", "", " "))
         widgets[f"{part}_expert_mode_allocations"] = text
     # With high precision a LoRA on fp8 weights gives another latent than ComfyUI, which rounds them.
-    mode = rng.choice(["auto", "stream", "relay"])
+    # Beside a GPU the host would compute with other kernels, if it were told to.
+    mode = rng.choice(["auto", "stream", "relay"] if devices.compute == "cpu" else ["auto", "stream"])
     return widgets | {"eject_models": rng.random() < 0.2, "high_precision_loras": False, "donor_mode": mode}
 
 

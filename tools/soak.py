@@ -511,6 +511,8 @@ def warm_up(soak: Soak) -> None:
     """Every checkpoint with both loaders; a LoRA of every family changes the latent, or it would prove nothing."""
     rng = random.Random("warm-up")
     for recipe in soak.recipes:
+        if not soak.has_simulated:  # on a GPU the first forward may take other kernels, with ComfyUI alone too
+            soak._run_with_core_loader(recipe)
         soak.run(recipe, with_image(soak.random_prompt(rng, recipe)))
     for plain in (Recipe(LIGHT), Recipe("sd15_blocks.safetensors"), Recipe("flux.safetensors", LIGHT)):
         for form in FORMS:
