@@ -134,6 +134,8 @@ class TextEncoder:
         return 0
 
     def step(self, patcher: Any, inputs: dict[str, list]) -> torch.Tensor:
+        # As ComfyUI's CLIP does; otherwise it runs where its embedding lies.
+        patcher.model.set_clip_options({"execution_device": patcher.load_device})
         return patcher.model.encode_token_weights(inputs)[0]
 
 
