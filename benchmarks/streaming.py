@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,17 +41,28 @@ STEPS_IN_A_TURN = 3
 
 
 def link_gb_per_second(page_locked: bool, num_bytes: int = 1024**3) -> float:
-    """Median of 5 copies from the host to the GPU."""
+    """Of copies from the host to the GPU."""
     import torch
 
     source = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=page_locked).fill_(1)
     target = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+    return gb_per_second(lambda: target.copy_(source, non_blocking=True), num_bytes)
+
+
+def gb_per_second(copy: Callable[[], object], num_bytes: int) -> float:
+    """Median of 5 times `copy`, until all GPUs are done."""
+    import torch
+
+    def wait() -> None:
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
+
     seconds = []
     for _ in range(6):
-        torch.cuda.synchronize()
+        wait()
         started = time.perf_counter()
-        target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize()
+        copy()
+        wait()
         seconds.append(time.perf_counter() - started)
     return num_bytes / statistics.median(seconds[1:]) / 1e9
 

@@ -17,12 +17,11 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from placement import bytes_by_device, saved_model, start_comfyui
 from record import record_printed_by
-from streaming import TURNS, WARM_UP_STEPS, link_gb_per_second, mark, step, turn_ms, warm_up_gpu
+from streaming import TURNS, WARM_UP_STEPS, gb_per_second, link_gb_per_second, mark, step, turn_ms, warm_up_gpu
 
 MODES = {
     "relay": (10, 50, 90),
@@ -35,39 +34,28 @@ HOME, DONOR = "cuda:0", "cuda:1"
 
 
 def gpu_link_gb_per_second(num_bytes: int = 1024**3) -> float:
-    """Median of 5 copies from the donor to the compute device."""
+    """Of copies from the donor to the compute device."""
     import torch
 
     source = torch.ones(num_bytes, dtype=torch.uint8, device=DONOR)
     target = torch.empty(num_bytes, dtype=torch.uint8, device=HOME)
-    seconds = []
-    for _ in range(6):
-        torch.cuda.synchronize(DONOR)
-        started = time.perf_counter()
-        target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize(DONOR)
-        torch.cuda.synchronize(HOME)
-        seconds.append(time.perf_counter() - started)
-    return num_bytes / statistics.median(seconds[1:]) / 1e9
+    return gb_per_second(lambda: target.copy_(source, non_blocking=True), num_bytes)
 
 
 def two_links_gb_per_second(num_bytes: int = 1024**3) -> float:
-    """Median of 5 times two copies at once, from the host to both GPUs."""
+    """Of two copies at once, from the host to both GPUs."""
     import torch
 
     streams = [torch.cuda.Stream(device) for device in (HOME, DONOR)]
     source = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
     targets = [torch.empty(num_bytes, dtype=torch.uint8, device=stream.device) for stream in streams]
-    seconds = []
-    for _ in range(6):
-        started = time.perf_counter()
+
+    def copy() -> None:
         for stream, target in zip(streams, targets):
             with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
-        for stream in streams:
-            stream.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * num_bytes / statistics.median(seconds[1:]) / 1e9
+
+    return gb_per_second(copy, 2 * num_bytes)
 
 
 def megabytes(*numbers: float) -> list[float]:

@@ -201,14 +201,15 @@ class Distribution:
         that is faster."""
         replaced = group.slab
         slab = _there_or_on_host(group.new_slab, replaced.device)
-        is_locked = self.is_placed and self.pinned.pin(slab)
         try:
+            if self.is_placed:
+                self.pinned.pin(slab)
             group.serve_from(group.fill(slab, values))
         except BaseException:
             self.pinned.unpin(slab)
             raise
         self.pinned.unpin(replaced)
-        if self.is_placed and not is_locked:  # for want of what was locked before
+        if self.is_placed:  # if it could not be, beside the one that it replaces
             self.pinned.pin(slab)
 
     def resume(self) -> None:

@@ -155,7 +155,7 @@ class Detour:
     def __init__(self, device: torch.device, slots: Sequence[torch.Tensor]) -> None:
         helper = slots[0].device
         self.slots = slots
-        self._backend: Any = getattr(torch, device.type)
+        self._backend = _backend_of(device)
         self.stream = self._backend.Stream(device)
         self._to_helper, self._onward = self._backend.Stream(helper), self._backend.Stream(helper)
         self._to_helper.wait_stream(self._backend.current_stream(helper))  # which may have used the slots' memory
