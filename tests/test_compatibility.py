@@ -172,12 +172,18 @@ def test_a_compiled_model(checkpoints, compiling, backend):
     assert not torch.equal(first, with_lora)
 
 
+def constant_free_memory(device=None, torch_free_too=False):
+    return (2**34, 2**34) if torch_free_too else 2**34
+
+
 @pytest.mark.parametrize("kind", [MMDIT, "flux_small"])
-def test_dynamo_compiles_once_and_not_per_layer(checkpoints, compiling, kind):
+def test_dynamo_compiles_once_and_not_per_layer(checkpoints, compiling, kind, monkeypatch):
     """Where it hits its limit it gives up, and the run is slower than one that is not compiled.
 
     ComfyUI's own layers may hit it, each time that they are called from what is not compiled.
     """
+    # The attention of ComfyUI asks for it, and where it has changed is compiled again.
+    monkeypatch.setattr(mm, "get_free_memory", constant_free_memory)
     for percent in PERCENTAGES:
         model, clip, _ = on_donor(checkpoints, kind, percent)
         torch._dynamo.reset()
