@@ -2,17 +2,19 @@
 
 ComfyUI loads, and nothing of it is changed: its loader takes devices as options. The diffusion model and the VAE share
 one of these options, so the loader is called once for the diffusion model with the text encoder and once for the VAE,
-on the same tensors, each time with a dict of its own since the loader consumes keys. The file is read once.
+on the same tensors, each time with a dict of its own since the loader consumes keys. What an accelerator computes with
+is not copied: it is built with ComfyUI's classes of the file's own tensors. The file is read once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 DIFFUSION_MODEL, TEXT_ENCODER, VAE = ("diffusion model", "text encoder", "VAE")
 _CPU = torch.device("cpu")
+_DERIVED_OR_UNUSED = (".logit_scale", ".transformer.text_projection.weight")
+"""Parameters of text encoders that files may lack."""
 _EVERYTHING = 1e32
 """More bytes than any device has: asks ComfyUI to free all it can."""
 
@@ -327,25 +331,29 @@ def _load_model_and_clip(
         return _load_diffusion_model_only(weights, model_options, disable_dynamic), None
     dtype, num_parameters = _inference_dtype(detected)
     first_device = mm.unet_inital_load_device(num_parameters, dtype)
-    model = None
+    # ComfyUI may build the diffusion model on a GPU, whatever device it is asked to load it on, and without
+    # DynamicVRAM it copies all of the file into memory that is the process's own. Where the CPU computes it may:
+    # there the weights stay, and the file may be replaced meanwhile.
+    model = clip = None
+    if with_clip and clip_device != "cpu":
+        clip = _build_text_encoder(detected, clip_options, embedding_directory, disable_dynamic)
     if with_model and (first_device != _CPU or unet_device != "cpu"):
-        # ComfyUI may build the diffusion model on a GPU, whatever device it is asked to load it on, and without
-        # DynamicVRAM it copies all of the file into memory that is the process's own. Where the CPU computes it may:
-        # there the weights stay, and the file may be replaced meanwhile.
         model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
     del detected
-    core_model, clip, *_ = comfy.sd.load_state_dict_guess_config(
-        weights.state_dict,
-        output_vae=False,
-        output_clip=with_clip,
-        embedding_directory=embedding_directory,
-        output_model=with_model and model is None,
-        model_options=model_options,
-        te_model_options=clip_options,
-        metadata=weights.metadata,
-        disable_dynamic=disable_dynamic,
-    )
-    return model or core_model, clip
+    rest = {"output_model": with_model and model is None, "output_clip": with_clip and clip is None}
+    if any(rest.values()):
+        core_model, core_clip, *_ = comfy.sd.load_state_dict_guess_config(
+            weights.state_dict,
+            output_vae=False,
+            embedding_directory=embedding_directory,
+            model_options=model_options,
+            te_model_options=clip_options,
+            metadata=weights.metadata,
+            disable_dynamic=disable_dynamic,
+            **rest,
+        )
+        model, clip = model or core_model, clip or core_clip
+    return model, clip
 
 
 def _load_diffusion_model_only(
@@ -408,13 +416,50 @@ def _build_diffusion_model(
     model = config.get_model(detected.state_dict, detected.prefix, device=_CPU)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, **model_options)
-    dtypes = {name: tensor.dtype for name, tensor in _tensors_of(model)}
-    model.load_model_weights(detected.state_dict, detected.prefix, assign=True)
-    if not patcher.is_dynamic():  # which casts as it goes
-        for name, tensor in _tensors_of(model):
-            if name in dtypes and not is_quantised(tensor):
-                tensor.data = tensor.to(dtypes[name])
+    with _tensors_as_built(patcher):
+        model.load_model_weights(detected.state_dict, detected.prefix, assign=True)
     return patcher
+
+
+def _build_text_encoder(
+    detected: _Detected,
+    clip_options: dict[str, torch.device],
+    embedding_directory: list[str] | str | None,
+    disable_dynamic: bool,
+) -> comfy.sd.CLIP | None:
+    """As `_build_diffusion_model`. None where the file has none, or one that ComfyUI converts as it loads it."""
+    state_dict, config = dict(detected.state_dict), detected.config
+    if any(name.endswith(".scaled_fp8") for name in state_dict):
+        return None
+    target = config.clip_target(state_dict=state_dict)
+    of_clip = config.process_clip_state_dict(state_dict)
+    if target is None or not of_clip:
+        return None
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=embedding_directory,
+        tokenizer_data=of_clip,
+        model_options=clip_options,
+        disable_dynamic=disable_dynamic,
+    )
+    with _tensors_as_built(clip.patcher):
+        missing, _ = clip.cond_stage_model.load_state_dict(of_clip, strict=False, assign=True)
+    missing = [name for name in missing if not name.endswith(_DERIVED_OR_UNUSED)]
+    if missing:
+        logger.warning("the text encoder in this file lacks %s", ", ".join(missing))
+    return clip
+
+
+@contextlib.contextmanager
+def _tensors_as_built(patcher: comfy.model_patcher.ModelPatcher) -> Iterator[None]:
+    """What is assigned meanwhile gets the dtype and the layout in memory that the model was built with. DynamicVRAM
+    casts as it goes."""
+    dtypes = {name: tensor.dtype for name, tensor in _tensors_of(patcher.model)}
+    yield
+    if not patcher.is_dynamic():
+        for name, tensor in _tensors_of(patcher.model):
+            if name in dtypes and not is_quantised(tensor):
+                tensor.data = tensor.to(dtypes[name]).contiguous()
 
 
 def _tensors_of(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

@@ -132,6 +132,27 @@ def test_every_component_gets_its_device(checkpoints, monkeypatch):
     assert [str(patcher.offload_device) for patcher in patchers] == ["cpu"] * 3
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="names devices that are not there; with a real one, ComfyUI asks for them")
+@pytest.mark.parametrize("kind", ["sd3", "sd15_blocks"])
+def test_a_text_encoder_for_an_accelerator_is_built_of_the_files_own_memory(checkpoints, kind, monkeypatch):
+    file_tensors = {}
+    read = comfy.utils.load_torch_file
+
+    def reading(*arguments, **options):
+        state_dict, metadata = read(*arguments, **options)
+        file_tensors.update(state_dict)
+        return state_dict, metadata
+
+    monkeypatch.setattr(comfy.utils, "load_torch_file", reading)
+    monkeypatch.setattr(loading, "_memory_of", lambda *_: dict.fromkeys(("cpu", "cuda:5"), DeviceMemory(GIB)))
+    _, clip, _ = load(checkpoints(kind), clip=ComponentRequest("cuda:5", VirtualVram(0.0, "cpu")))
+    addresses = {tensor.data_ptr() for tensor in file_tensors.values()}
+    weights = clip.cond_stage_model.state_dict()
+    elsewhere = {name for name, tensor in weights.items() if tensor.data_ptr() not in addresses}
+    assert elsewhere <= {"clip_l.logit_scale", "clip_l.transformer.text_projection.weight"}, "not in the file"
+    assert len(weights) - len(elsewhere) > 190
+
+
 @pytest.mark.gpu
 def test_the_components_lie_on_different_devices(checkpoints):
     clip_request = ComponentRequest("cpu", VirtualVram(2.0, "cpu"))
