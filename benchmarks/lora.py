@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from placement import saved_model, start_comfyui
+from harness import saved_model, start_comfyui
 from record import record_printed_by, summary
 
 RANK = 32

@@ -9,45 +9,20 @@ that ComfyUI's own loader makes, loaded completely, in the same process and at t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from record import ROOT, write_results
+from harness import saved_model, start_comfyui
+from record import write_results
 
 PERCENTAGES = (0, 25, 50, 90, 100)
 PIXELS = 1024
 TIMED_FORWARDS = 3
-
-
-def start_comfyui(dynamic_vram: bool) -> None:
-    """Import ComfyUI as its main.py does, with or without DynamicVRAM."""
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    sys.path.append(str(ROOT))
-    if dynamic_vram:
-        import comfy_aimdo.control
-
-        comfy_aimdo.control.init()
-    import comfy.memory_management
-    import comfy.model_management as mm
-    import comfy.model_patcher
-
-    if dynamic_vram:
-        devices = [device.index for device in mm.get_all_torch_devices()]
-        try:
-            initialised = comfy_aimdo.control.init_devices((index, 0) for index in devices)
-        except TypeError:  # before 0.4.10
-            initialised = comfy_aimdo.control.init_devices(devices)
-        if not initialised:
-            raise SystemExit("DynamicVRAM does not work on this machine")
-        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
-        comfy.memory_management.aimdo_enabled = True
 
 
 def bytes_by_device(module) -> dict[str, int]:
@@ -155,23 +130,6 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
         "ComfyUI resident forward ms": round(reference["forward_ms"], 1),
         "rows": rows,
     }
-
-
-@contextlib.contextmanager
-def saved_model(name: str, folder: Path) -> Iterator[Path]:
-    """The checkpoint of a model, for as long as it is needed.
-
-    It is written in a process of its own: this one is not to import ComfyUI.
-    """
-    path = folder / f"distorch2_{name}.safetensors"
-    script = "import sys, placement; placement.start_comfyui(False); import models; from pathlib import Path; "
-    script += f"models.BY_NAME[{name!r}].save(Path(sys.argv[1]))"
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT / "benchmarks"), *sys.path]))
-    try:
-        subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=environment)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def main(folder: Path) -> None:

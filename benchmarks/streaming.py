@@ -20,51 +20,32 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
-import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from placement import saved_model, start_comfyui
+from harness import (
+    STEPS_IN_A_TURN,
+    TURNS,
+    WARM_UP_STEPS,
+    in_turns_ms,
+    link_gb_per_second,
+    mark,
+    saved_model,
+    start_comfyui,
+    step,
+    turn_ms,
+    warm_up_gpu,
+)
 from record import printed_by, write_results
 
 PERCENTAGES = (0, 10, 25, 50, 75, 90, 100)
-WARM_UP_STEPS = 2
-TURNS = 4
-STEPS_IN_A_TURN = 3
-
-
-def link_gb_per_second(page_locked: bool, num_bytes: int = 1024**3) -> float:
-    """Of copies from the host to the GPU."""
-    import torch
-
-    source = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=page_locked).fill_(1)
-    target = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
-    return gb_per_second(lambda: target.copy_(source, non_blocking=True), num_bytes)
-
-
-def gb_per_second(copy: Callable[[], object], num_bytes: int) -> float:
-    """Median of 5 times `copy`, until all GPUs are done."""
-    import torch
-
-    def wait() -> None:
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
-
-    seconds = []
-    for _ in range(6):
-        wait()
-        started = time.perf_counter()
-        copy()
-        wait()
-        seconds.append(time.perf_counter() - started)
-    return num_bytes / statistics.median(seconds[1:]) / 1e9
 
 
 def packing_gb_per_second(num_bytes: int = 4 * 1024**3) -> dict[str, float]:
@@ -92,82 +73,6 @@ def packing_gb_per_second(num_bytes: int = 4 * 1024**3) -> dict[str, float]:
             "page-locking GB/s": num_bytes / (locked - copied) / 1e9,
         }
     return {name: round(value, 1) for name, value in result.items()}
-
-
-def step(model, patcher, inputs):
-    import torch
-
-    output = model.step(patcher, inputs)
-    torch.cuda.current_stream().synchronize()
-    return output
-
-
-def turn_ms(model, patcher, inputs, num_steps: int = STEPS_IN_A_TURN) -> list[float]:
-    """Milliseconds of the steps of one turn but the first."""
-    times = []
-    for _ in range(num_steps):
-        started = time.perf_counter()
-        step(model, patcher, inputs)
-        times.append((time.perf_counter() - started) * 1000)
-    return times[1:]
-
-
-def mark():
-    """An event on the GPU that takes the time."""
-    import torch
-
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def recorded_step(model, patcher, inputs):
-    """(LayerTime by layer, in the order of running, and milliseconds in which the GPU waited for weights) of a step."""
-    import simulator
-    import torch
-
-    distribution = patcher.distribution
-    modules = [layer.module for key in distribution.plan.groups for layer in distribution.groups[key].layers]
-    number_of = {module: number for number, module in enumerate(modules)}
-    use, marks = distribution.transfer.use, []
-
-    def recording_use(copy) -> None:
-        before = mark()
-        use(copy)
-        marks.append([before, mark()])
-
-    def after_forward(module, arguments, output) -> None:
-        marks[-1] += [mark(), number_of[module]]
-
-    hooks = [module.register_forward_hook(after_forward) for module in modules]
-    distribution.transfer.use = recording_use
-    try:
-        start = mark()
-        step(model, patcher, inputs)
-        end = mark()
-        torch.cuda.synchronize()
-    finally:
-        del distribution.transfer.use
-        for hook in hooks:
-            hook.remove()
-    times, nexts = {}, [record[0] for record in marks[1:]] + [end]
-    for (_, begin, leave, number), following in zip(marks, nexts, strict=True):
-        after_ms = leave.elapsed_time(following)
-        if following is end:  # what comes before the first streamed layer comes after the last of the step before
-            after_ms += start.elapsed_time(marks[0][0])
-        times[number] = simulator.LayerTime(begin.elapsed_time(leave) / 1000, after_ms / 1000)
-    stall_ms = sum(before.elapsed_time(begin) for before, begin, *_ in marks)
-    return times, stall_ms
-
-
-def forecast_ms(patcher, times, link: float) -> float:
-    import simulator
-
-    groups = patcher.distribution.plan.groups
-    group_of = [index for index, group in enumerate(groups) for _ in group.layers]
-    sizes = [group.slab_bytes for group in groups]
-    made = simulator.forecast(group_of, sizes, patcher.distribution.plan.staging_bytes, times, link * 1e9)
-    return made.step_s * 1000
 
 
 def anonymous_gib() -> float:
@@ -217,21 +122,13 @@ def comfyuis_own(model, path: str, free_bytes: list[int]) -> dict:
     return row
 
 
-def warm_up_gpu(dtype) -> None:
-    """What the first matrix product of a process takes for good is not counted for a model."""
-    import torch
-
-    square = torch.zeros(64, 64, device="cuda", dtype=dtype)
-    square @ square
-    torch.cuda.synchronize()
-
-
 def measure(name: str, path: str) -> None:
     """Resident, ours and classic, in this process. Prints a JSON object after each row: the last one is complete."""
     start_comfyui(dynamic_vram=False)
     import comfy.model_management as mm
     import models
     import torch
+    from layer_times import recorded_layers
 
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
@@ -280,11 +177,7 @@ def measure(name: str, path: str) -> None:
                     "bit-identical": torch.equal(output, expected[size]),
                 }
                 del output
-                turns = [
-                    (turn_ms(model, resident, inputs[size]), turn_ms(model, patcher, inputs[size]))
-                    for _ in range(TURNS)
-                ]
-                resident_ms, ours_ms = (statistics.median(itertools.chain(*times)) for times in zip(*turns))
+                resident_ms, ours_ms = in_turns_ms(model, resident, patcher, inputs[size])
                 floor_ms = max(resident_ms, copy_ms)
                 used_bytes.append(free_before - torch.cuda.mem_get_info()[0])
                 row |= {
@@ -296,10 +189,11 @@ def measure(name: str, path: str) -> None:
                     "VRAM GiB": round(used_bytes[-1] / GIB, 2),
                 }
                 if plan.groups:
-                    times, stall_ms = recorded_step(model, patcher, inputs[size])
+                    with recorded_layers(patcher.distribution, mark) as recorded:
+                        step(model, patcher, inputs[size])
                     row |= {
-                        "exposed stall ms": round(stall_ms, 1),
-                        "forecast ms": round(forecast_ms(patcher, times, link), 1),
+                        "exposed stall ms": round(recorded.stall_s * 1000, 1),
+                        "forecast ms": round(recorded.forecast(plan.staging_bytes, link * 1e9).step_s * 1000, 1),
                     }
                 rows.append(row)
             facts = {

@@ -13,15 +13,25 @@ two links. Forecasts are those of `simulator.py` for the times of the units in o
 from __future__ import annotations
 
 import gc
-import itertools
 import json
-import statistics
 import sys
 from pathlib import Path
 
-from placement import bytes_by_device, saved_model, start_comfyui
+from harness import (
+    STEPS_IN_A_TURN,
+    TURNS,
+    WARM_UP_STEPS,
+    gb_per_second,
+    in_turns_ms,
+    link_gb_per_second,
+    mark,
+    saved_model,
+    start_comfyui,
+    step,
+    warm_up_gpu,
+)
+from placement import bytes_by_device
 from record import record_printed_by
-from streaming import TURNS, WARM_UP_STEPS, gb_per_second, link_gb_per_second, mark, step, turn_ms, warm_up_gpu
 
 MODES = {
     "relay": (10, 50, 90),
@@ -140,8 +150,7 @@ def measure(path: str, modes: list[str]) -> None:
                 for _ in range(WARM_UP_STEPS):
                     output = step(model, patcher, inputs)
                 crossed = (relay.bytes_sent, relay.bytes_brought) if relay else (0, 0)
-                turns = [(turn_ms(model, resident, inputs), turn_ms(model, patcher, inputs)) for _ in range(TURNS)]
-                resident_ms, ours_ms = (statistics.median(itertools.chain(*times)) for times in zip(*turns))
+                resident_ms, ours_ms = in_turns_ms(model, resident, patcher, inputs)
                 row["at"][case] = {
                     "bit-identical": torch.equal(output, expected[case]),
                     "resident ms": round(resident_ms, 1),
@@ -152,7 +161,7 @@ def measure(path: str, modes: list[str]) -> None:
                     floor_ms = max(resident_ms, copy_ms)
                     row["at"][case] |= {"floor ms": round(floor_ms, 1), "ours / floor": round(ours_ms / floor_ms, 3)}
                 if relay:
-                    num_steps = sum(len(turn) + 1 for _, turn in turns)
+                    num_steps = TURNS * STEPS_IN_A_TURN
                     sent, brought = relay.bytes_sent - crossed[0], relay.bytes_brought - crossed[1]
                     link = result["GPU link GB/s"] if mode == "relay" else result["host link GB/s"] / 2  # out, then in
                     forecast = simulator.forecast_relay(calls[case], plan.relayed_units, link * 1e9)

@@ -23,9 +23,11 @@ from computing import inference_mode as inference_mode
 from placing import lora_for
 from sampling import core_load, sample
 
+from allocation_parser import parse_allocation
 from distorch2 import slab
 from distorch2.distribution import Distribution
-from distorch2.plan import PlanError
+from distorch2.loading import load_checkpoint
+from distorch2.plan import ComponentRequest, PlanError
 from distorch2.transfer import Detour, Transfer
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
@@ -43,6 +45,17 @@ def log_lines(caplog, text):
 
 
 # --- the compute device
+
+
+@pytest.mark.parametrize("text", ["sim:0,*", "sim:0,50%;cpu,50%", "sim:1,50%;cpu,50%"])
+def test_a_text_encoder_computes_there_as_on_the_host(checkpoints, expected, text):
+    on_host = load(checkpoints, "sd15_blocks", "sim:0,*")[1]
+    request = ComponentRequest("sim:0", parse_allocation(text))
+    model, clip, _ = load_checkpoint(checkpoints("sd15_blocks"), request, request, "cpu")
+    tokens = clip.tokenize("a red cube on a table")
+    for found, wanted in zip(clip.encode_from_tokens(tokens, True), on_host.encode_from_tokens(tokens, True)):
+        assert same(found, wanted.cpu())
+    assert same(sample(model, clip), expected["sd15_blocks"])
 
 
 @pytest.mark.parametrize("text", ["sim:0,*", "sim:0,50%;cpu,50%", "sim:0,30%;sim:1,40%;cpu,30%", "cpu,*"])
