@@ -318,18 +318,25 @@ class DistributedPatcher(ModelPatcher):
             for key in dict.fromkeys([*self.backup, *wanted])
             if anew or not (key in wanted and self._is_in_place(key, wanted[key]))
         ]
-        if not changed:
+        self._change_weights(changed, wanted)
+
+    def _unpatch_weights(self, keys: Collection[str]) -> None:
+        self._change_weights(keys, {})
+
+    def _change_weights(self, keys: Collection[str], wanted: Mapping[str, list[tuple]]) -> None:
+        """Give weights the patches in `wanted`, and those without any there back as they were."""
+        if not keys:
             return
         self.model.current_weight_patches_uuid = None  # first: what fails in the middle is not taken for patched
         self.distribution.settle()
-        by_layer = _by_layer(changed)
+        by_layer = _by_layer(keys)
         with Mover(self.load_device, self.distribution.pinned) as mover:
             for batch in self.distribution.batches(by_layer):
-                keys = [key for layer_name in batch for key in by_layer[layer_name].values()]
-                self._patch_batch(keys, wanted, mover)
+                of_batch = [key for layer_name in batch for key in by_layer[layer_name].values()]
+                self._change_batch(of_batch, wanted, mover)
 
-    def _patch_batch(self, keys: Sequence[str], wanted: Mapping[str, list[tuple]], mover: Mover) -> None:
-        """`_patch_weights` for the weights of one group of layers, or of one layer."""
+    def _change_batch(self, keys: Sequence[str], wanted: Mapping[str, list[tuple]], mover: Mover) -> None:
+        """`_change_weights` for the weights of one group of layers, or of one layer."""
         originals = {key: mover.copied(self._original(key)) for key in keys if key in wanted}
         mover.flush()
         weights: dict[str, dict[str, torch.Tensor]] = {}
@@ -360,19 +367,6 @@ class DistributedPatcher(ModelPatcher):
             return False
         own = module._parameters
         return name in own and all(child_name in own for child_name, _ in module.named_parameters())
-
-    def _unpatch_weights(self, keys: Collection[str]) -> None:
-        if not keys:
-            return
-        self.model.current_weight_patches_uuid = None  # first: what fails in the middle is not taken for patched
-        self.distribution.settle()
-        for key in keys:
-            self._back_up(key)
-        originals = self._originals(keys)
-        for batch in self.distribution.batches(originals):
-            self.distribution.replace({layer_name: originals[layer_name] for layer_name in batch})
-        for key in keys:
-            del self.backup[key]
 
     def _release(self, distribution: Distribution) -> None:
         self.model.current_weight_patches_uuid = None
