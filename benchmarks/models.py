@@ -7,9 +7,10 @@ Names and shapes are read off ComfyUI's own classes, built without memory; the v
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import comfy.ldm.flux.model
 import comfy.ldm.modules.diffusionmodules.openaimodel
@@ -58,14 +59,14 @@ def _random_tensors(shapes: dict[str, torch.Size], prefix: str, dtype: torch.dty
 
 @dataclass(frozen=True)
 class DiffusionModel:
-    """`inputs(pixels)` are arguments of ComfyUI's `apply_model` for one square image."""
+    """`cases` are pixels of a square image's side and the number of images, by name; `inputs(case)` are arguments of
+    ComfyUI's `apply_model`."""
 
     name: str
     module_class: type
     config: dict
     dtype: torch.dtype
-    sizes: ClassVar = (512, 1024)
-    unit: ClassVar = "px"
+    cases: Mapping[str, tuple[int, int]]
 
     def save(self, path: Path) -> None:
         module = self.module_class(
@@ -80,7 +81,8 @@ class DiffusionModel:
     def distributed(self, path: str, request: ComponentRequest) -> Any:
         return load_checkpoint(path, request, request, request.compute_device)[0]
 
-    def inputs(self, pixels: int) -> dict[str, torch.Tensor]:
+    def inputs(self, case: str) -> dict[str, torch.Tensor]:
+        pixels, batch = self.cases[case]
         generator = torch.Generator("cuda").manual_seed(1)
         side = pixels // 8
         if self.name == "Flux":
@@ -91,11 +93,11 @@ class DiffusionModel:
         inputs["t"] = torch.full((1,), 0.5 if self.name == "Flux" else 1.0, device="cuda")
         if self.name == "Flux":
             inputs["guidance"] = torch.full((1,), 3.5, device="cuda")
-        return inputs
+        return {name: value.repeat(batch, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
 
     def memory_required(self, patcher: Any, inputs: dict[str, torch.Tensor]) -> float:
         """What ComfyUI asks for a step beside the weights."""
-        return patcher.memory_required([2, *inputs["x"].shape[1:]])
+        return patcher.memory_required([2, *inputs["x"].shape[1:]])  # with both conditionings
 
     def step(self, patcher: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return patcher.model.apply_model(**inputs)
@@ -103,13 +105,12 @@ class DiffusionModel:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """In a checkpoint with a tiny diffusion model; `inputs(tokens)` is one prompt of so many."""
+    """In a checkpoint with a tiny diffusion model; `cases` are tokens of one prompt, by name."""
 
     name: str
     config: dict
     dtype: torch.dtype
-    sizes: ClassVar = (256,)
-    unit: ClassVar = "tokens"
+    cases: Mapping[str, int]
 
     def save(self, path: Path) -> None:
         sys.path.append(str(ROOT / "tools"))
@@ -127,8 +128,8 @@ class TextEncoder:
         resident = ComponentRequest(request.compute_device, VirtualVram(0.0, "cpu"))
         return load_checkpoint(path, resident, request, request.compute_device)[1].patcher
 
-    def inputs(self, tokens: int) -> dict[str, list]:
-        return {"l": [], "g": [], "t5xxl": [[(token, 1.0) for token in range(1, tokens + 1)]]}
+    def inputs(self, case: str) -> dict[str, list]:
+        return {"l": [], "g": [], "t5xxl": [[(token, 1.0) for token in range(1, self.cases[case] + 1)]]}
 
     def memory_required(self, patcher: Any, inputs: dict[str, list]) -> float:
         return 0
@@ -139,7 +140,16 @@ class TextEncoder:
         return patcher.model.encode_token_weights(inputs)[0]
 
 
-FLUX = DiffusionModel("Flux", comfy.ldm.flux.model.Flux, _FLUX_DEV, torch.bfloat16)
-SDXL = DiffusionModel("SDXL", comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel, _SDXL, torch.float16)
-T5_XXL = TextEncoder("T5-XXL", _T5_XXL, torch.float16)
+ONE_IMAGE = {"512 px": (512, 1), "1024 px": (1024, 1)}
+BATCH_OF_2 = {"1024 px, batch of 2": (1024, 2)}  # with guidance both conditionings are one batch
+
+FLUX = DiffusionModel("Flux", comfy.ldm.flux.model.Flux, _FLUX_DEV, torch.bfloat16, ONE_IMAGE)
+SDXL = DiffusionModel(
+    "SDXL",
+    comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel,
+    _SDXL,
+    torch.float16,
+    {**ONE_IMAGE, **BATCH_OF_2},
+)
+T5_XXL = TextEncoder("T5-XXL", _T5_XXL, torch.float16, {"256 tokens": 256})
 BY_NAME = {model.name: model for model in (FLUX, SDXL, T5_XXL)}

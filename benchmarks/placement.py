@@ -21,7 +21,7 @@ from harness import saved_model, start_comfyui
 from record import write_results
 
 PERCENTAGES = (0, 25, 50, 90, 100)
-PIXELS = 1024
+CASE = "1024 px"
 TIMED_FORWARDS = 3
 
 
@@ -82,7 +82,7 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
     device = str(mm.get_torch_device())
     rows = []
     with torch.inference_mode():
-        inputs = model.inputs(PIXELS)
+        inputs = model.inputs(CASE)
         core = model.core(path)
         reference = run(core, inputs)
         assert torch.isfinite(reference["output"]).all()
@@ -125,7 +125,7 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
             mm.unload_all_models()
             del patcher
     return {
-        "pixels": PIXELS,
+        "case": CASE,
         "activation bytes of the resident run": activation_bytes,
         "ComfyUI resident forward ms": round(reference["forward_ms"], 1),
         "rows": rows,

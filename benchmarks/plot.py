@@ -17,11 +17,11 @@ from record import ROOT
 
 def draw(path: Path) -> Path:
     record = json.loads(path.read_text())
-    panels = [(name, size, rows) for name, model in record["results"].items() for size, rows in _by_size(model)]
+    panels = [(name, case, rows) for name, model in record["results"].items() for case, rows in _by_case(model)]
     columns = min(3, len(panels))
     num_rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(num_rows, columns, figsize=(4.2 * columns, 3.4 * num_rows), squeeze=False)
-    for axis, (name, size, rows) in zip(axes.flat, panels):
+    for axis, (name, case, rows) in zip(axes.flat, panels):
         percent = [row["percent"] for row in rows]
         axis.plot(percent, [row["floor"] for row in rows], color="0.7", linewidth=6, label="floor: computing or link")
         axis.plot(percent, [row["ours"] for row in rows], "o-", color="tab:blue", label="DisTorch2")
@@ -35,7 +35,7 @@ def draw(path: Path) -> Path:
                 color=colour,
                 label=f"ComfyUI {label}, equal VRAM",
             )
-        axis.set_title(f"{name}, {size}")
+        axis.set_title(f"{name}, {case}")
         axis.set_xlabel("% on the CPU")
         axis.set_ylabel("ms per step")
         axis.set_ylim(bottom=0)
@@ -50,32 +50,27 @@ def draw(path: Path) -> Path:
     return picture
 
 
-def _by_size(model: dict) -> list[tuple[str, list[dict]]]:
-    """For every size that was measured, the rows as the plot needs them."""
-    sizes = [_size(at) for at in model["rows"][0]["at"]]
+def _by_case(model: dict) -> list[tuple[str, list[dict]]]:
+    """For every case that was measured, the rows as the plot needs them."""
+    cases = [at["case"] for at in model["rows"][0]["at"]]
     return [
         (
-            size,
+            case,
             [
                 {
                     "percent": at["percent on cpu"],
                     "floor": at["floor ms"],
                     "ours": at["ours ms"],
-                    "classic": row["classic at equal VRAM"].get(f"ms at {size}"),
-                    "DynamicVRAM": (row.get("DynamicVRAM at equal VRAM") or {}).get(f"ms at {size}"),
+                    "classic": row["classic at equal VRAM"].get(f"ms at {case}"),
+                    "DynamicVRAM": (row.get("DynamicVRAM at equal VRAM") or {}).get(f"ms at {case}"),
                 }
                 for row in model["rows"]
                 for at in row["at"]
-                if _size(at) == size
+                if at["case"] == case
             ],
         )
-        for size in sizes
+        for case in cases
     ]
-
-
-def _size(at: dict) -> str:
-    unit = next(unit for unit in ("px", "tokens") if unit in at)
-    return f"{at[unit]} {unit}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ the next step goes on. Steps of the resident model and of ours take turns, three
 counted. The floor of a row is the longer of the resident step and the copy of the streamed bytes at the measured speed
 of the link.
 
-ComfyUI's own two ways to run a model that does not fit, classic and DynamicVRAM, then run each size on a GPU that has
+ComfyUI's own two ways to run a model that does not fit, classic and DynamicVRAM, then run each case on a GPU that has
 as much memory free as ours took for it by the driver's count; they decide themselves what they keep there. DynamicVRAM
 needs a process of its own. The forecast is that of `simulator.py` for the times of the layers in one recorded step.
 
@@ -98,15 +98,15 @@ def free_memory_limited_to(num_bytes: int) -> Iterator[None]:
 
 
 def comfyuis_own(model, path: str, free_bytes: list[int]) -> dict:
-    """ComfyUI's checkpoint loader and memory manager, in the mode that this process runs in; the bytes are by size."""
+    """ComfyUI's checkpoint loader and memory manager, in the mode that this process runs in; the bytes are by case."""
     import comfy.model_management as mm
     import torch
 
     row: dict = {}
     started = time.perf_counter()
     patcher = model.core(path)
-    for size, num_bytes in zip(model.sizes, free_bytes, strict=True):
-        inputs = model.inputs(size)
+    for case, num_bytes in zip(model.cases, free_bytes, strict=True):
+        inputs = model.inputs(case)
         paused = time.perf_counter()
         with free_memory_limited_to(num_bytes):
             started += time.perf_counter() - paused
@@ -116,8 +116,8 @@ def comfyuis_own(model, path: str, free_bytes: list[int]) -> dict:
             for _ in range(WARM_UP_STEPS):
                 step(model, patcher, inputs)
             times = turn_ms(model, patcher, inputs, 1 + TURNS * (STEPS_IN_A_TURN - 1))
-            row[f"ms at {size} {model.unit}"] = round(statistics.median(times), 1)
-            row[f"VRAM GiB at {size} {model.unit}"] = round((num_bytes - torch.cuda.mem_get_info()[0]) / 1024**3, 2)
+            row[f"ms at {case}"] = round(statistics.median(times), 1)
+            row[f"VRAM GiB at {case}"] = round((num_bytes - torch.cuda.mem_get_info()[0]) / 1024**3, 2)
             mm.unload_all_models()
     return row
 
@@ -143,15 +143,15 @@ def measure(name: str, path: str) -> None:
         "rows": [],
     }
     with torch.inference_mode():
-        inputs = {size: model.inputs(size) for size in model.sizes}
+        inputs = {case: model.inputs(case) for case in model.cases}
         warm_up_gpu(model.dtype)
         resident = model.core(path)
         model_bytes = resident.model_size()
         resident.patch_model(resident.load_device)  # not through the manager, which might unload it
         expected = {}
-        for size in model.sizes:
+        for case in model.cases:
             for _ in range(WARM_UP_STEPS):
-                expected[size] = step(model, resident, inputs[size])
+                expected[case] = step(model, resident, inputs[case])
         for percent in PERCENTAGES:
             gc.collect()
             torch.cuda.empty_cache()
@@ -163,21 +163,21 @@ def measure(name: str, path: str) -> None:
             patcher.patch_model()
             torch.cuda.synchronize()
             placed = time.perf_counter()
-            step(model, patcher, inputs[model.sizes[0]])
+            step(model, patcher, inputs[next(iter(model.cases))])
             stepped = time.perf_counter()
             plan = patcher.distribution.plan
             copy_ms = sum(group.slab_bytes for group in plan.groups) / link / 1e6
             rows, used_bytes = [], []
-            for size in model.sizes:
+            for case in model.cases:
                 for _ in range(WARM_UP_STEPS):
-                    output = step(model, patcher, inputs[size])
+                    output = step(model, patcher, inputs[case])
                 row = {
                     "percent on cpu": percent,
-                    model.unit: size,
-                    "bit-identical": torch.equal(output, expected[size]),
+                    "case": case,
+                    "bit-identical": torch.equal(output, expected[case]),
                 }
                 del output
-                resident_ms, ours_ms = in_turns_ms(model, resident, patcher, inputs[size])
+                resident_ms, ours_ms = in_turns_ms(model, resident, patcher, inputs[case])
                 floor_ms = max(resident_ms, copy_ms)
                 used_bytes.append(free_before - torch.cuda.mem_get_info()[0])
                 row |= {
@@ -190,7 +190,7 @@ def measure(name: str, path: str) -> None:
                 }
                 if plan.groups:
                     with recorded_layers(patcher.distribution, mark) as recorded:
-                        step(model, patcher, inputs[size])
+                        step(model, patcher, inputs[case])
                     row |= {
                         "exposed stall ms": round(recorded.stall_s * 1000, 1),
                         "forecast ms": round(recorded.forecast(plan.staging_bytes, link * 1e9).step_s * 1000, 1),

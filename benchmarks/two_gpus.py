@@ -12,6 +12,7 @@ two links. Forecasts are those of `simulator.py` for the times of the units in o
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import sys
@@ -72,18 +73,13 @@ def megabytes(*numbers: float) -> list[float]:
     return [round(num_bytes / 1e6, 1) for num_bytes in numbers]
 
 
-def repeated(inputs: dict, batch: int) -> dict:
-    """The same image so many times."""
-    return {name: value.repeat(batch, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
-
-
-def recorded_calls(model, resident, size: int, batch: int) -> list:
+def recorded_calls(model, resident, case: str) -> list:
     """The units of the model in one step. Outside inference mode, so that writes are counted."""
     import torch
     from unit_calls import recorded_units
 
     with torch.inference_mode(False), torch.no_grad():
-        inputs = repeated(model.inputs(size), batch)
+        inputs = model.inputs(case)
         step(model, resident, inputs)
         with recorded_units(resident.model, mark) as calls:
             step(model, resident, inputs)
@@ -100,7 +96,7 @@ def measure(path: str, modes: list[str]) -> None:
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
-    model = models.FLUX
+    model = dataclasses.replace(models.FLUX, cases={**models.ONE_IMAGE, **models.BATCH_OF_2})
     two_links = two_links_gb_per_second()
     result = {
         "GPU link GB/s": round(gpu_link_gb_per_second(), 1),
@@ -109,8 +105,7 @@ def measure(path: str, modes: list[str]) -> None:
         "rows": [],
     }
     with torch.inference_mode():
-        shapes = {f"{size} {model.unit}": (size, 1) for size in model.sizes} | {"1024 px, batch of 2": (1024, 2)}
-        cases = {case: repeated(model.inputs(size), batch) for case, (size, batch) in shapes.items()}
+        cases = {case: model.inputs(case) for case in model.cases}
         warm_up_gpu(model.dtype)
         resident = model.core(path)
         model_bytes = resident.model_size()
@@ -119,7 +114,7 @@ def measure(path: str, modes: list[str]) -> None:
         for case, inputs in cases.items():
             for _ in range(WARM_UP_STEPS):
                 expected[case] = step(model, resident, inputs)
-        calls = {case: recorded_calls(model, resident, *shape) for case, shape in shapes.items()}
+        calls = {case: recorded_calls(model, resident, case) for case in cases}
         for mode, percent in [(name, percent) for name in modes for percent in MODES[name]]:
             gc.collect()
             torch.cuda.empty_cache()
@@ -145,7 +140,7 @@ def measure(path: str, modes: list[str]) -> None:
             }
             copy_ms = sum(group.slab_bytes for group in plan.groups) / two_links / 1e6 if donor == "cpu" else 0.0
             for case, inputs in cases.items():
-                if case.endswith("batch of 2") and percent != 50:
+                if case in models.BATCH_OF_2 and percent != 50:
                     continue
                 for _ in range(WARM_UP_STEPS):
                     output = step(model, patcher, inputs)
