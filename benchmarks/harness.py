@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import statistics
 import subprocess
@@ -14,9 +13,10 @@ from pathlib import Path
 
 from record import ROOT
 
-WARM_UP_STEPS = 2
-TURNS = 4
-STEPS_IN_A_TURN = 3
+_WARM_UP_STEPS = 2
+_TURNS = 4
+_STEPS_IN_A_TURN = 3  # the first is not counted
+TIMED_STEPS = _TURNS * (_STEPS_IN_A_TURN - 1)
 
 
 def start_comfyui(dynamic_vram: bool) -> None:
@@ -43,6 +43,17 @@ def start_comfyui(dynamic_vram: bool) -> None:
         comfy.memory_management.aimdo_enabled = True
 
 
+def bytes_by_device(module) -> dict[str, int]:
+    """Bytes of all parameters and buffers, by the device on which they are found."""
+    from distorch2.quantised import plain_tensors
+
+    found: dict[str, int] = {}
+    for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
+        for plain in plain_tensors(tensor):
+            found[str(plain.device)] = found.get(str(plain.device), 0) + plain.nbytes
+    return found
+
+
 @contextlib.contextmanager
 def saved_model(name: str, folder: Path) -> Iterator[Path]:
     """The checkpoint of a model, for as long as it is needed.
@@ -61,7 +72,7 @@ def saved_model(name: str, folder: Path) -> Iterator[Path]:
 
 
 def warm_up_gpu(dtype) -> None:
-    """What the first matrix product of a process takes for good is not counted for a model."""
+    """The memory that a process's first matrix product takes, and keeps, is not to be counted for a model."""
     import torch
 
     square = torch.zeros(64, 64, device="cuda", dtype=dtype)
@@ -70,6 +81,7 @@ def warm_up_gpu(dtype) -> None:
 
 
 def step(model, patcher, inputs):
+    """The output of a step, when it is there."""
     import torch
 
     output = model.step(patcher, inputs)
@@ -77,8 +89,15 @@ def step(model, patcher, inputs):
     return output
 
 
-def turn_ms(model, patcher, inputs, num_steps: int = STEPS_IN_A_TURN) -> list[float]:
-    """Milliseconds of the steps of one turn but the first."""
+def warmed_up(model, patcher, inputs):
+    """The output after a few steps that are not timed."""
+    for _ in range(_WARM_UP_STEPS):
+        output = step(model, patcher, inputs)
+    return output
+
+
+def steps_ms(model, patcher, inputs, num_steps: int) -> list[float]:
+    """Milliseconds of so many steps, one after another, but of the first."""
     times = []
     for _ in range(num_steps):
         started = time.perf_counter()
@@ -88,10 +107,12 @@ def turn_ms(model, patcher, inputs, num_steps: int = STEPS_IN_A_TURN) -> list[fl
 
 
 def in_turns_ms(model, resident, ours, inputs) -> tuple[float, float]:
-    """Medians of the milliseconds of a step of two patchers that take turns, a few steps at a time."""
-    turns = [(turn_ms(model, resident, inputs), turn_ms(model, ours, inputs)) for _ in range(TURNS)]
-    resident_ms, ours_ms = (statistics.median(itertools.chain(*times)) for times in zip(*turns))
-    return resident_ms, ours_ms
+    """Medians of the milliseconds of `TIMED_STEPS` steps of two patchers that take turns, a few steps at a time."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_TURNS):
+        for patcher, found in zip((resident, ours), times):
+            found += steps_ms(model, patcher, inputs, _STEPS_IN_A_TURN)
+    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def mark():
@@ -113,7 +134,7 @@ def link_gb_per_second(page_locked: bool, num_bytes: int = 1024**3) -> float:
 
 
 def gb_per_second(copy: Callable[[], object], num_bytes: int) -> float:
-    """Median of 5 times `copy`, until all GPUs are done."""
+    """Of `copy`, which copies `num_bytes`: the median of 5 runs after a first one, each until all GPUs are done."""
     import torch
 
     def wait() -> None:

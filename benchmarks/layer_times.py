@@ -16,28 +16,29 @@ from distorch2.transfer import Copy
 @dataclass
 class RecordedLayers:
     """The streamed layers in the order in which they ran, which numbers them: `group_of[layer]` is the layer's group,
-    `sizes[group]` its bytes. The device waited for weights for `stall_s`."""
+    `sizes[group]` its bytes in a ring of `staging_bytes`. The device waited for weights for `stall_s`."""
 
     sizes: Sequence[int]
+    staging_bytes: int
     group_of: list[int] = field(default_factory=list)
     times: dict[int, simulator.LayerTime] = field(default_factory=dict)
     stall_s: float = 0.0
 
-    def forecast(self, staging_bytes: int, bytes_per_s: float) -> simulator.Forecast:
-        return simulator.forecast(self.group_of, self.sizes, staging_bytes, self.times, bytes_per_s)
+    def forecast(self, bytes_per_s: float) -> simulator.Forecast:
+        return simulator.forecast(self.group_of, self.sizes, self.staging_bytes, self.times, bytes_per_s)
 
 
 @contextlib.contextmanager
 def recorded_layers(distribution: Distribution, mark: Callable[[], Any]) -> Iterator[RecordedLayers]:
-    """For one step of a model that is streamed in a known order; complete at the end of `with`.
+    """Of the one step that runs inside `with`, of a model whose order is learnt; complete at the end of it.
 
-    `mark` gives events that take times. They are recorded only where the device waits for a group, and where copies are
-    started: more of them would slow down the CPU, and with it a model whose bound it is. What runs between two events
-    is taken for the time of the layer at the first one.
+    `mark` records an event that takes the time. There is one only where a group is waited for and where copies are
+    started: one at every layer would slow down a model that is bound by the CPU. So the layer at an event gets the time
+    until the next event, also that of layers after it.
     """
     groups = [distribution.groups[key] for key in distribution.plan.groups if not key.is_relayed]
     number_of = {group.slab.data_ptr(): number for number, group in enumerate(groups)}
-    recorded = RecordedLayers([group.num_bytes for group in groups])
+    recorded = RecordedLayers([group.num_bytes for group in groups], distribution.plan.staging_bytes)
     transfer = distribution.transfer
     use, submit = transfer.use, transfer.submit
     spans: list[tuple[str, int, Any]] = []  # what is going on from an event on, for which layer
@@ -56,7 +57,7 @@ def recorded_layers(distribution: Distribution, mark: Callable[[], Any]) -> Iter
         spans.append(("after", len(recorded.group_of) - 1, mark()))
         submit(copies)
 
-    transfer.use, transfer.submit = recording_use, recording_submit  # type: ignore[method-assign]
+    transfer.use, transfer.submit = recording_use, recording_submit
     begin = mark()
     try:
         yield recorded
@@ -67,7 +68,8 @@ def recorded_layers(distribution: Distribution, mark: Callable[[], Any]) -> Iter
     num_layers = len(recorded.group_of)
     seconds = {name: [0.0] * num_layers for name in ("waiting", "inside", "after")}
     spans.insert(0, ("after", -1, begin))  # before the first layer runs what comes after the last one
-    for (name, layer, started), (_, _, ended) in zip(spans, [*spans[1:], ("", 0, end)], strict=True):
+    ends = [*(event for _, _, event in spans[1:]), end]
+    for (name, layer, started), ended in zip(spans, ends, strict=True):
         seconds[name][layer] += started.elapsed_time(ended) / 1000
     layer_times = zip(seconds["inside"], seconds["after"], strict=True)
     recorded.times = {layer: simulator.LayerTime(*times) for layer, times in enumerate(layer_times)}

@@ -7,7 +7,7 @@ Names and shapes are read off ComfyUI's own classes, built without memory; the v
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,12 @@ from safetensors.torch import save_file
 
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest, VirtualVram
+
+BATCH_OF_2 = "1024 px, batch of 2"
+IMAGES = {"512 px": (512, 1), "1024 px": (1024, 1), BATCH_OF_2: (1024, 2)}
+"""Pixels of a side and the batch, which is two for one image with guidance: both conditionings at once."""
+TOKENS = {"256 tokens": 256}
+"""Of a prompt."""
 
 _FLUX_DEV = {
     "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072,
@@ -59,14 +65,13 @@ def _random_tensors(shapes: dict[str, torch.Size], prefix: str, dtype: torch.dty
 
 @dataclass(frozen=True)
 class DiffusionModel:
-    """`cases` are pixels of a square image's side and the number of images, by name; `inputs(case)` are arguments of
-    ComfyUI's `apply_model`."""
+    """`inputs(case)` are arguments of ComfyUI's `apply_model` for square images; `cases` are those to be measured."""
 
     name: str
     module_class: type
     config: dict
     dtype: torch.dtype
-    cases: Mapping[str, tuple[int, int]]
+    cases: Sequence[str]
 
     def save(self, path: Path) -> None:
         module = self.module_class(
@@ -82,7 +87,7 @@ class DiffusionModel:
         return load_checkpoint(path, request, request, request.compute_device)[0]
 
     def inputs(self, case: str) -> dict[str, torch.Tensor]:
-        pixels, batch = self.cases[case]
+        pixels, batch = IMAGES[case]
         generator = torch.Generator("cuda").manual_seed(1)
         side = pixels // 8
         if self.name == "Flux":
@@ -97,7 +102,7 @@ class DiffusionModel:
 
     def memory_required(self, patcher: Any, inputs: dict[str, torch.Tensor]) -> float:
         """What ComfyUI asks for a step beside the weights."""
-        return patcher.memory_required([2, *inputs["x"].shape[1:]])  # with both conditionings
+        return patcher.memory_required([2, *inputs["x"].shape[1:]])  # both conditionings, whatever the inputs are
 
     def step(self, patcher: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return patcher.model.apply_model(**inputs)
@@ -105,12 +110,12 @@ class DiffusionModel:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """In a checkpoint with a tiny diffusion model; `cases` are tokens of one prompt, by name."""
+    """In a checkpoint with a tiny diffusion model; `inputs(case)` is one prompt."""
 
     name: str
     config: dict
     dtype: torch.dtype
-    cases: Mapping[str, int]
+    cases: Sequence[str]
 
     def save(self, path: Path) -> None:
         sys.path.append(str(ROOT / "tools"))
@@ -129,7 +134,7 @@ class TextEncoder:
         return load_checkpoint(path, resident, request, request.compute_device)[1].patcher
 
     def inputs(self, case: str) -> dict[str, list]:
-        return {"l": [], "g": [], "t5xxl": [[(token, 1.0) for token in range(1, self.cases[case] + 1)]]}
+        return {"l": [], "g": [], "t5xxl": [[(token, 1.0) for token in range(1, TOKENS[case] + 1)]]}
 
     def memory_required(self, patcher: Any, inputs: dict[str, list]) -> float:
         return 0
@@ -140,16 +145,9 @@ class TextEncoder:
         return patcher.model.encode_token_weights(inputs)[0]
 
 
-ONE_IMAGE = {"512 px": (512, 1), "1024 px": (1024, 1)}
-BATCH_OF_2 = {"1024 px, batch of 2": (1024, 2)}  # with guidance both conditionings are one batch
-
-FLUX = DiffusionModel("Flux", comfy.ldm.flux.model.Flux, _FLUX_DEV, torch.bfloat16, ONE_IMAGE)
+FLUX = DiffusionModel("Flux", comfy.ldm.flux.model.Flux, _FLUX_DEV, torch.bfloat16, ("512 px", "1024 px"))
 SDXL = DiffusionModel(
-    "SDXL",
-    comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel,
-    _SDXL,
-    torch.float16,
-    {**ONE_IMAGE, **BATCH_OF_2},
+    "SDXL", comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel, _SDXL, torch.float16, tuple(IMAGES)
 )
-T5_XXL = TextEncoder("T5-XXL", _T5_XXL, torch.float16, {"256 tokens": 256})
+T5_XXL = TextEncoder("T5-XXL", _T5_XXL, torch.float16, tuple(TOKENS))
 BY_NAME = {model.name: model for model in (FLUX, SDXL, T5_XXL)}

@@ -17,23 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-from harness import saved_model, start_comfyui
+from harness import bytes_by_device, saved_model, start_comfyui
 from record import write_results
 
 PERCENTAGES = (0, 25, 50, 90, 100)
 CASE = "1024 px"
 TIMED_FORWARDS = 3
-
-
-def bytes_by_device(module) -> dict[str, int]:
-    """Bytes of all parameters and buffers, by the device on which they are found."""
-    from distorch2.quantised import plain_tensors
-
-    found: dict[str, int] = {}
-    for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
-        for plain in plain_tensors(tensor):
-            found[str(plain.device)] = found.get(str(plain.device), 0) + plain.nbytes
-    return found
 
 
 def run(patcher, inputs) -> dict:

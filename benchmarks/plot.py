@@ -52,24 +52,21 @@ def draw(path: Path) -> Path:
 
 def _by_case(model: dict) -> list[tuple[str, list[dict]]]:
     """For every case that was measured, the rows as the plot needs them."""
-    cases = [at["case"] for at in model["rows"][0]["at"]]
     return [
         (
             case,
             [
                 {
-                    "percent": at["percent on cpu"],
-                    "floor": at["floor ms"],
-                    "ours": at["ours ms"],
+                    "percent": row["percent on cpu"],
+                    "floor": row["at"][case]["floor ms"],
+                    "ours": row["at"][case]["ours ms"],
                     "classic": row["classic at equal VRAM"].get(f"ms at {case}"),
                     "DynamicVRAM": (row.get("DynamicVRAM at equal VRAM") or {}).get(f"ms at {case}"),
                 }
                 for row in model["rows"]
-                for at in row["at"]
-                if at["case"] == case
             ],
         )
-        for case in cases
+        for case in model["rows"][0]["at"]
     ]
 
 

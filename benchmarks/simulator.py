@@ -21,7 +21,8 @@ _PASSES = 4  # one to learn the order, one to fill the staging buffer, and two t
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Seconds of the compute device in the layer's forward, and from its end to the next streamed layer."""
+    """Seconds of the compute device in the layer's forward, and from its end to the next streamed layer. Where several
+    layers were measured together, as `layer_times.py` does, the first has the time of all."""
 
     inside_s: float
     after_s: float

@@ -31,17 +31,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harness import (
-    STEPS_IN_A_TURN,
-    TURNS,
-    WARM_UP_STEPS,
+    TIMED_STEPS,
     in_turns_ms,
     link_gb_per_second,
     mark,
     saved_model,
     start_comfyui,
     step,
-    turn_ms,
+    steps_ms,
     warm_up_gpu,
+    warmed_up,
 )
 from record import printed_by, write_results
 
@@ -113,13 +112,30 @@ def comfyuis_own(model, path: str, free_bytes: list[int]) -> dict:
             mm.load_models_gpu([patcher], memory_required=model.memory_required(patcher, inputs))
             step(model, patcher, inputs)
             row.setdefault("load to first step s", round(time.perf_counter() - started, 2))
-            for _ in range(WARM_UP_STEPS):
-                step(model, patcher, inputs)
-            times = turn_ms(model, patcher, inputs, 1 + TURNS * (STEPS_IN_A_TURN - 1))
+            warmed_up(model, patcher, inputs)
+            times = steps_ms(model, patcher, inputs, 1 + TIMED_STEPS)
             row[f"ms at {case}"] = round(statistics.median(times), 1)
             row[f"VRAM GiB at {case}"] = round((num_bytes - torch.cuda.mem_get_info()[0]) / 1024**3, 2)
             mm.unload_all_models()
     return row
+
+
+def timed(model, resident, patcher, inputs, expected, link: float) -> dict:
+    """Steps of both in turns, against the link of so many GB/s; `expected` is the resident model's output."""
+    import torch
+
+    is_identical = torch.equal(warmed_up(model, patcher, inputs), expected)
+    resident_ms, ours_ms = in_turns_ms(model, resident, patcher, inputs)
+    copy_ms = sum(group.slab_bytes for group in patcher.distribution.plan.groups) / link / 1e6
+    floor_ms = max(resident_ms, copy_ms)
+    return {
+        "bit-identical": is_identical,
+        "resident ms": round(resident_ms, 1),
+        "ours ms": round(ours_ms, 1),
+        "floor ms": round(floor_ms, 1),
+        "ours / floor": round(ours_ms / floor_ms, 3),
+        "percent of link": round(100 * copy_ms / ours_ms, 1),
+    }
 
 
 def measure(name: str, path: str) -> None:
@@ -148,10 +164,7 @@ def measure(name: str, path: str) -> None:
         resident = model.core(path)
         model_bytes = resident.model_size()
         resident.patch_model(resident.load_device)  # not through the manager, which might unload it
-        expected = {}
-        for case in model.cases:
-            for _ in range(WARM_UP_STEPS):
-                expected[case] = step(model, resident, inputs[case])
+        expected = {case: warmed_up(model, resident, inputs[case]) for case in model.cases}
         for percent in PERCENTAGES:
             gc.collect()
             torch.cuda.empty_cache()
@@ -166,37 +179,20 @@ def measure(name: str, path: str) -> None:
             step(model, patcher, inputs[next(iter(model.cases))])
             stepped = time.perf_counter()
             plan = patcher.distribution.plan
-            copy_ms = sum(group.slab_bytes for group in plan.groups) / link / 1e6
-            rows, used_bytes = [], []
+            at, used_bytes = {}, []
             for case in model.cases:
-                for _ in range(WARM_UP_STEPS):
-                    output = step(model, patcher, inputs[case])
-                row = {
-                    "percent on cpu": percent,
-                    "case": case,
-                    "bit-identical": torch.equal(output, expected[case]),
-                }
-                del output
-                resident_ms, ours_ms = in_turns_ms(model, resident, patcher, inputs[case])
-                floor_ms = max(resident_ms, copy_ms)
+                at[case] = timed(model, resident, patcher, inputs[case], expected[case], link)
                 used_bytes.append(free_before - torch.cuda.mem_get_info()[0])
-                row |= {
-                    "resident ms": round(resident_ms, 1),
-                    "ours ms": round(ours_ms, 1),
-                    "floor ms": round(floor_ms, 1),
-                    "ours / floor": round(ours_ms / floor_ms, 3),
-                    "percent of link": round(100 * copy_ms / ours_ms, 1),
-                    "VRAM GiB": round(used_bytes[-1] / GIB, 2),
-                }
+                at[case]["VRAM GiB"] = round(used_bytes[-1] / GIB, 2)
                 if plan.groups:
                     with recorded_layers(patcher.distribution, mark) as recorded:
                         step(model, patcher, inputs[case])
-                    row |= {
+                    at[case] |= {
                         "exposed stall ms": round(recorded.stall_s * 1000, 1),
-                        "forecast ms": round(recorded.forecast(plan.staging_bytes, link * 1e9).step_s * 1000, 1),
+                        "forecast ms": round(recorded.forecast(link * 1e9).step_s * 1000, 1),
                     }
-                rows.append(row)
             facts = {
+                "percent on cpu": percent,
                 "streamed GiB": round(sum(group.slab_bytes for group in plan.groups) / GIB, 2),
                 "streamed layers": len(plan.streamed),
                 "groups": len(plan.groups),
@@ -209,7 +205,7 @@ def measure(name: str, path: str) -> None:
             patcher.detach()
             del patcher
             classic = comfyuis_own(model, path, used_bytes) if percent else {}
-            result["rows"].append({**facts, "used bytes": used_bytes, "at": rows, "classic at equal VRAM": classic})
+            result["rows"].append({**facts, "used bytes": used_bytes, "at": at, "classic at equal VRAM": classic})
             print(name, json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
             print(json.dumps(result), flush=True)
 

@@ -12,16 +12,13 @@ two links. Forecasts are those of `simulator.py` for the times of the units in o
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import sys
 from pathlib import Path
 
 from harness import (
-    STEPS_IN_A_TURN,
-    TURNS,
-    WARM_UP_STEPS,
+    bytes_by_device,
     gb_per_second,
     in_turns_ms,
     link_gb_per_second,
@@ -30,8 +27,8 @@ from harness import (
     start_comfyui,
     step,
     warm_up_gpu,
+    warmed_up,
 )
-from placement import bytes_by_device
 from record import record_printed_by
 
 MODES = {
@@ -96,7 +93,7 @@ def measure(path: str, modes: list[str]) -> None:
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
-    model = dataclasses.replace(models.FLUX, cases={**models.ONE_IMAGE, **models.BATCH_OF_2})
+    model = models.FLUX
     two_links = two_links_gb_per_second()
     result = {
         "GPU link GB/s": round(gpu_link_gb_per_second(), 1),
@@ -105,16 +102,13 @@ def measure(path: str, modes: list[str]) -> None:
         "rows": [],
     }
     with torch.inference_mode():
-        cases = {case: model.inputs(case) for case in model.cases}
+        inputs_of = {case: model.inputs(case) for case in models.IMAGES}
         warm_up_gpu(model.dtype)
         resident = model.core(path)
         model_bytes = resident.model_size()
         resident.patch_model(resident.load_device)
-        expected = {}
-        for case, inputs in cases.items():
-            for _ in range(WARM_UP_STEPS):
-                expected[case] = step(model, resident, inputs)
-        calls = {case: recorded_calls(model, resident, case) for case in cases}
+        expected = {case: warmed_up(model, resident, inputs) for case, inputs in inputs_of.items()}
+        calls = {case: recorded_calls(model, resident, case) for case in inputs_of}
         for mode, percent in [(name, percent) for name in modes for percent in MODES[name]]:
             gc.collect()
             torch.cuda.empty_cache()
@@ -139,15 +133,13 @@ def measure(path: str, modes: list[str]) -> None:
                 "at": {},
             }
             copy_ms = sum(group.slab_bytes for group in plan.groups) / two_links / 1e6 if donor == "cpu" else 0.0
-            for case, inputs in cases.items():
-                if case in models.BATCH_OF_2 and percent != 50:
+            for case, inputs in inputs_of.items():
+                if case == models.BATCH_OF_2 and percent != 50:
                     continue
-                for _ in range(WARM_UP_STEPS):
-                    output = step(model, patcher, inputs)
-                crossed = (relay.bytes_sent, relay.bytes_brought) if relay else (0, 0)
+                is_identical = torch.equal(warmed_up(model, patcher, inputs), expected[case])
                 resident_ms, ours_ms = in_turns_ms(model, resident, patcher, inputs)
                 row["at"][case] = {
-                    "bit-identical": torch.equal(output, expected[case]),
+                    "bit-identical": is_identical,
                     "resident ms": round(resident_ms, 1),
                     "ours ms": round(ours_ms, 1),
                     "ours / resident": round(ours_ms / resident_ms, 3),
@@ -156,12 +148,13 @@ def measure(path: str, modes: list[str]) -> None:
                     floor_ms = max(resident_ms, copy_ms)
                     row["at"][case] |= {"floor ms": round(floor_ms, 1), "ours / floor": round(ours_ms / floor_ms, 3)}
                 if relay:
-                    num_steps = TURNS * STEPS_IN_A_TURN
-                    sent, brought = relay.bytes_sent - crossed[0], relay.bytes_brought - crossed[1]
+                    before = relay.bytes_sent, relay.bytes_brought
+                    step(model, patcher, inputs)
+                    crossed = relay.bytes_sent - before[0], relay.bytes_brought - before[1]
                     link = result["GPU link GB/s"] if mode == "relay" else result["host link GB/s"] / 2  # out, then in
                     forecast = simulator.forecast_relay(calls[case], plan.relayed_units, link * 1e9)
                     row["at"][case] |= {
-                        "MB sent and brought in a step": megabytes(sent / num_steps, brought / num_steps),
+                        "MB sent and brought in a step": megabytes(*crossed),
                         "forecast MB": megabytes(forecast.bytes_sent, forecast.bytes_brought),
                         "forecast ms": round(forecast.seconds * 1000, 1),
                     }

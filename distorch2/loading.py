@@ -1,9 +1,10 @@
 """Checkpoint -> (model, clip, vae), each on its devices. This is the pack's Python API.
 
-ComfyUI loads, and nothing of it is changed: its loader takes devices as options. The diffusion model and the VAE share
-one of these options, so the loader is called once for the diffusion model with the text encoder and once for the VAE,
-on the same tensors, each time with a dict of its own since the loader consumes keys. What an accelerator computes with
-is not copied: it is built with ComfyUI's classes of the file's own tensors. The file is read once.
+Nothing of ComfyUI is changed. Its loader copies the tensors of the file, unless DynamicVRAM is on; so the diffusion
+model and the text encoder that an accelerator computes with are built here, with ComfyUI's classes, of the file's own
+tensors, and only what has another dtype or layout is copied. ComfyUI's loader makes the rest: the VAE, what the CPU
+computes with, and text encoders in the older scaled fp8. Diffusion model and VAE share its option for the device, so it
+is called once for each. The file is read once.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 DIFFUSION_MODEL, TEXT_ENCODER, VAE = ("diffusion model", "text encoder", "VAE")
 _CPU = torch.device("cpu")
-_DERIVED_OR_UNUSED = (".logit_scale", ".transformer.text_projection.weight")
-"""Parameters of text encoders that files may lack."""
+_MAY_BE_MISSING = (".logit_scale", ".transformer.text_projection.weight")
+"""Parameters of text encoders that files may lack: ComfyUI does not warn of them either."""
 _EVERYTHING = 1e32
 """More bytes than any device has: asks ComfyUI to free all it can."""
 
@@ -321,7 +322,7 @@ def _load_model_and_clip(
     with_clip: bool = True,
     disable_dynamic: bool = False,
 ) -> tuple[comfy.model_patcher.ModelPatcher | None, comfy.sd.CLIP | None]:
-    """Consumes the weights, so that a file that is not memory-mapped is not held twice."""
+    """None for what is not asked for or not in the file. ComfyUI's loader takes out of `weights` what it loads."""
     model_options = {"load_device": torch.device(unet_device), "offload_device": _CPU}
     # The text encoder is not to be on its device before a plan says so: ComfyUI moves it there when it is used.
     clip_options = {"load_device": torch.device(clip_device), "offload_device": _CPU, "initial_device": _CPU}
@@ -331,26 +332,26 @@ def _load_model_and_clip(
         return _load_diffusion_model_only(weights, model_options, disable_dynamic), None
     dtype, num_parameters = _inference_dtype(detected)
     first_device = mm.unet_inital_load_device(num_parameters, dtype)
-    # ComfyUI may build the diffusion model on a GPU, whatever device it is asked to load it on, and without
-    # DynamicVRAM it copies all of the file into memory that is the process's own. Where the CPU computes it may:
-    # there the weights stay, and the file may be replaced meanwhile.
     model = clip = None
+    # Where the CPU computes ComfyUI's loader may copy: there the weights stay, and the file may be replaced meanwhile.
     if with_clip and clip_device != "cpu":
         clip = _build_text_encoder(detected, clip_options, embedding_directory, disable_dynamic)
+    # Unless it would put the diffusion model on its default GPU, whatever device it is asked to load it on.
     if with_model and (first_device != _CPU or unet_device != "cpu"):
         model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
     del detected
-    rest = {"output_model": with_model and model is None, "output_clip": with_clip and clip is None}
-    if any(rest.values()):
+    model_is_left, clip_is_left = with_model and model is None, with_clip and clip is None
+    if model_is_left or clip_is_left:
         core_model, core_clip, *_ = comfy.sd.load_state_dict_guess_config(
             weights.state_dict,
             output_vae=False,
+            output_clip=clip_is_left,
             embedding_directory=embedding_directory,
+            output_model=model_is_left,
             model_options=model_options,
             te_model_options=clip_options,
             metadata=weights.metadata,
             disable_dynamic=disable_dynamic,
-            **rest,
         )
         model, clip = model or core_model, clip or core_clip
     return model, clip
@@ -427,24 +428,25 @@ def _build_text_encoder(
     embedding_directory: list[str] | str | None,
     disable_dynamic: bool,
 ) -> comfy.sd.CLIP | None:
-    """As `_build_diffusion_model`. None where the file has none, or one that ComfyUI converts as it loads it."""
-    state_dict, config = dict(detected.state_dict), detected.config
+    """Build the text encoder of the file's own tensors. None where the file has none, or has it in the older scaled
+    fp8, which ComfyUI's loader converts."""
+    state_dict, config = dict(detected.state_dict), detected.config  # its own dict: ComfyUI takes keys out of it
     if any(name.endswith(".scaled_fp8") for name in state_dict):
         return None
     target = config.clip_target(state_dict=state_dict)
-    of_clip = config.process_clip_state_dict(state_dict)
-    if target is None or not of_clip:
+    clip_state_dict = config.process_clip_state_dict(state_dict)
+    if target is None or not clip_state_dict:
         return None
     clip = comfy.sd.CLIP(
         target,
         embedding_directory=embedding_directory,
-        tokenizer_data=of_clip,
+        tokenizer_data=clip_state_dict,
         model_options=clip_options,
         disable_dynamic=disable_dynamic,
     )
     with _tensors_as_built(clip.patcher):
-        missing, _ = clip.cond_stage_model.load_state_dict(of_clip, strict=False, assign=True)
-    missing = [name for name in missing if not name.endswith(_DERIVED_OR_UNUSED)]
+        missing, _ = clip.cond_stage_model.load_state_dict(clip_state_dict, strict=False, assign=True)
+    missing = [name for name in missing if not name.endswith(_MAY_BE_MISSING)]
     if missing:
         logger.warning("the text encoder in this file lacks %s", ", ".join(missing))
     return clip
@@ -452,8 +454,8 @@ def _build_text_encoder(
 
 @contextlib.contextmanager
 def _tensors_as_built(patcher: comfy.model_patcher.ModelPatcher) -> Iterator[None]:
-    """What is assigned meanwhile gets the dtype and the layout in memory that the model was built with. DynamicVRAM
-    casts as it goes."""
+    """Tensors that are assigned inside `with` get the dtypes that the model was built with, and are made contiguous,
+    since ComfyUI transposes some. Not with DynamicVRAM, which casts as it goes."""
     dtypes = {name: tensor.dtype for name, tensor in _tensors_of(patcher.model)}
     yield
     if not patcher.is_dynamic():

@@ -324,7 +324,7 @@ class DistributedPatcher(ModelPatcher):
         self._change_weights(keys, {})
 
     def _change_weights(self, keys: Collection[str], wanted: Mapping[str, list[tuple]]) -> None:
-        """Give weights the patches in `wanted`, and those without any there back as they were."""
+        """Patch these weights as `wanted` says, each from its original; one that it lacks gets its original back."""
         if not keys:
             return
         self.model.current_weight_patches_uuid = None  # first: what fails in the middle is not taken for patched
@@ -370,14 +370,14 @@ class DistributedPatcher(ModelPatcher):
 
     def _release(self, distribution: Distribution) -> None:
         self.model.current_weight_patches_uuid = None
-        distribution.release(self._originals(self.backup))
+        distribution.release(self._originals())
         self._forget_patches()
 
-    def _originals(self, keys: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
-        """Layer name -> name in it -> the weight as it was, for these that are patched."""
+    def _originals(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Layer name -> name in it -> the weight as it was, for all that are patched."""
         return {
             layer_name: {name: self.backup[key].weight for name, key in of_layer.items()}
-            for layer_name, of_layer in _by_layer(keys).items()
+            for layer_name, of_layer in _by_layer(self.backup).items()
         }
 
     def _forget_patches(self) -> None:

@@ -23,10 +23,10 @@ def main(checkpoint: str, *flags: str) -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import placement
+    import harness
 
     if "--dynamic-vram" in flags:
-        placement.start_comfyui(dynamic_vram=True)
+        harness.start_comfyui(dynamic_vram=True)
     import comfy.model_management as mm
     import torch
     from sampling import core_load, sample
@@ -46,7 +46,7 @@ def main(checkpoint: str, *flags: str) -> None:
             model, clip, _ = load_checkpoint(checkpoint, request, request, device)
             same = torch.equal(sample(model, clip), expected)
             plan = model.distribution.plan
-            on_device = placement.bytes_by_device(model.model).get(device, 0)
+            on_device = harness.bytes_by_device(model.model).get(device, 0)
             model_gib = plan.model_bytes / GIB
             found.append(
                 {

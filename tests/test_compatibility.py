@@ -182,7 +182,7 @@ def test_dynamo_compiles_once_and_not_per_layer(checkpoints, compiling, kind, mo
 
     ComfyUI's own layers may hit it, each time that they are called from what is not compiled.
     """
-    # The attention of ComfyUI asks for it, and where it has changed is compiled again.
+    # ComfyUI's attention asks for free memory, and is compiled again when the answer has changed.
     monkeypatch.setattr(mm, "get_free_memory", constant_free_memory)
     for percent in PERCENTAGES:
         model, clip, _ = on_donor(checkpoints, kind, percent)

@@ -48,7 +48,7 @@ def log_lines(caplog, text):
 
 
 @pytest.mark.parametrize("text", ["sim:0,*", "sim:0,50%;cpu,50%", "sim:1,50%;cpu,50%"])
-def test_a_text_encoder_computes_there_as_on_the_host(checkpoints, expected, text):
+def test_a_text_encoder_on_an_accelerator_gives_the_bits_of_one_on_the_host(checkpoints, expected, text):
     on_host = load(checkpoints, "sd15_blocks", "sim:0,*")[1]
     request = ComponentRequest("sim:0", parse_allocation(text))
     model, clip, _ = load_checkpoint(checkpoints("sd15_blocks"), request, request, "cpu")
