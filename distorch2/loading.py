@@ -2,9 +2,9 @@
 
 Nothing of ComfyUI is changed. Its loader copies the tensors of the file, unless DynamicVRAM is on; so the diffusion
 model and the text encoder that an accelerator computes with are built here, with ComfyUI's classes, of the file's own
-tensors, and only what has another dtype or layout is copied. ComfyUI's loader makes the rest: the VAE, what the CPU
-computes with, and text encoders in the older scaled fp8. Diffusion model and VAE share its option for the device, so it
-is called once for each. The file is read once.
+tensors, and only what has another dtype or layout is copied. ComfyUI's loader makes the rest: the VAE, text encoders in
+the older scaled fp8, and everything where the CPU computes with the diffusion model. Diffusion model and VAE share its
+option for the device, so it is called once for each. The file is read once.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ DIFFUSION_MODEL, TEXT_ENCODER, VAE = ("diffusion model", "text encoder", "VAE")
 _CPU = torch.device("cpu")
 _MAY_BE_MISSING = (".logit_scale", ".transformer.text_projection.weight")
 """Parameters of text encoders that files may lack: ComfyUI does not warn of them either."""
+_DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Of weights, those that devices may lack."""
 _EVERYTHING = 1e32
 """More bytes than any device has: asks ComfyUI to free all it can."""
 
@@ -334,11 +336,12 @@ def _load_model_and_clip(
     first_device = mm.unet_inital_load_device(num_parameters, dtype)
     model = clip = None
     # Where the CPU computes ComfyUI's loader may copy: there the weights stay, and the file may be replaced meanwhile.
-    if with_clip and clip_device != "cpu":
-        clip = _build_text_encoder(detected, clip_options, embedding_directory, disable_dynamic)
     # Unless it would put the diffusion model on its default GPU, whatever device it is asked to load it on.
-    if with_model and (first_device != _CPU or unet_device != "cpu"):
-        model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
+    if unet_device != "cpu" or first_device != _CPU:
+        if with_model:
+            model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
+        if with_clip:  # after the diffusion model: the config of one may learn from the weights of the other
+            clip = _build_text_encoder(detected, clip_options, embedding_directory, disable_dynamic)
     del detected
     model_is_left, clip_is_left = with_model and model is None, with_clip and clip is None
     if model_is_left or clip_is_left:
@@ -428,8 +431,10 @@ def _build_text_encoder(
     embedding_directory: list[str] | str | None,
     disable_dynamic: bool,
 ) -> comfy.sd.CLIP | None:
-    """Build the text encoder of the file's own tensors. None where the file has none, or has it in the older scaled
-    fp8, which ComfyUI's loader converts."""
+    """Build the text encoder of the file's own tensors, or of copies where the CPU computes with it.
+
+    None where the file has none, or has it in the older scaled fp8, which ComfyUI's loader converts.
+    """
     state_dict, config = dict(detected.state_dict), detected.config  # its own dict: ComfyUI takes keys out of it
     if any(name.endswith(".scaled_fp8") for name in state_dict):
         return None
@@ -437,13 +442,19 @@ def _build_text_encoder(
     clip_state_dict = config.process_clip_state_dict(state_dict)
     if target is None or not clip_state_dict:
         return None
+    device = clip_options["load_device"]
+    # ComfyUI computes a text encoder on the CPU when its device lacks a dtype of it.
+    is_copied = device == _CPU or not all(mm.supports_cast(device, dtype) for dtype in _DTYPES)
     clip = comfy.sd.CLIP(
         target,
         embedding_directory=embedding_directory,
         tokenizer_data=clip_state_dict,
+        state_dict=clip_state_dict if is_copied else [],
         model_options=clip_options,
         disable_dynamic=disable_dynamic,
     )
+    if is_copied:
+        return clip
     with _tensors_as_built(clip.patcher):
         missing, _ = clip.cond_stage_model.load_state_dict(clip_state_dict, strict=False, assign=True)
     missing = [name for name in missing if not name.endswith(_MAY_BE_MISSING)]
