@@ -33,6 +33,8 @@ _OUTSIDE_OF_UNITS = {
     "input_block_patch_after_skip", "middle_block_after_patch", "noise_refiner", "output_block_patch", "post_input",
 }  # fmt: skip
 """Of ComfyUI's patches, those that its models call between units."""
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+"""Of what units are given, what holds no tensors, and is most of it."""
 
 
 class RelayedUnit:
@@ -277,6 +279,8 @@ class _Visit:
 
     def _send_items(self, container: Any, items: list[tuple[Any, Any]]) -> None:
         for key, old in items:
+            if type(old) in _PLAIN:
+                continue
             new = self.send(old)
             if new is not old:
                 container[key] = new
@@ -339,15 +343,20 @@ def _put_back(container: Any, key: Any, new: Any, old: Any) -> None:
 
 def _field_names(value: Any) -> Sequence[str]:
     """Names of what a small record holds: of a dataclass, or of an object with slots and nothing beside."""
-    if isinstance(value, type):
+    if names := _names_of_class(type(value)):  # type: ignore[arg-type]  # a class is hashable
+        return [name for name in names if hasattr(value, name)]
+    return ()
+
+
+@functools.lru_cache(maxsize=256)
+def _names_of_class(cls: type) -> Sequence[str]:
+    if dataclasses.is_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls)]
+    slots = vars(cls).get("__slots__", ())
+    # Objects with a dict of their own, and what is called, are no records.
+    if cls.__dictoffset__ or any("__call__" in vars(base) for base in cls.__mro__):
         return ()
-    if dataclasses.is_dataclass(value):
-        return [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-    slots = vars(type(value)).get("__slots__", ())
-    if not slots or hasattr(value, "__dict__") or callable(value):
-        return ()
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return [name for name in names if hasattr(value, name)]
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _device_of(arguments: Sequence[Any], options: Mapping[str, Any]) -> torch.device | None:
