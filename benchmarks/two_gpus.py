@@ -108,7 +108,7 @@ def measure(path: str, modes: list[str]) -> None:
         model_bytes = resident.model_size()
         resident.patch_model(resident.load_device)
         expected = {case: warmed_up(model, resident, inputs) for case, inputs in inputs_of.items()}
-        calls = {case: recorded_calls(model, resident, case) for case in inputs_of}
+        calls: dict[str, list] = {}  # of the cases that are relayed
         for mode, percent in [(name, percent) for name in modes for percent in MODES[name]]:
             gc.collect()
             torch.cuda.empty_cache()
@@ -119,7 +119,7 @@ def measure(path: str, modes: list[str]) -> None:
             distribution = patcher.distribution
             plan, relay = distribution.plan, distribution.relay
             if mode == "relay through the host":
-                for crossing in relay.crossings.values():
+                for crossing in relay.activations.crossings.values():
                     crossing.is_direct = False
             planned = {device: plan.bytes_on(device) for device in plan.devices}
             row = {
@@ -148,10 +148,13 @@ def measure(path: str, modes: list[str]) -> None:
                     floor_ms = max(resident_ms, copy_ms)
                     row["at"][case] |= {"floor ms": round(floor_ms, 1), "ours / floor": round(ours_ms / floor_ms, 3)}
                 if relay:
-                    before = relay.bytes_sent, relay.bytes_brought
+                    activations = relay.activations
+                    before = activations.bytes_sent, activations.bytes_brought
                     step(model, patcher, inputs)
-                    crossed = relay.bytes_sent - before[0], relay.bytes_brought - before[1]
+                    crossed = activations.bytes_sent - before[0], activations.bytes_brought - before[1]
                     link = result["GPU link GB/s"] if mode == "relay" else result["host link GB/s"] / 2  # out, then in
+                    if case not in calls:
+                        calls[case] = recorded_calls(model, resident, case)
                     forecast = simulator.forecast_relay(calls[case], plan.relayed_units, link * 1e9)
                     row["at"][case] |= {
                         "MB sent and brought in a step": megabytes(*crossed),

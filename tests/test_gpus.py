@@ -65,7 +65,7 @@ def test_relay_between_a_gpu_and_the_host(checkpoints, kind, compute, donor):
     model, clip, _ = ours(checkpoints, kind, (compute, f"{compute},50%;{donor},50%"), mode="relay")
     found = step_of(model, clip)
     assert model.distribution.plan.relayed_units
-    assert model.distribution.relay.bytes_sent > 0 < model.distribution.relay.bytes_brought
+    assert model.distribution.relay.activations.bytes_sent > 0 < model.distribution.relay.activations.bytes_brought
     assert is_as_planned(model)
     assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2
 
@@ -170,7 +170,7 @@ def test_the_other_gpu_lends_or_computes(checkpoints, kind, text, mode):
     relay = model.distribution.relay
     assert (relay is not None) == bool(model.distribution.plan.relayed_units)
     if relay is not None:
-        for crossing in relay.crossings.values():
+        for crossing in relay.activations.crossings.values():
             crossing.is_direct = False  # as for GPUs that cannot reach each other
         assert torch.equal(sample(model, clip), wanted)
     assert bool(model.distribution.plan.relayed_units) == (mode == "auto") or kind.startswith("sd3")

@@ -22,9 +22,9 @@ from simulator import forecast_relay
 from test_compatibility import OWN_KINDS, controlled, controlnet, latents
 from unit_calls import recorded_units
 
+from distorch2.activations import Visit
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest, PlanError, VirtualVram
-from distorch2.relay import _Visit
 from distorch2.transfer import Crossing
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
@@ -40,7 +40,7 @@ class Planted(BaseException):
 def is_relayed(model):
     """Whether something crossed over, and nothing of what is relayed was streamed."""
     relay = model.distribution.relay
-    return relay.bytes_sent > 0 < relay.bytes_brought and relay.streamer.staging.nbytes == 0
+    return relay.activations.bytes_sent > 0 < relay.activations.bytes_brought and relay.streamer.staging.nbytes == 0
 
 
 @pytest.mark.parametrize("is_deferred", [False, True])
@@ -115,10 +115,10 @@ def test_as_many_bytes_cross_over_as_the_simulator_says(checkpoints, kind, text,
     mm.unload_all_models()
     model, clip = load(checkpoints, kind, text, mode)
     sample(model, clip)
-    plan, relay = model.distribution.plan, model.distribution.relay
+    plan, activations = model.distribution.plan, model.distribution.relay.activations
     forecast = forecast_relay(calls, plan.relayed_units)
     assert plan.relayed_units.keys() <= {call.unit for call in calls}
-    assert (relay.bytes_sent, relay.bytes_brought) == (forecast.bytes_sent, forecast.bytes_brought)
+    assert (activations.bytes_sent, activations.bytes_brought) == (forecast.bytes_sent, forecast.bytes_brought)
     assert forecast.bytes_sent > 0 < forecast.bytes_brought
 
 
@@ -423,11 +423,11 @@ def test_an_injection_keeps_units_at_home_while_other_clones_die(checkpoints, ex
         return arguments["denoised"]
 
     injected.set_model_sampler_post_cfg_function(one_less)
-    before = model.distribution.relay.bytes_sent
+    before = model.distribution.relay.activations.bytes_sent
     assert same(sample(injected, clip), expected["flux"])
-    assert model.distribution.relay.bytes_sent == before
+    assert model.distribution.relay.activations.bytes_sent == before
     assert same(sample(model, clip), expected["flux"])
-    assert model.distribution.relay.bytes_sent > before
+    assert model.distribution.relay.activations.bytes_sent > before
 
 
 def test_what_nobody_sees_keeps_a_unit_at_home(checkpoints, expected, caplog):
@@ -440,7 +440,7 @@ def test_what_nobody_sees_keeps_a_unit_at_home(checkpoints, expected, caplog):
     hook.remove()
     assert same(sample(model, clip), expected["flux"])
     assert len([r for r in caplog.records if "cannot run on sim:1" in r.getMessage()]) == 1
-    assert model.distribution.relay.bytes_sent > 0
+    assert model.distribution.relay.activations.bytes_sent > 0
 
 
 def test_evictions_to_a_host_that_relays(checkpoints, expected):
@@ -486,7 +486,7 @@ class Slots:
 def test_arguments_of_any_form_are_on_the_donor_and_come_back(checkpoints):
     model, clip = load(checkpoints, "flux", "sim:1,100%", "auto")
     sample(model, clip)
-    visit = _Visit(model.distribution.relay, torch.device("sim:1"))
+    visit = Visit(model.distribution.relay.activations, torch.device("sim:1"))
     home, elsewhere = torch.ones(3, device="sim:0"), torch.ones(3)
     slots, record = Slots(), Record(home)
     slots.tensor = home
@@ -503,9 +503,7 @@ def test_arguments_of_any_form_are_on_the_donor_and_come_back(checkpoints):
     options["list"][1] = options["new"] = there[0] + 1
     options["list"][0] = there[0] + 2
     there[0].add_(1)
-    visit.bring_changes()
-    result = visit.bring({"same": there[0], "other": (there[0] * 2, elsewhere), "record": Record(there[0] + 0)})
-    model.distribution.relay._copy_home(visit.arriving, torch.device("sim:1"))
+    result = visit.bring_home({"same": there[0], "other": (there[0] * 2, elsewhere), "record": Record(there[0] + 0)})
     visit.restore()
     assert torch.equal(home.cpu(), torch.full((3,), 2.0))
     assert result["same"].data_ptr() == home.data_ptr()

@@ -21,9 +21,20 @@ PURE = [
 ]
 COMFYUI_MODULES = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution", "comfyui_version"}
 # Each may import those after it, and none before it.
-LAYERS = ["loading", "patcher", "distribution", "detour", "donor_share", "relay", "streaming", "schedule", "moving"]
-LAYERS += ["inventory", "pinning", "slab", "quantised", "transfer", "report", "planner", "plan", "checkpoint_file"]
-LAYERS += ["__init__"]
+LAYERS = ["loading", "patcher", "distribution", "detour", "donor_share", "relay", "streaming", "schedule"]
+LAYERS += [
+    "activations",
+    "moving",
+    "inventory",
+    "pinning",
+    "slab",
+    "quantised",
+    "transfer",
+    "report",
+    "planner",
+    "plan",
+]
+LAYERS += ["checkpoint_file", "__init__"]
 
 
 def imports(path):
