@@ -19,7 +19,7 @@ import torch
 from .transfer import Crossing
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
-"""Of what units are given, what holds no tensors, and is most of it."""
+"""Types of what holds no tensors: most of what units are given."""
 
 
 class _Sent:
@@ -39,7 +39,7 @@ class _Sent:
 
 
 class Activations:
-    """What is at home and on a donor alike, and the ways between them.
+    """Which tensors are equal at home and on a donor, and the copies between them.
 
     `bytes_sent` and `bytes_brought` count what crossed over.
     """
@@ -51,7 +51,7 @@ class Activations:
         self._known: dict[int, _Sent] = {}  # by id of the tensor at home
 
     def forget(self) -> None:
-        """Send everything anew."""
+        """From now on every tensor is sent, also one that was before."""
         self._known.clear()
 
     def send(self, tensor: torch.Tensor, donor: torch.device) -> _Sent:
@@ -191,18 +191,16 @@ def _put_back(container: Any, key: Any, new: Any, old: Any) -> None:
 
 
 def _field_names(value: Any) -> Sequence[str]:
-    """Names of what a small record holds: of a dataclass, or of an object with slots and nothing beside."""
-    if names := _names_of_class(type(value)):  # type: ignore[arg-type]  # a class is hashable
-        return [name for name in names if hasattr(value, name)]
-    return ()
+    """Names of what a small record holds."""
+    return [name for name in _names_of_class(type(value)) if hasattr(value, name)]  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=256)
 def _names_of_class(cls: type) -> Sequence[str]:
+    """Fields of a dataclass, or slots of a class whose objects have nothing beside and are not called."""
     if dataclasses.is_dataclass(cls):
         return [field.name for field in dataclasses.fields(cls)]
     slots = vars(cls).get("__slots__", ())
-    # Objects with a dict of their own, and what is called, are no records.
     if cls.__dictoffset__ or any("__call__" in vars(base) for base in cls.__mro__):
         return ()
     return (slots,) if isinstance(slots, str) else tuple(slots)

@@ -335,12 +335,13 @@ def _load_model_and_clip(
     dtype, num_parameters = _inference_dtype(detected)
     first_device = mm.unet_inital_load_device(num_parameters, dtype)
     model = clip = None
-    # Where the CPU computes ComfyUI's loader may copy: there the weights stay, and the file may be replaced meanwhile.
-    # Unless it would put the diffusion model on its default GPU, whatever device it is asked to load it on.
+    # Where the CPU computes with the diffusion model ComfyUI's loader makes both, and may copy: the weights stay there,
+    # and the file may be replaced meanwhile. Not where it would put the diffusion model on its default GPU, whatever
+    # device it is asked to load it on.
     if unet_device != "cpu" or first_device != _CPU:
         if with_model:
             model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
-        if with_clip:  # after the diffusion model: the config of one may learn from the weights of the other
+        if with_clip:  # after the diffusion model, of whose weights the config may learn about the text encoder
             clip = _build_text_encoder(detected, clip_options, embedding_directory, disable_dynamic)
     del detected
     model_is_left, clip_is_left = with_model and model is None, with_clip and clip is None
@@ -431,11 +432,11 @@ def _build_text_encoder(
     embedding_directory: list[str] | str | None,
     disable_dynamic: bool,
 ) -> comfy.sd.CLIP | None:
-    """Build the text encoder of the file's own tensors, or of copies where the CPU computes with it.
+    """Build the text encoder of the file's own tensors; where the CPU may compute with it, of copies, as ComfyUI does.
 
     None where the file has none, or has it in the older scaled fp8, which ComfyUI's loader converts.
     """
-    state_dict, config = dict(detected.state_dict), detected.config  # its own dict: ComfyUI takes keys out of it
+    state_dict, config = detected.state_dict, detected.config
     if any(name.endswith(".scaled_fp8") for name in state_dict):
         return None
     target = config.clip_target(state_dict=state_dict)
@@ -443,7 +444,7 @@ def _build_text_encoder(
     if target is None or not clip_state_dict:
         return None
     device = clip_options["load_device"]
-    # ComfyUI computes a text encoder on the CPU when its device lacks a dtype of it.
+    # ComfyUI computes a text encoder on the CPU when its device lacks a dtype of it, which is known when it is built.
     is_copied = device == _CPU or not all(mm.supports_cast(device, dtype) for dtype in _DTYPES)
     clip = comfy.sd.CLIP(
         target,

@@ -1,7 +1,7 @@
 """Relay: units of a model run on the donor that holds their weights, and activations travel instead of weights.
 
 A unit is a module that is called. Its tensor arguments are copied to the donor and its results home; to the rest of the
-model it is as if it had run there.
+model it is as if it had run there (`activations.py` says what is not copied again).
 
 A unit stays at home, where its layers are streamed, while it cannot run on the donor: when ComfyUI has evicted a part
 of its weights, or when something runs inside it that has tensors of its own at home (attention patches, weight

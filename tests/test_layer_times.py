@@ -72,12 +72,12 @@ def test_time_is_given_to_the_layer_at_the_last_event():
     assert (recorded.sizes, recorded.staging_bytes) == ([100, 200], 300)
     assert recorded.group_of == [1, 1, 0]
     assert recorded.times == {
-        0: LayerTime(inside_s=7.0, after_s=0.0),
+        0: LayerTime(inside_s=4.0 + 3.0, after_s=0.0),
         1: LayerTime(inside_s=0.0, after_s=1.5),
         2: LayerTime(inside_s=2.0, after_s=0.5 + 1.0),
     }
-    assert recorded.stall_s == 2.5
-    assert not vars(transfer)
+    assert recorded.stall_s == 0.5 + 2.0
+    assert not vars(transfer)  # both methods are given back
 
 
 @pytest.mark.usefixtures("inference_mode", "computing")

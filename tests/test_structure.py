@@ -22,19 +22,8 @@ PURE = [
 COMFYUI_MODULES = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution", "comfyui_version"}
 # Each may import those after it, and none before it.
 LAYERS = ["loading", "patcher", "distribution", "detour", "donor_share", "relay", "streaming", "schedule"]
-LAYERS += [
-    "activations",
-    "moving",
-    "inventory",
-    "pinning",
-    "slab",
-    "quantised",
-    "transfer",
-    "report",
-    "planner",
-    "plan",
-]
-LAYERS += ["checkpoint_file", "__init__"]
+LAYERS += ["activations", "moving", "inventory", "pinning", "slab", "quantised", "transfer", "report", "planner"]
+LAYERS += ["plan", "checkpoint_file", "__init__"]
 
 
 def imports(path):
