@@ -55,6 +55,9 @@ def test_a_text_encoder_on_an_accelerator_gives_the_bits_of_one_on_the_host(chec
     tokens = clip.tokenize("a red cube on a table")
     for found, wanted in zip(clip.encode_from_tokens(tokens, True), on_host.encode_from_tokens(tokens, True)):
         assert same(found, wanted.cpu())
+    assert (clip.patcher.load_device, on_host.patcher.load_device) == (torch.device("sim:0"), torch.device("cpu"))
+    assert clip.patcher.loaded_size() == clip.patcher.model_size() > 0
+    assert (clip.patcher.distribution.transfer.copies > 0) == ("cpu" in text)  # streamed
     assert same(sample(model, clip), expected["sd15_blocks"])
 
 
