@@ -14,8 +14,8 @@ from pathlib import Path
 from record import ROOT
 
 _WARM_UP_STEPS = 2
-_TURNS = 4
-_STEPS_IN_A_TURN = 3  # the first is not counted
+_TURNS = 2
+_STEPS_IN_A_TURN = 5  # the first is not counted
 TIMED_STEPS = _TURNS * (_STEPS_IN_A_TURN - 1)
 
 

@@ -4,7 +4,7 @@
 
 Models of full size with random weights (Flux, SDXL, T5-XXL) are written to FOLDER (default /dev/shm; up to 23 GiB at a
 time). A step is one forward among others of the same model, timed until its result is there; what it copies ahead for
-the next step goes on. Steps of the resident model and of ours take turns, three at a time, of which the first is not
+the next step goes on. Steps of the resident model and of ours take turns, five at a time, of which the first is not
 counted. The floor of a row is the longer of the resident step and the copy of the streamed bytes at the measured speed
 of the link.
 
@@ -112,7 +112,6 @@ def comfyuis_own(model, path: str, free_bytes: list[int]) -> dict:
             mm.load_models_gpu([patcher], memory_required=model.memory_required(patcher, inputs))
             step(model, patcher, inputs)
             row.setdefault("load to first step s", round(time.perf_counter() - started, 2))
-            warmed_up(model, patcher, inputs)
             times = steps_ms(model, patcher, inputs, 1 + TIMED_STEPS)
             row[f"ms at {case}"] = round(statistics.median(times), 1)
             row[f"VRAM GiB at {case}"] = round((num_bytes - torch.cuda.mem_get_info()[0]) / 1024**3, 2)
@@ -231,10 +230,11 @@ def main(folder: Path, names: list[str]) -> None:
     results: dict = {}
     broke_off = False
     for name in names:
+        started = time.monotonic()
         with saved_model(name, folder) as path:
             for measured in printed_by([sys.executable, __file__, "--measure", name, path]):
                 results[name] = measured
-                result_path = write_results("streaming", results)
+                write_results("streaming", results)
             broke_off |= "broke off with status" in results[name]
             limited = [row for row in results[name].get("rows", []) if row["streamed GiB"]]
             used_bytes = json.dumps([row["used bytes"] for row in limited])
@@ -242,7 +242,9 @@ def main(folder: Path, names: list[str]) -> None:
                 for row, dynamic_row in zip(limited, dynamic.get("rows", [])):
                     row["DynamicVRAM at equal VRAM"] = dynamic_row
                 broke_off |= "broke off with status" in dynamic
-                result_path = write_results("streaming", results)
+                write_results("streaming", results)
+            results[name]["minutes"] = round((time.monotonic() - started) / 60, 2)
+            result_path = write_results("streaming", results)
             if importlib.util.find_spec("matplotlib"):
                 subprocess.run([sys.executable, Path(__file__).with_name("plot.py"), result_path], check=True)
     sys.exit("a measurement broke off" if broke_off else 0)

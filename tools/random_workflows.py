@@ -109,6 +109,19 @@ def random_placement(rng: random.Random, devices: Devices) -> Widgets:
     return widgets | {"eject_models": rng.random() < 0.2, "high_precision_loras": False, "donor_mode": mode}
 
 
+def resident(devices: Devices) -> Widgets:
+    """Widgets of the loader node for everything on the compute device."""
+    widgets: Widgets = {"donor_mode": "auto", "eject_models": False, "high_precision_loras": False}
+    for part in ("unet", "clip"):
+        widgets |= {
+            f"{part}_compute_device": devices.compute,
+            f"{part}_virtual_vram_gb": 0.0,
+            f"{part}_donor_device": devices.compute,
+            f"{part}_expert_mode_allocations": "",
+        }
+    return widgets | {"vae_device": devices.compute}
+
+
 # --- allocation strings
 
 
