@@ -23,6 +23,7 @@ from harness import (
     in_turns_ms,
     link_gb_per_second,
     mark,
+    resident_model,
     saved_model,
     start_comfyui,
     step,
@@ -104,9 +105,8 @@ def measure(path: str, modes: list[str]) -> None:
     with torch.inference_mode():
         inputs_of = {case: model.inputs(case) for case in models.IMAGES}
         warm_up_gpu(model.dtype)
-        resident = model.core(path)
+        resident = resident_model(model, path)
         model_bytes = resident.model_size()
-        resident.patch_model(resident.load_device)
         expected = {case: warmed_up(model, resident, inputs) for case, inputs in inputs_of.items()}
         calls: dict[str, list] = {}  # of the cases that are relayed
         for mode, percent in [(name, percent) for name in modes for percent in MODES[name]]:
