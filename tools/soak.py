@@ -73,6 +73,7 @@ from device_utils import HOST_DEVICE, first_accelerator, list_devices
 
 FOLDER = ROOT / ".host" / "soak"
 CHECKPOINTS = FOLDER / "models" / "checkpoints"
+MIB = 1024**2
 WAIT_SECONDS = 180
 """For anything that has to end; a prompt takes about a second."""
 MAX_VIOLATIONS = 5
@@ -82,11 +83,10 @@ MEASURE_EVERY = 50  # prompts
 ALLOWED_GROWTH_MIB = 100.0
 """On the host and on the GPU. Readings of a server that leaks nothing were seen to differ by 70 MiB, since malloc does
 not give everything back."""
-GIVE_FREED_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024), "MALLOC_ARENA_MAX": "2"}
+GIVE_FREED_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_ARENA_MAX": "2"}
 """To glibc: it would keep much of it, which is not in use."""
 MAX_DETAILS = 1000
 """Characters of an error: no string of 200,000 is echoed."""
-MIB = 1024**2
 
 
 class Violation(Exception):

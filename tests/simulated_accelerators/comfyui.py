@@ -81,10 +81,7 @@ def tell_comfyui(
 
 
 def serve_routes() -> None:
-    """GET /simulated_accelerators: the counters, and what each device holds. POST /simulated_accelerators/trim: the
-    C library gives the memory that it keeps of what was freed back to the system."""
-    import ctypes
-
+    """GET /simulated_accelerators: the counters, and what each device holds."""
     from aiohttp import web
     from server import PromptServer
 
@@ -92,8 +89,3 @@ def serve_routes() -> None:
     async def get_counters(_request):
         held = {"used_bytes": devices.used_bytes, "capacity_bytes": devices.capacity_bytes}
         return web.json_response({**counters, **held})
-
-    @PromptServer.instance.routes.post("/simulated_accelerators/trim")
-    async def trim(_request):
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # of glibc
-        return web.Response()
