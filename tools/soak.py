@@ -148,7 +148,7 @@ class Soak:
     def reference(self, recipe: Recipe) -> torch.Tensor:
         """The latent of ComfyUI's own loader; with DynamicVRAM that of ours with everything on the compute device."""
         if recipe not in self._references:
-            if self.has_dynamic_vram and (recipe.clip or recipe.checkpoint) != LIGHT:  # it needs weights
+            if self.has_dynamic_vram and has_text_encoder_weights(recipe):
                 self._run_with_core_loader(recipe)  # for company
             self._references[recipe] = self.run_for_reference(recipe)
         return self._references[recipe]
@@ -738,6 +738,11 @@ def main() -> None:
     if arguments.result:
         arguments.result.write_text(json.dumps(summary, indent=2) + "\n")
     sys.exit(1 if summary["violations"] else 0)
+
+
+def has_text_encoder_weights(recipe: Recipe) -> bool:
+    """Without any, ComfyUI's own text encoder fails with DynamicVRAM: VBAR allocation failed."""
+    return (recipe.clip or recipe.checkpoint) not in CONTENTS
 
 
 def has_lora_on_core_text_encoder(recipe: Recipe) -> bool:
