@@ -1,8 +1,8 @@
 """Draw the results of `streaming.py`: milliseconds of a step against the part of the model on the CPU.
 
-    python3 benchmarks/plot.py [RESULTS.json]
+    python3 benchmarks/plot.py [RESULTS.json ...]
 
-Needs matplotlib. The picture is written beside the results.
+Needs matplotlib. One picture of all the results is written beside the first of them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ import matplotlib.pyplot as plt
 from record import ROOT
 
 
-def draw(path: Path) -> Path:
-    record = json.loads(path.read_text())
-    panels = [(name, case, rows) for name, model in record["results"].items() for case, rows in _by_case(model)]
+def draw(paths: list[Path]) -> Path:
+    records = [json.loads(path.read_text()) for path in paths]
+    panels = [
+        (f"{name}, {case}, {record['machine']['accelerators'][0]}", rows)
+        for record in records
+        for name, model in record["results"].items()
+        for case, rows in _by_case(model)
+    ]
     columns = min(3, len(panels))
     num_rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(num_rows, columns, figsize=(4.2 * columns, 3.4 * num_rows), squeeze=False)
-    for axis, (name, case, rows) in zip(axes.flat, panels):
+    for axis, (title, rows) in zip(axes.flat, panels):
         percent = [row["percent"] for row in rows]
         axis.plot(percent, [row["floor"] for row in rows], color="0.7", linewidth=6, label="floor: computing or link")
         axis.plot(percent, [row["ours"] for row in rows], "o-", color="tab:blue", label="DisTorch2")
@@ -35,18 +40,18 @@ def draw(path: Path) -> Path:
                 color=colour,
                 label=f"ComfyUI {label}, equal VRAM",
             )
-        axis.set_title(f"{name}, {case}")
+        axis.set_title(title, fontsize="medium")
         axis.set_xlabel("% on the CPU")
         axis.set_ylabel("ms per step")
         axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    axes.flat[0].legend(fontsize="small")
-    machine = record["machine"]
-    figure.suptitle(f"{machine['accelerators'][0]}, torch {machine['torch']}, {record['date'][:10]}", fontsize="medium")
-    figure.tight_layout()
-    picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=110)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=4)
+    versions = {f"torch {record['machine']['torch']}, {record['date'][:10]}" for record in records}
+    figure.suptitle("; ".join(sorted(versions)), fontsize="medium")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    picture = paths[0].with_suffix(".png")
+    figure.savefig(picture, dpi=100)
     return picture
 
 
@@ -71,4 +76,4 @@ def _by_case(model: dict) -> list[tuple[str, list[dict]]]:
 
 
 if __name__ == "__main__":
-    print(draw(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results" / "streaming.json"))
+    print(draw([Path(name) for name in sys.argv[1:]] or [ROOT / "benchmarks" / "results" / "streaming.json"]))
