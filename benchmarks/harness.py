@@ -72,7 +72,7 @@ def saved_model(name: str, folder: Path) -> Iterator[Path]:
 
 
 def resident_model(model, path: str):
-    """A patcher of ComfyUI's own, completely on the GPU. Its memory manager does not know it, and leaves it there."""
+    """A patcher of ComfyUI's own, completely on the GPU. ComfyUI's memory manager does not know it."""
     import comfy.model_management as mm
 
     patcher = model.core(path)

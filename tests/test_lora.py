@@ -315,9 +315,10 @@ def core_outputs(core):
 
 
 def changes_the_output(kind, adapter):
-    """ComfyUI's BOFT mixes dtypes where LoRAs are computed in fp16, as on a GPU, and leaves the weight as it was.
+    """Whether ComfyUI's output does.
 
-    A weight in scaled fp8 is rounded anew even so.
+    Its BOFT mixes dtypes where LoRAs are computed in fp16, as on a GPU, and leaves a weight as it was; one in scaled
+    fp8 is rounded anew even so.
     """
     return adapter is not boft or kind == FP8_SCALED or mm.lora_compute_dtype(mm.get_torch_device()) == torch.float32
 

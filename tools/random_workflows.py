@@ -95,31 +95,28 @@ def lora_name(family: str, form: str) -> str:
     return f"{family}_{form}.safetensors"
 
 
-def random_placement(rng: random.Random, devices: Devices) -> Widgets:
-    """Widgets of the loader node for a random placement of both components."""
+def resident_placement(devices: Devices) -> Widgets:
+    """Widgets of the loader node for everything on the compute device."""
     widgets: Widgets = dict.fromkeys(("unet_compute_device", "clip_compute_device", "vae_device"), devices.compute)
+    for part in ("unet", "clip"):
+        widgets[f"{part}_virtual_vram_gb"] = 0.0
+        widgets[f"{part}_donor_device"] = devices.compute
+        widgets[f"{part}_expert_mode_allocations"] = ""
+    # With high precision a LoRA on fp8 weights gives another latent than ComfyUI, which rounds them.
+    return widgets | {"eject_models": False, "high_precision_loras": False, "donor_mode": "auto"}
+
+
+def random_placement(rng: random.Random, devices: Devices) -> Widgets:
+    """The same for a random placement of both components."""
+    widgets = resident_placement(devices)
     for part in ("unet", "clip"):
         widgets[f"{part}_virtual_vram_gb"] = rng.choice((0.0, 0.001, 0.1, 4.0, round(rng.uniform(0, 0.7), 3)))
         widgets[f"{part}_donor_device"] = rng.choice(devices.keeping)
         text = random_allocation(rng, devices.keeping) if rng.random() < 0.6 else rng.choice(("", "", " "))
         widgets[f"{part}_expert_mode_allocations"] = text
-    # With high precision a LoRA on fp8 weights gives another latent than ComfyUI, which rounds them.
     # Beside a GPU the host would compute with other kernels, if it were told to.
     mode = rng.choice(["auto", "stream", "relay"] if devices.compute == "cpu" else ["auto", "stream"])
-    return widgets | {"eject_models": rng.random() < 0.2, "high_precision_loras": False, "donor_mode": mode}
-
-
-def resident(devices: Devices) -> Widgets:
-    """Widgets of the loader node for everything on the compute device."""
-    widgets: Widgets = {"donor_mode": "auto", "eject_models": False, "high_precision_loras": False}
-    for part in ("unet", "clip"):
-        widgets |= {
-            f"{part}_compute_device": devices.compute,
-            f"{part}_virtual_vram_gb": 0.0,
-            f"{part}_donor_device": devices.compute,
-            f"{part}_expert_mode_allocations": "",
-        }
-    return widgets | {"vae_device": devices.compute}
+    return widgets | {"eject_models": rng.random() < 0.2, "donor_mode": mode}
 
 
 # --- allocation strings

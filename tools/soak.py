@@ -9,9 +9,10 @@ on the node that has it; donors must be empty once models are freed, and the ser
 end. What step N of a seed does depends on nothing else, so that `--first-step N` leads to it at once; only how far a
 prompt is when it is disturbed depends on the machine.
 
-On a GPU the server runs without DynamicVRAM, unless `--dynamic-vram` is given. DynamicVRAM gives other bits than
-ComfyUI without it for LoRAs and for scaled fp8. With it, latents must therefore be those of our loader with everything
-on the GPU, beside models of ComfyUI's.
+On a GPU the server runs without DynamicVRAM, unless `--dynamic-vram` is given: with it ComfyUI itself gives other bits
+for LoRAs and scaled fp8. Latents are then compared with those of our loader with everything on the GPU, while models of
+ComfyUI's own loader are loaded too; those with a LoRA on a text encoder of ComfyUI's are not compared. Nothing else may
+use the GPUs.
 
 Exit status 1 when something was wrong. The server's log, and the prompt that failed, are in `.host/soak`.
 """
@@ -57,7 +58,7 @@ from random_workflows import (
     random_lora,
     random_placement,
     random_recipe,
-    resident,
+    resident_placement,
     run_again,
     with_image,
     with_steps,
@@ -84,7 +85,7 @@ ALLOWED_GROWTH_MIB = 100.0
 """On the host and on the GPU. Readings of a server that leaks nothing were seen to differ by 70 MiB, since malloc does
 not give everything back."""
 GIVE_FREED_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024), "MALLOC_ARENA_MAX": "2"}
-"""To glibc: it would keep much of it, which is not in use."""
+"""For glibc, so that freed memory does not count as in use: its threshold, unless set, grows as blocks are freed."""
 MAX_DETAILS = 1000
 """Characters of an error: no string of 200,000 is echoed."""
 
@@ -93,15 +94,31 @@ class Violation(Exception):
     """Something is not as it must be; the server lives on."""
 
 
+def has_text_encoder_weights(recipe: Recipe) -> bool:
+    """Without any, ComfyUI's own text encoder fails with DynamicVRAM: VBAR allocation failed."""
+    return (recipe.clip or recipe.checkpoint) not in CONTENTS
+
+
+def has_lora_on_core_text_encoder(recipe: Recipe) -> bool:
+    """The text encoder is of ComfyUI's CLIPLoader and has a LoRA, which DynamicVRAM rounds in a way of its own."""
+    return recipe.clip == TEXT_ENCODER and any(lora.clip_strength for lora in recipe.loras)
+
+
+class Reading(NamedTuple):
+    """Memory in use at rest after so many prompts: by the server's process, and on CUDA devices by all processes."""
+
+    prompts: int
+    rss_mib: float
+    vram_mib: float
+
+
 class Soak:
     """A running server, what is known of it, and how it is asked. An action gets this object and its own `Random`."""
 
-    def __init__(
-        self, server: ComfyServer, devices: Devices, has_simulated: bool, has_dynamic_vram: bool, seed: int
-    ) -> None:
+    def __init__(self, server: ComfyServer, devices: Devices, has_dynamic_vram: bool, seed: int) -> None:
         self.server = server
         self.devices = devices
-        self.has_simulated = has_simulated
+        self.has_simulated = devices.compute == HOST_DEVICE
         self.has_dynamic_vram = has_dynamic_vram
         self.num_prompts = 0
         self.outcomes: Counter[str] = Counter()
@@ -146,22 +163,18 @@ class Soak:
     # --- checking
 
     def reference(self, recipe: Recipe) -> torch.Tensor:
-        """The latent of ComfyUI's own loader; with DynamicVRAM that of ours with everything on the compute device."""
+        """What latents of the recipe are compared with."""
         if recipe not in self._references:
-            if self.has_dynamic_vram and has_text_encoder_weights(recipe):
-                self._run_with_core_loader(recipe)  # for company
             self._references[recipe] = self.run_for_reference(recipe)
         return self._references[recipe]
 
     def run_for_reference(self, recipe: Recipe, again: Sequence[str] = FROM_SAMPLER) -> torch.Tensor:
-        if not self.has_dynamic_vram:
-            return self._run_with_core_loader(recipe, again)
-        return self._useful_latent(recipe, prompt_for(recipe, resident(self.devices)), again)
-
-    def _run_with_core_loader(self, recipe: Recipe, again: Sequence[str] = FROM_SAMPLER) -> torch.Tensor:
-        return self._useful_latent(recipe, with_core_loader(prompt_for(recipe, {})), again)
-
-    def _useful_latent(self, recipe: Recipe, prompt: Prompt, again: Sequence[str]) -> torch.Tensor:
+        """The latent of ComfyUI's own loader; with DynamicVRAM that of ours with everything on the compute device."""
+        prompt = with_core_loader(prompt_for(recipe, {}))
+        if self.has_dynamic_vram:
+            if has_text_encoder_weights(recipe):  # so that models of ComfyUI's are loaded beside ours
+                self.latent_of(self.wait(self.queue(run_again(prompt, again, self.num_prompts))))
+            prompt = prompt_for(recipe, resident_placement(self.devices))
         self.outcomes["references"] += 1
         latent = self.latent_of(self.wait(self.queue(run_again(prompt, again, self.num_prompts))))
         if not torch.isfinite(latent).all() or latent.std() < 0.01:
@@ -184,19 +197,25 @@ class Soak:
 
     def compare(self, recipe: Recipe, history: dict[str, Any]) -> None:
         """The prompt succeeded with the recipe's latent."""
-        latent, expected = self.latent_of(history), self.reference(recipe)
+        latent = self.latent_of(history)
         if self.has_dynamic_vram and has_lora_on_core_text_encoder(recipe):
-            self.outcomes["latents not compared"] += 1  # DynamicVRAM rounds again when it brings a weight back
+            self.outcomes["latents not compared"] += 1
             return
+        expected = self.reference(recipe)
         if torch.equal(latent, expected):
             self.outcomes["latents compared"] += 1
             return
         self.outcomes["mismatches"] += 1
         distance = (latent - expected).abs().max().item() if latent.shape == expected.shape else "another shape"
-        again = torch.equal(self.run_for_reference(recipe, FROM_LOADERS), expected)
+        try:
+            again = torch.equal(self.run_for_reference(recipe, FROM_LOADERS), expected)
+            outcome = "still does" if again else "differs from it as well"
+        except Violation as violation:
+            outcome = f"fails: {violation}"
+        self.last_prompt = history["prompt"][2]
         raise Violation(
-            f"latent differs from the reference of {recipe} by {distance}; what gave the reference, run once more, "
-            f"{'still does' if again else 'differs from it as well'}"
+            f"latent differs from the reference of {recipe} by {distance}; "
+            f"what gave the reference, run once more, {outcome}"
         )
 
     def run(self, recipe: Recipe, prompt: Prompt) -> None:
@@ -237,8 +256,8 @@ class Soak:
         """What simulated accelerators hold; real ones are not asked."""
         return sum(self.server.get("/simulated_accelerators")["used_bytes"]) if self.has_simulated else 0
 
-    def resting_mib(self) -> float:
-        """Memory of the server's process with everything freed, once it has stopped shrinking."""
+    def memory_at_rest(self) -> Reading:
+        """With everything freed, once the server's process has stopped shrinking."""
         self.free(unload_models=True, free_memory=True)
         self.server.post("/history", {"clear": True})  # which grows by what every prompt was
         process = psutil.Process(self.server.process_id)
@@ -247,14 +266,9 @@ class Soak:
         while time.monotonic() < deadline and (len(readings) < 5 or readings[-5] - readings[-1] > 1):
             time.sleep(0.4)
             readings.append(process.memory_info().rss / MIB)
-        return round(readings[-1], 1)
-
-    def vram_mib(self) -> float:
-        """Memory in use on the compute device if that is a GPU, without what torch keeps of freed memory."""
-        if self.has_simulated:
-            return 0.0
-        device = self.server.get("/system_stats")["devices"][0]
-        return round((device["vram_total"] - device["vram_free"]) / MIB, 1)
+        devices = self.server.get("/system_stats")["devices"]
+        vram_bytes = sum(device["vram_total"] - device["vram_free"] for device in devices if device["type"] == "cuda")
+        return Reading(self.num_prompts, round(readings[-1], 1), round(vram_bytes / MIB, 1))
 
 
 # --- actions
@@ -503,14 +517,6 @@ ACTIONS = (
 # --- the run
 
 
-class Reading(NamedTuple):
-    """Memory of the server at rest after so many prompts: of its process and, on a GPU, on the compute device."""
-
-    prompts: int
-    rss_mib: float
-    vram_mib: float
-
-
 class Memory:
     """Readings of the server's memory at rest; the first is the level that it has to come back to."""
 
@@ -520,8 +526,7 @@ class Memory:
         self.measure()
 
     def measure(self) -> None:
-        rss_mib = self._soak.resting_mib()
-        self.readings.append(Reading(self._soak.num_prompts, rss_mib, self._soak.vram_mib()))
+        self.readings.append(self._soak.memory_at_rest())
 
     @property
     def is_due(self) -> bool:
@@ -545,12 +550,12 @@ class Memory:
             "trend_mib_per_100_prompts": round(100 * slope, 2),
             "vram_level_mib": vram_mib[0],
             "vram_end_mib": vram_mib[-1],
-            "readings": [list(reading) for reading in self.readings],
+            "readings": self.readings,
         }
 
 
 def warm_up(soak: Soak) -> None:
-    """Every checkpoint with both loaders; a LoRA of every family changes the latent, or it would prove nothing."""
+    """Every checkpoint, and its reference; a LoRA of every family changes the latent, or it would prove nothing."""
     rng = random.Random("warm-up")
     for recipe in soak.recipes:
         if not soak.has_simulated:  # on a GPU the first forward may take other kernels, with ComfyUI alone too
@@ -693,13 +698,13 @@ def prepare_folder(has_simulated: bool) -> None:
         (FOLDER / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
 
 
-def find_devices() -> tuple[Devices, bool]:
-    """The devices to use, and whether some are simulated."""
+def find_devices() -> Devices:
+    """The devices to use. Where the host computes, accelerators are simulated."""
     present = list_devices()
     accelerator = first_accelerator(present)
     if accelerator == HOST_DEVICE:
-        return Devices(HOST_DEVICE, (HOST_DEVICE, "sim:0", "sim:1")), True
-    return Devices(accelerator, tuple(present)), False
+        return Devices(HOST_DEVICE, (HOST_DEVICE, "sim:0", "sim:1"))
+    return Devices(accelerator, tuple(present))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -715,21 +720,24 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    devices, has_simulated = find_devices()
-    has_dynamic_vram = arguments.dynamic_vram
-    if has_dynamic_vram and has_simulated:
+    devices = find_devices()
+    has_simulated = devices.compute == HOST_DEVICE
+    if arguments.dynamic_vram and has_simulated:
         sys.exit("--dynamic-vram needs a GPU: without one ComfyUI has no DynamicVRAM")
+    flags = ("--cpu",) if has_simulated else () if arguments.dynamic_vram else ("--disable-dynamic-vram",)
     prepare_folder(has_simulated)
     kept = ", ".join(devices.keeping)
     print(f"seed {arguments.seed}: computing on {devices.compute}, weights on {kept}; ComfyUI starts", flush=True)
     server = ComfyServer(
         Path(os.environ["COMFYUI_PATH"]),
         FOLDER,
-        arguments=("--cpu",) if has_simulated else () if has_dynamic_vram else ("--disable-dynamic-vram",),
+        arguments=flags,
         environment={"PYTHONFAULTHANDLER": "1", **GIVE_FREED_MEMORY_BACK},
     )
     with server:
-        soak = Soak(server, devices, has_simulated, has_dynamic_vram, arguments.seed)
+        if arguments.dynamic_vram and "DynamicVRAM support detected and enabled" not in server.log:
+            sys.exit(f"ComfyUI has not enabled DynamicVRAM: {server.log_path}")
+        soak = Soak(server, devices, arguments.dynamic_vram, arguments.seed)
         try:
             summary = soak_server(soak, arguments)
         except (OSError, RuntimeError, Violation) as error:
@@ -738,16 +746,6 @@ def main() -> None:
     if arguments.result:
         arguments.result.write_text(json.dumps(summary, indent=2) + "\n")
     sys.exit(1 if summary["violations"] else 0)
-
-
-def has_text_encoder_weights(recipe: Recipe) -> bool:
-    """Without any, ComfyUI's own text encoder fails with DynamicVRAM: VBAR allocation failed."""
-    return (recipe.clip or recipe.checkpoint) not in CONTENTS
-
-
-def has_lora_on_core_text_encoder(recipe: Recipe) -> bool:
-    """On one that ComfyUI's own node loads."""
-    return recipe.clip == TEXT_ENCODER and any(lora.clip_strength for lora in recipe.loras)
 
 
 def _last_words(soak: Soak, seed: int, error: Exception) -> str:
