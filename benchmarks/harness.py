@@ -116,13 +116,13 @@ def steps_ms(model, patcher, inputs, num_steps: int) -> list[float]:
     return times[1:]
 
 
-def in_turns_ms(model, resident, ours, inputs) -> tuple[float, float]:
-    """Medians of the milliseconds of `TIMED_STEPS` steps of two patchers that take turns, a few steps at a time."""
+def in_turns_ms(model, resident, ours, inputs) -> tuple[list[float], list[float]]:
+    """Milliseconds of `TIMED_STEPS` steps of each of two patchers that take turns, a few steps at a time."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_TURNS):
         for patcher, found in zip((resident, ours), times):
             found += steps_ms(model, patcher, inputs, _STEPS_IN_A_TURN)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return times
 
 
 def mark():

@@ -5,8 +5,8 @@
 Models of full size with random weights (Flux, SDXL, T5-XXL) are written to FOLDER (default /dev/shm; up to 23 GiB at a
 time). A step is one forward among others of the same model, timed until its result is there; what it copies ahead for
 the next step goes on. Steps of the resident model and of ours take turns, three at a time, of which the first is not
-counted. The floor of a row is the longer of the resident step and the copy of the streamed bytes at the link's speed,
-measured for each row.
+counted. The floor is the longer of the resident step and the copy of the streamed bytes at the link's speed, which is
+measured for each case.
 
 ComfyUI's own two ways to run a model that does not fit, classic and DynamicVRAM, then run each case on a GPU that has
 as much memory free as ours took for it by the driver's count; they decide themselves what they keep there. DynamicVRAM
@@ -126,18 +126,23 @@ def comfyuis_own(model, path: str, free_bytes: list[int]) -> dict:
     return row
 
 
-def timed(model, resident, patcher, inputs, expected, link: float) -> dict:
-    """Steps of both in turns, against the link of so many GB/s; `expected` is the resident model's output."""
+def timed(model, resident, patcher, inputs, expected) -> dict:
+    """Steps of both in turns, against the link; `expected` is the resident model's output."""
     import torch
 
+    link = link_gb_per_second(page_locked=True)
+    torch.cuda.empty_cache()
     is_identical = torch.equal(warmed_up(model, patcher, inputs), expected)
-    resident_ms, ours_ms = in_turns_ms(model, resident, patcher, inputs)
+    resident_times, times = in_turns_ms(model, resident, patcher, inputs)
+    resident_ms, ours_ms = statistics.median(resident_times), statistics.median(times)
     copy_ms = sum(group.slab_bytes for group in patcher.distribution.plan.groups) / link / 1e6
     floor_ms = max(resident_ms, copy_ms)
     return {
         "bit-identical": is_identical,
+        "pinned link GB/s": round(link, 1),
         "resident ms": round(resident_ms, 1),
         "ours ms": round(ours_ms, 1),
+        "ours ms, each step": [round(each, 1) for each in times],
         "floor ms": round(floor_ms, 1),
         "ours / floor": round(ours_ms / floor_ms, 3),
         "percent of link": round(100 * copy_ms / ours_ms, 1),
@@ -168,7 +173,6 @@ def measure(name: str, path: str) -> None:
         model_bytes = resident.model_size()
         expected = {case: warmed_up(model, resident, inputs[case]) for case in model.cases}
         for percent in PERCENTAGES:
-            link = link_gb_per_second(page_locked=True)
             gc.collect()
             torch.cuda.empty_cache()
             free_before = torch.cuda.mem_get_info()[0]
@@ -184,19 +188,21 @@ def measure(name: str, path: str) -> None:
             plan = patcher.distribution.plan
             at, used_bytes = {}, []
             for case in model.cases:
-                at[case] = timed(model, resident, patcher, inputs[case], expected[case], link)
+                at[case] = timed(model, resident, patcher, inputs[case], expected[case])
                 used_bytes.append(free_before - torch.cuda.mem_get_info()[0])
                 at[case]["VRAM GiB"] = round(used_bytes[-1] / GIB, 2)
                 if plan.groups:
                     with recorded_layers(patcher.distribution, mark) as recorded:
+                        begin = time.perf_counter()
                         step(model, patcher, inputs[case])
+                        end = time.perf_counter()
                     at[case] |= {
+                        "recorded step ms": round((end - begin) * 1000, 1),
                         "exposed stall ms": round(recorded.stall_s * 1000, 1),
-                        "forecast ms": round(recorded.forecast(link * 1e9).step_s * 1000, 1),
+                        "forecast ms": round(recorded.forecast(at[case]["pinned link GB/s"] * 1e9).step_s * 1000, 1),
                     }
             facts = {
                 "percent on cpu": percent,
-                "pinned link GB/s": round(link, 1),
                 "streamed GiB": round(sum(group.slab_bytes for group in plan.groups) / GIB, 2),
                 "streamed layers": len(plan.streamed),
                 "groups": len(plan.groups),
