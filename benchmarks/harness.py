@@ -54,12 +54,20 @@ def bytes_by_device(module) -> dict[str, int]:
     return found
 
 
+def require_gpus(number: int) -> None:
+    import torch
+
+    if torch.cuda.device_count() < number:
+        raise SystemExit(f"this benchmark needs {number} CUDA GPU(s); torch sees {torch.cuda.device_count()}")
+
+
 @contextlib.contextmanager
 def saved_model(name: str, folder: Path) -> Iterator[Path]:
     """The checkpoint of a model, for as long as it is needed.
 
     It is written in a process of its own: this one is not to import ComfyUI.
     """
+    require_gpus(1)
     path = folder / f"distorch2_{name}.safetensors"
     script = "import sys, harness; harness.start_comfyui(False); import models; from pathlib import Path; "
     script += f"models.BY_NAME[{name!r}].save(Path(sys.argv[1]))"

@@ -131,7 +131,7 @@ def timed(model, resident, patcher, inputs, expected) -> dict:
     import torch
 
     link = link_gb_per_second(page_locked=True)
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # of what that took
     is_identical = torch.equal(warmed_up(model, patcher, inputs), expected)
     resident_times, times = in_turns_ms(model, resident, patcher, inputs)
     resident_ms, ours_ms = statistics.median(resident_times), statistics.median(times)

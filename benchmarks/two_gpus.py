@@ -24,6 +24,7 @@ from harness import (
     in_turns_ms,
     link_gb_per_second,
     mark,
+    require_gpus,
     resident_model,
     saved_model,
     start_comfyui,
@@ -170,6 +171,7 @@ def measure(path: str, modes: list[str]) -> None:
 
 
 def main(folder: Path, modes: list[str]) -> None:
+    require_gpus(2)
     with saved_model("Flux", folder) as path:
         status = record_printed_by("two_gpus", [sys.executable, __file__, "--measure", path, *modes])
     sys.exit(status)

@@ -51,6 +51,11 @@ class Devices:
     compute: str
     keeping: tuple[str, ...]
 
+    @property
+    def are_simulated(self) -> bool:
+        """Where the host computes, the accelerators are simulated ones."""
+        return self.compute == "cpu"
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -115,7 +120,7 @@ def random_placement(rng: random.Random, devices: Devices) -> Widgets:
         text = random_allocation(rng, devices.keeping) if rng.random() < 0.6 else rng.choice(("", "", " "))
         widgets[f"{part}_expert_mode_allocations"] = text
     # Beside a GPU the host would compute with other kernels, if it were told to.
-    mode = rng.choice(["auto", "stream", "relay"] if devices.compute == "cpu" else ["auto", "stream"])
+    mode = rng.choice(["auto", "stream", "relay"] if devices.are_simulated else ["auto", "stream"])
     return widgets | {"eject_models": rng.random() < 0.2, "donor_mode": mode}
 
 

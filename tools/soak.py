@@ -82,8 +82,7 @@ NUM_RECIPES = 16
 PROGRESS_EVERY = 20  # prompts
 MEASURE_EVERY = 50  # prompts
 ALLOWED_GROWTH_MIB = 100.0
-"""On the host and on the GPU. Readings of a server that leaks nothing were seen to differ by 70 MiB, since malloc does
-not give everything back."""
+"""On the host and on the GPU. Readings of a server that leaks nothing were seen to differ by 70 MiB."""
 GIVE_FREED_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024), "MALLOC_ARENA_MAX": "2"}
 """For glibc, so that freed memory does not count as in use: its threshold, unless set, grows as blocks are freed."""
 MAX_DETAILS = 1000
@@ -118,7 +117,6 @@ class Soak:
     def __init__(self, server: ComfyServer, devices: Devices, has_dynamic_vram: bool, seed: int) -> None:
         self.server = server
         self.devices = devices
-        self.has_simulated = devices.compute == HOST_DEVICE
         self.has_dynamic_vram = has_dynamic_vram
         self.num_prompts = 0
         self.outcomes: Counter[str] = Counter()
@@ -170,19 +168,19 @@ class Soak:
 
     def run_for_reference(self, recipe: Recipe, again: Sequence[str] = FROM_SAMPLER) -> torch.Tensor:
         """The latent of ComfyUI's own loader; with DynamicVRAM that of ours with everything on the compute device."""
+        self.outcomes["references"] += 1
         prompt = with_core_loader(prompt_for(recipe, {}))
         if self.has_dynamic_vram:
             if has_text_encoder_weights(recipe):  # so that models of ComfyUI's are loaded beside ours
-                self.latent_of(self.wait(self.queue(run_again(prompt, again, self.num_prompts))))
+                self._latent_of_run(prompt, again)
             prompt = prompt_for(recipe, resident_placement(self.devices))
-        self.outcomes["references"] += 1
-        latent = self.latent_of(self.wait(self.queue(run_again(prompt, again, self.num_prompts))))
-        if not torch.isfinite(latent).all() or latent.std() < 0.01:
-            raise Violation(f"the reference of {recipe} is no use: {latent}")
-        return latent
+        return self._latent_of_run(prompt, again)
+
+    def _latent_of_run(self, prompt: Prompt, again: Sequence[str]) -> torch.Tensor:
+        return self.latent_of(self.wait(self.queue(run_again(prompt, again, self.num_prompts))))
 
     def latent_of(self, history: dict[str, Any]) -> torch.Tensor:
-        """The latent that a prompt saved; its files are deleted."""
+        """The latent that a prompt saved, which is of some use; its files are deleted."""
         self.last_prompt = history["prompt"][2]
         if history["status"]["status_str"] != "success":
             error = error_of(history)
@@ -193,6 +191,8 @@ class Soak:
         for file in files:
             file.unlink()
         (latent,) = latents
+        if not torch.isfinite(latent).all() or latent.std() < 0.01:
+            raise Violation(f"a latent is no use: {latent}")
         return latent
 
     def compare(self, recipe: Recipe, history: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ class Soak:
 
     def donor_bytes(self) -> int:
         """What simulated accelerators hold; real ones are not asked."""
-        return sum(self.server.get("/simulated_accelerators")["used_bytes"]) if self.has_simulated else 0
+        return sum(self.server.get("/simulated_accelerators")["used_bytes"]) if self.devices.are_simulated else 0
 
     def memory_at_rest(self) -> Reading:
         """With everything freed, once the server's process has stopped shrinking."""
@@ -558,7 +558,7 @@ def warm_up(soak: Soak) -> None:
     """Every checkpoint, and its reference; a LoRA of every family changes the latent, or it would prove nothing."""
     rng = random.Random("warm-up")
     for recipe in soak.recipes:
-        if not soak.has_simulated:  # on a GPU the first forward may take other kernels, with ComfyUI alone too
+        if not soak.devices.are_simulated:  # on a GPU the first forward may take other kernels, with ComfyUI alone too
             soak.run_for_reference(recipe)
         soak.run(recipe, with_image(soak.random_prompt(rng, recipe)))
     for plain in (Recipe(LIGHT), Recipe("sd15_blocks.safetensors"), Recipe("flux.safetensors", LIGHT)):
@@ -634,7 +634,7 @@ def soak_server(soak: Soak, arguments: argparse.Namespace) -> dict[str, Any]:
         "violations": journal.violations,
         "memory": memory.summary(),
         "dynamic_vram": soak.has_dynamic_vram,
-        "simulated_accelerators": soak.server.get("/simulated_accelerators") if soak.has_simulated else None,
+        "simulated_accelerators": soak.server.get("/simulated_accelerators") if soak.devices.are_simulated else None,
         "comfyui": soak.server.get("/system_stats")["system"]["comfyui_version"],
         **provenance(),
     }
@@ -699,7 +699,7 @@ def prepare_folder(has_simulated: bool) -> None:
 
 
 def find_devices() -> Devices:
-    """The devices to use. Where the host computes, accelerators are simulated."""
+    """The devices to use: without an accelerator, the host and simulated ones."""
     present = list_devices()
     accelerator = first_accelerator(present)
     if accelerator == HOST_DEVICE:
@@ -721,11 +721,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     devices = find_devices()
-    has_simulated = devices.compute == HOST_DEVICE
-    if arguments.dynamic_vram and has_simulated:
+    if arguments.dynamic_vram and devices.are_simulated:
         sys.exit("--dynamic-vram needs a GPU: without one ComfyUI has no DynamicVRAM")
-    flags = ("--cpu",) if has_simulated else () if arguments.dynamic_vram else ("--disable-dynamic-vram",)
-    prepare_folder(has_simulated)
+    flags = ("--cpu",) if devices.are_simulated else () if arguments.dynamic_vram else ("--disable-dynamic-vram",)
+    prepare_folder(devices.are_simulated)
     kept = ", ".join(devices.keeping)
     print(f"seed {arguments.seed}: computing on {devices.compute}, weights on {kept}; ComfyUI starts", flush=True)
     server = ComfyServer(
@@ -736,7 +735,7 @@ def main() -> None:
     )
     with server:
         if arguments.dynamic_vram and "DynamicVRAM support detected and enabled" not in server.log:
-            sys.exit(f"ComfyUI has not enabled DynamicVRAM: {server.log_path}")
+            sys.exit(f"ComfyUI has not enabled DynamicVRAM; why not is in its log, {server.log_path}")
         soak = Soak(server, devices, arguments.dynamic_vram, arguments.seed)
         try:
             summary = soak_server(soak, arguments)
