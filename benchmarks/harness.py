@@ -14,8 +14,8 @@ from pathlib import Path
 from record import ROOT
 
 _WARM_UP_STEPS = 2
-_TURNS = 4
-_STEPS_IN_A_TURN = 3  # the first is not counted
+_TURNS = 2
+_STEPS_IN_A_TURN = 5  # the first is not counted
 TIMED_STEPS = _TURNS * (_STEPS_IN_A_TURN - 1)
 
 
@@ -146,7 +146,9 @@ def link_gb_per_second(page_locked: bool, num_bytes: int = 1024**3) -> float:
     """Of copies from the host to the GPU."""
     import torch
 
-    source = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=page_locked).fill_(1)
+    source = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=page_locked)
+    if not page_locked:
+        source.fill_(1)  # or it might have no memory yet
     target = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     return gb_per_second(lambda: target.copy_(source, non_blocking=True), num_bytes)
 

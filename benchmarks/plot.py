@@ -21,7 +21,7 @@ def draw(paths: list[Path]) -> Path:
     panels = [
         (f"{name}, {case}, {record['machine']['accelerators'][0]}", case, model["rows"])
         for record in records
-        for name, model in record["results"].items()
+        for name, model in record["results"]["models"].items()
         for case in model["rows"][0]["at"]
     ]
     columns = min(3, len(panels))
