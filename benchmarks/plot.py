@@ -3,7 +3,7 @@
     python3 benchmarks/plot.py RESULTS.json ...
 
 Needs matplotlib. One picture of all the results is written beside the first of them. README's is that of
-`streaming.json` and `streaming_h100.json`.
+`streaming.json`, `streaming_t5.json` and `streaming_h200.json`.
 """
 
 from __future__ import annotations
