@@ -15,8 +15,8 @@ from record import ROOT
 
 _WARM_UP_STEPS = 2
 _TURNS = 2
-_STEPS_IN_A_TURN = 5  # the first is not counted
-TIMED_STEPS = _TURNS * (_STEPS_IN_A_TURN - 1)
+_TIMED_STEPS_IN_A_TURN = 4
+TIMED_STEPS = _TURNS * _TIMED_STEPS_IN_A_TURN
 
 
 def start_comfyui(dynamic_vram: bool) -> None:
@@ -114,14 +114,15 @@ def warmed_up(model, patcher, inputs):
     return output
 
 
-def steps_ms(model, patcher, inputs, num_steps: int) -> list[float]:
-    """Milliseconds of so many steps, one after another, but of the first."""
+def steps_ms(model, patcher, inputs, num_timed: int) -> list[float]:
+    """Milliseconds of each of so many steps, after one that is not counted."""
+    step(model, patcher, inputs)
     times = []
-    for _ in range(num_steps):
+    for _ in range(num_timed):
         started = time.perf_counter()
         step(model, patcher, inputs)
         times.append((time.perf_counter() - started) * 1000)
-    return times[1:]
+    return times
 
 
 def in_turns_ms(model, resident, ours, inputs) -> tuple[list[float], list[float]]:
@@ -129,7 +130,7 @@ def in_turns_ms(model, resident, ours, inputs) -> tuple[list[float], list[float]
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_TURNS):
         for patcher, found in zip((resident, ours), times):
-            found += steps_ms(model, patcher, inputs, _STEPS_IN_A_TURN)
+            found += steps_ms(model, patcher, inputs, _TIMED_STEPS_IN_A_TURN)
     return times
 
 

@@ -25,13 +25,14 @@ def draw(paths: list[Path]) -> Path:
         for case in model["rows"][0]["at"]
     ]
     columns = min(3, len(panels))
-    num_rows = -(-len(panels) // columns)
+    num_rows = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(
         num_rows, columns, figsize=(4.2 * columns, 3.4 * num_rows), squeeze=False, layout="constrained"
     )
     for axis, (title, case, rows) in zip(axes.flat, panels):
         percent = [row["percent on cpu"] for row in rows]
-        floor, ours = ([row["at"][case][key] for row in rows] for key in ("floor ms", "ours ms"))
+        floor = [row["at"][case]["floor ms"] for row in rows]
+        ours = [row["at"][case]["ours ms"] for row in rows]
         axis.plot(percent, floor, color="0.7", linewidth=6, label="floor: computing or link")
         axis.plot(percent, ours, "o-", color="tab:blue", label="DisTorch2")
         for mode, style, color in (("classic", "s--", "tab:orange"), ("DynamicVRAM", "^:", "tab:green")):
