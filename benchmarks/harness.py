@@ -89,15 +89,6 @@ def resident_model(model, path: str):
     return patcher
 
 
-def warm_up_gpu(dtype) -> None:
-    """The memory that a process's first matrix product takes, and keeps, is not to be counted for a model."""
-    import torch
-
-    square = torch.zeros(64, 64, device="cuda", dtype=dtype)
-    square @ square
-    torch.cuda.synchronize()
-
-
 def step(model, patcher, inputs):
     """The output of a step, when it is there."""
     import torch

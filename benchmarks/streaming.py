@@ -43,11 +43,11 @@ from harness import (
     start_comfyui,
     step,
     steps_ms,
-    warm_up_gpu,
     warmed_up,
 )
 from record import printed_by, write_results
 
+FILES_GIB = {"Flux": 22.2, "SDXL": 4.8, "T5-XXL": 8.9}
 PERCENTAGES = (0, 10, 25, 50, 75, 90, 100)
 OUT_OF_MEMORY = ("out of memory", "VRAM grow failed", "VBAR allocation failed")
 """What torch and DynamicVRAM say when they do not get by with so little."""
@@ -217,7 +217,6 @@ def measure(model, path: str) -> Iterator[dict]:
         "rows": rows,
     }
     inputs = {case: model.inputs(case) for case in model.cases}
-    warm_up_gpu(model.dtype)
     resident = resident_model(model, path)
     model_bytes = resident.model_size()
     expected = {case: warmed_up(model, resident, inputs[case]) for case in model.cases}
@@ -308,6 +307,15 @@ def measure_all(folder: Path, names: list[str], free_bytes: dict[str, list[dict[
 def main(folder: Path, names: list[str]) -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # or half of the weights might come by way of another GPU
     require_gpus(1)
+    if unknown := [name for name in names if name not in FILES_GIB]:
+        sys.exit(f"unknown model {unknown[0]!r}; there are {', '.join(FILES_GIB)}")
+    if not folder.is_dir():
+        sys.exit(f"{folder} is not a folder; the models' files are written there")
+    model_folder = folder / "distorch2_streaming"
+    shutil.rmtree(model_folder, ignore_errors=True)  # of an earlier run that was killed
+    needed_gib, room_gib = sum(FILES_GIB[name] for name in names), shutil.disk_usage(folder).free / 1024**3
+    if room_gib < needed_gib:
+        sys.exit(f"{folder} has room for {room_gib:.1f} GiB, the files of {', '.join(names)} take {needed_gib:.1f} GiB")
     started = time.monotonic()
     results: dict = {"models": {}}
 
@@ -315,8 +323,7 @@ def main(folder: Path, names: list[str]) -> None:
         results["minutes"] = round((time.monotonic() - started) / 60, 2)
         return write_results("streaming", results)
 
-    model_folder = folder / "distorch2_streaming"  # also of an earlier run that was killed
-    model_folder.mkdir(exist_ok=True)
+    model_folder.mkdir()
     try:
         for printed in printed_by([sys.executable, __file__, "--measure", model_folder, *names]):
             results |= printed
@@ -345,4 +352,4 @@ if __name__ == "__main__":
         free_bytes_of = json.loads(sys.argv[3])
         measure_all(Path(sys.argv[2]), list(free_bytes_of), free_bytes_of)
     else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"), sys.argv[2:] or ["Flux", "SDXL", "T5-XXL"])
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"), sys.argv[2:] or list(FILES_GIB))

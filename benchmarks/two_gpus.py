@@ -29,7 +29,6 @@ from harness import (
     saved_model,
     start_comfyui,
     step,
-    warm_up_gpu,
     warmed_up,
 )
 from record import record_printed_by
@@ -106,7 +105,6 @@ def measure(path: str, modes: list[str]) -> None:
     }
     with torch.inference_mode():
         inputs_of = {case: model.inputs(case) for case in models.IMAGES}
-        warm_up_gpu(model.dtype)
         resident = resident_model(model, path)
         model_bytes = resident.model_size()
         expected = {case: warmed_up(model, resident, inputs) for case, inputs in inputs_of.items()}
