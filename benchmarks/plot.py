@@ -1,9 +1,8 @@
 """Draw the results of `streaming.py`: milliseconds of a step against the part of the model on the CPU.
 
-    python3 benchmarks/plot.py RESULTS.json ...
+    python3 benchmarks/plot.py RESULT.json
 
-Needs matplotlib. One picture of all the results is written beside the first of them. README's is that of
-`streaming.json`, `streaming_t5.json` and `streaming_h200.json`.
+Needs matplotlib. The picture is written beside the file.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 
-def draw(paths: list[Path]) -> Path:
-    records = [json.loads(path.read_text()) for path in paths]
+def draw(path: Path) -> Path:
+    record = json.loads(path.read_text())
     panels = [
-        (f"{name}, {case}, {record['machine']['accelerators'][0]}", case, model["rows"])
-        for record in records
+        (f"{name}, {case}", case, model["rows"])
         for name, model in record["results"]["models"].items()
         for case in model["rows"][0]["at"]
     ]
@@ -45,12 +43,12 @@ def draw(paths: list[Path]) -> Path:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns + columns // 3)
-    versions = {f"torch {record['machine']['torch']}, {record['date'][:10]}" for record in records}
-    figure.suptitle("; ".join(sorted(versions)), fontsize="medium")
-    picture = paths[0].with_suffix(".png")
+    machine = record["machine"]
+    figure.suptitle(f"{machine['accelerators'][0]}, torch {machine['torch']}, {record['date'][:10]}", fontsize="medium")
+    picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=100)
     return picture
 
 
 if __name__ == "__main__":
-    print(draw([Path(name) for name in sys.argv[1:]]) if sys.argv[1:] else __doc__)
+    print(draw(Path(sys.argv[1])) if sys.argv[1:] else __doc__)
