@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -37,7 +37,7 @@ class StreamedLayer:
 
     @property
     def module(self) -> torch.nn.Module:
-        return cast(torch.nn.Module, self._module())
+        return self._module()  # type: ignore[return-value]
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.nn.Parameter]:
         """The layer's parameters in a buffer that holds its group from the start."""
@@ -67,11 +67,10 @@ class StreamedLayer:
         # Not setattr: that costs more, and a compiled module guards on this dict.
         self.module._parameters.update(parameters)
 
-    def is_bound(self) -> bool:
-        """Whether the module still has the weights in the slab: not after `module.to(...)`, say."""
-        bound = self.module._parameters
+    def is_bound(self, parameters: Mapping[str, torch.nn.Parameter | None]) -> bool:
+        """Whether these, which are the module's, are still the weights in the slab: not after `module.to(...)`, say."""
         for name, parameter, address in self._bindings:
-            if bound.get(name) is not parameter or parameter.data_ptr() != address:
+            if parameter.data_ptr() != address or parameters.get(name) is not parameter:
                 return False
         return True
 
@@ -102,7 +101,7 @@ class StreamedGroup:
         return [layer for layer in self.layers if layer.is_alive]
 
     def is_bound(self) -> bool:
-        return all(layer.is_bound() for layer in self.living)
+        return all(layer.is_bound(layer.module._parameters) for layer in self.living)
 
     def packed(self, device: torch.device) -> torch.Tensor:
         """A new slab on `device` with the weights that the modules have."""
@@ -214,25 +213,26 @@ class Streamer:
 
         def serve(*arguments: Any, **options: Any) -> Any:
             module = layer.module
+            parameters = module._parameters
             if to_fetch := schedule.enter(index):
                 self._fetch(to_fetch)
             inside: Mapping[str, torch.nn.Parameter | None]
             outside: Mapping[str, torch.nn.Parameter | None]
-            if layer.is_bound():
+            if layer.is_bound(parameters):
                 transfer.use(self._copies[group])
                 inside, outside = self._inside[index], layer.outside
             else:
-                outside = dict(module._parameters)
+                outside = dict(parameters)
                 inside = {name: _copied(parameter, transfer.device) for name, parameter in outside.items()}
             try:
                 # An interrupt is a BaseException and may come anywhere in here: nothing but finally sees them all.
-                module._parameters.update(inside)
+                parameters.update(inside)
                 if previous is None:
                     result = type(module).forward(module, *arguments, **options)
                 else:
                     result = previous(*arguments, **options)
             finally:
-                module._parameters.update(outside)
+                parameters.update(outside)
             if to_fetch := schedule.leave(index):
                 self._fetch(to_fetch)
             return result

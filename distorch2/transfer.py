@@ -26,6 +26,9 @@ class Copy:
         is_on_host = source.device.type == "cpu"
         self.is_page_locked = is_on_host and source.is_pinned()
         self.is_pageable = is_on_host and not self.is_page_locked
+        backend = _backend_of(target.device)
+        self.events = () if backend is None else (backend.Event(), backend.Event())
+        """For the two ways that halves of it may take. Recorded again and again, which costs less than new ones."""
         self.is_done: list[torch.Event] = []  # of each way that a part of it takes
         self._begin, self._end = target.data_ptr(), target.data_ptr() + target.nbytes
         self.is_awaited = True
@@ -67,14 +70,16 @@ class Transfer:
             return
         if self._stream is None:
             self._stream, self._given = self._backend.Stream(self.device), self._backend.Event()
-            self._on_stream = self._backend.stream(self._stream)
-        self._given.record(self._backend.current_stream(self.device))
+            # In recent versions of torch a stream is its own context, which costs less.
+            is_context = hasattr(self._stream, "__enter__")
+            self._on_stream = self._stream if is_context else self._backend.stream(self._stream)
+        self._given.record(self._backend.current_stream(self.device.index))  # a number is looked up faster
         self._stream.wait_event(self._given)
         with self._on_stream:
             for copy in copies:
                 if self._by_two_ways:
                     self._come_after_those_before(copy)
-                copy.is_done = [stream.record_event() for stream in self._start(copy)]
+                copy.is_done = [stream.record_event(event) for stream, event in zip(self._start(copy), copy.events)]
                 copy.is_awaited = False
                 if len(copy.is_done) > 1:
                     self._by_two_ways.append(copy)
@@ -118,9 +123,10 @@ class Transfer:
 
     def use(self, copy: Copy) -> None:
         """Let what the compute device is given from now on wait for `copy`."""
-        if self._backend is not None and not copy.is_awaited:
+        if not copy.is_awaited:
+            stream = self._backend.current_stream(self.device.index)
             for event in copy.is_done:
-                self._backend.current_stream(self.device).wait_event(event)
+                stream.wait_event(event)
             copy.is_awaited = True
 
     def bytes_per_second(self, copies: Sequence[Copy]) -> float:
