@@ -51,4 +51,4 @@ def draw(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(draw(Path(sys.argv[1])) if sys.argv[1:] else __doc__)
+    print(draw(Path(sys.argv[1])) if len(sys.argv) == 2 else __doc__)

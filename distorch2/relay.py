@@ -54,8 +54,7 @@ class RelayedUnit:
     def is_there(self) -> bool:
         """Whether all of its weights are on the donor and the module's own, and nothing at home is to be added."""
         return all(group.slab.device == self.donor for group in self._groups) and all(
-            layer.is_alive and layer.is_bound(layer.module._parameters) and not _has_functions(layer.module)
-            for _, layer in self._layers
+            layer.is_alive and layer.is_bound() and not _has_functions(layer.module) for _, layer in self._layers
         )
 
     def forget_others(self) -> None:

@@ -85,6 +85,7 @@ class Schedule:
     def leave(self, layer: int) -> Sequence[int]:
         """Groups to fetch now that `layer` has run: if it was the last of its group there is room for others."""
         group = self._group_of[layer]
+        # Most layers are not the last of their group: that is asked first.
         if self._needed_until.get(group) != self._now or self._is_learning or group not in self._rank:
             return ()
         del self._needed_until[group]

@@ -37,7 +37,7 @@ class StreamedLayer:
 
     @property
     def module(self) -> torch.nn.Module:
-        return self._module()  # type: ignore[return-value]
+        return self._module()  # type: ignore[return-value] # a cast would be a call, for every layer in every step
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.nn.Parameter]:
         """The layer's parameters in a buffer that holds its group from the start."""
@@ -67,10 +67,11 @@ class StreamedLayer:
         # Not setattr: that costs more, and a compiled module guards on this dict.
         self.module._parameters.update(parameters)
 
-    def is_bound(self, parameters: Mapping[str, torch.nn.Parameter | None]) -> bool:
-        """Whether these, which are the module's, are still the weights in the slab: not after `module.to(...)`, say."""
+    def is_bound(self) -> bool:
+        """Whether the module still has the weights in the slab: not after `module.to(...)`, say."""
+        bound = self.module._parameters
         for name, parameter, address in self._bindings:
-            if parameter.data_ptr() != address or parameters.get(name) is not parameter:
+            if bound.get(name) is not parameter or parameter.data_ptr() != address:
                 return False
         return True
 
@@ -101,7 +102,7 @@ class StreamedGroup:
         return [layer for layer in self.layers if layer.is_alive]
 
     def is_bound(self) -> bool:
-        return all(layer.is_bound(layer.module._parameters) for layer in self.living)
+        return all(layer.is_bound() for layer in self.living)
 
     def packed(self, device: torch.device) -> torch.Tensor:
         """A new slab on `device` with the weights that the modules have."""
@@ -218,7 +219,7 @@ class Streamer:
                 self._fetch(to_fetch)
             inside: Mapping[str, torch.nn.Parameter | None]
             outside: Mapping[str, torch.nn.Parameter | None]
-            if layer.is_bound(parameters):
+            if layer.is_bound():
                 transfer.use(self._copies[group])
                 inside, outside = self._inside[index], layer.outside
             else:

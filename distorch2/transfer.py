@@ -28,8 +28,10 @@ class Copy:
         self.is_pageable = is_on_host and not self.is_page_locked
         backend = _backend_of(target.device)
         self.events = () if backend is None else (backend.Event(), backend.Event())
-        """For the two ways that halves of it may take. Recorded again and again, which costs less than new ones."""
-        self.is_done: list[torch.Event] = []  # of each way that a part of it takes
+        """One for each way that a part of it may take. They are recorded anew each time that it is submitted, since new
+        ones cost more; who waits already waits for what was recorded before."""
+        self.is_done: Sequence[torch.Event] = ()
+        """Those of `events` that were recorded the last time."""
         self._begin, self._end = target.data_ptr(), target.data_ptr() + target.nbytes
         self.is_awaited = True
         """Whether the compute device waits for it already, or need not."""
@@ -48,6 +50,7 @@ class Transfer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._index = device.index  # the current stream is looked up faster by number
         self.copies = 0
         self.upload: Upload | None = None
         self.detour: Detour | None = None
@@ -56,7 +59,7 @@ class Transfer:
         self._on_stream: Any = None
         self._donor_streams: dict[torch.device, Any] = {}
         self._given: Any = None  # an event: what the device has been given so far is done
-        self._by_two_ways: list[Copy] = []  # those that nobody has waited for
+        self._copied_ahead: list[Copy] = []  # with a detour, those that nobody has waited for
 
     def submit(self, copies: Sequence[Copy]) -> None:
         """Start `copies`, one after another, when the work that the compute device has been given so far is done.
@@ -70,29 +73,28 @@ class Transfer:
             return
         if self._stream is None:
             self._stream, self._given = self._backend.Stream(self.device), self._backend.Event()
-            # In recent versions of torch a stream is its own context, which costs less.
-            is_context = hasattr(self._stream, "__enter__")
-            self._on_stream = self._stream if is_context else self._backend.stream(self._stream)
-        self._given.record(self._backend.current_stream(self.device.index))  # a number is looked up faster
+            self._on_stream = _context_of(self._stream, self._backend)
+        self._given.record(self._backend.current_stream(self._index))
         self._stream.wait_event(self._given)
         with self._on_stream:
             for copy in copies:
-                if self._by_two_ways:
+                if self._copied_ahead:
                     self._come_after_those_before(copy)
-                copy.is_done = [stream.record_event(event) for stream, event in zip(self._start(copy), copy.events)]
+                streams = self._start(copy)  # one or two
+                copy.is_done = [stream.record_event(event) for stream, event in zip(streams, copy.events)]
                 copy.is_awaited = False
-                if len(copy.is_done) > 1:
-                    self._by_two_ways.append(copy)
+                if self.detour is not None:
+                    self._copied_ahead.append(copy)
 
     def _come_after_those_before(self, copy: Copy) -> None:
-        """What was copied ahead by two ways and not used may still be on its way to where `copy` goes."""
-        self._by_two_ways = [other for other in self._by_two_ways if not other.is_awaited]
-        for other in [other for other in self._by_two_ways if other.overlaps(copy)]:
+        """What was copied ahead and not used may still be on its way to where `copy` goes, by another way."""
+        self._copied_ahead = [other for other in self._copied_ahead if not other.is_awaited]
+        for other in [other for other in self._copied_ahead if other.overlaps(copy)]:
             for event in other.is_done:
                 self._stream.wait_event(event)
                 if self.detour is not None:
                     self.detour.stream.wait_event(event)
-            self._by_two_ways.remove(other)
+            self._copied_ahead.remove(other)
 
     def _start(self, copy: Copy) -> Sequence[Any]:
         """Returns the streams on which it is done."""
@@ -124,7 +126,7 @@ class Transfer:
     def use(self, copy: Copy) -> None:
         """Let what the compute device is given from now on wait for `copy`."""
         if not copy.is_awaited:
-            stream = self._backend.current_stream(self.device.index)
+            stream = self._backend.current_stream(self._index)
             for event in copy.is_done:
                 stream.wait_event(event)
             copy.is_awaited = True
@@ -142,7 +144,7 @@ class Transfer:
 
     def wait(self) -> None:
         """Return when everything is done, so that slabs and staging buffer may be written or freed."""
-        self._by_two_ways.clear()
+        self._copied_ahead.clear()
         if self.detour is not None:
             self.detour.wait()
         if self._backend is not None and self._backend.is_initialized():
@@ -317,6 +319,16 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes `device` the current one: some kernels run there, whatever device their arguments are on."""
     backend = _backend_of(device)
     return contextlib.nullcontext() if backend is None else backend.device(device)
+
+
+def _context_of(stream: Any, backend: Any) -> contextlib.AbstractContextManager[Any]:
+    """Makes `stream` the current one. It may not be entered while it is entered.
+
+    From torch 2.7 on a stream of the current accelerator is such a context itself, and that costs less.
+    """
+    if hasattr(stream, "__enter__") and torch.accelerator.current_accelerator() == torch.device(stream.device.type):
+        return stream
+    return backend.stream(stream)
 
 
 def _backend_of(device: torch.device) -> Any:

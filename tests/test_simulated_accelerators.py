@@ -442,7 +442,10 @@ def test_a_deferred_copy_happens_when_it_is_waited_for(mode, way):
         assert (target[1] == 5) == (way in ("stream", "host, stream", "host, device"))
 
 
-def test_a_transfer_waits_for_its_copies(mode):
+@pytest.mark.parametrize("accelerator", ["sim", "cuda"])
+def test_a_transfer_waits_for_its_copies(mode, monkeypatch, accelerator):
+    """Also where torch takes another device to be the accelerator, so that a stream cannot be entered itself."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(accelerator))
     source, target = torch.ones(4), torch.zeros(4, device="sim:0")
     transfer, to_copy = Transfer(torch.device("sim:0")), Copy(source, target)
     with sim.deferred_copies():
@@ -515,6 +518,20 @@ def test_what_was_copied_ahead_and_not_used_does_not_come_later(mode, monkeypatc
             transfer.use(copy)
             transfer.wait()
         assert torch.equal(copy.target.cpu(), copy.source)
+
+
+def test_a_detour_comes_after_what_was_copied_ahead_by_one_way(mode, monkeypatch):
+    monkeypatch.setattr("distorch2.transfer._LEAST_TO_HALVE_BYTES", 40)
+    transfer, staging = Transfer(torch.device("sim:0")), torch.zeros(64, dtype=torch.uint8, device="sim:0")
+    transfer.detour = detour()
+    unused = page_locked_copy(torch.full((30,), 1, dtype=torch.uint8), staging[34:])
+    copy = page_locked_copy(torch.full((64,), 2, dtype=torch.uint8), staging)
+    with sim.deferred_copies():
+        transfer.submit([unused])
+        transfer.submit([copy])
+        transfer.detour.stream.synchronize()  # it may be the faster way
+        transfer.use(copy)
+    assert torch.equal(copy.target.cpu(), copy.source)
 
 
 def test_a_detour_writes_when_the_target_is_free(mode):
