@@ -73,7 +73,7 @@ class Transfer:
             return
         if self._stream is None:
             self._stream, self._given = self._backend.Stream(self.device), self._backend.Event()
-            self._on_stream = _context_of(self._stream, self._backend)
+            self._on_stream = _context_of(self._stream)
         self._given.record(self._backend.current_stream(self._index))
         self._stream.wait_event(self._given)
         with self._on_stream:
@@ -321,14 +321,14 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if backend is None else backend.device(device)
 
 
-def _context_of(stream: Any, backend: Any) -> contextlib.AbstractContextManager[Any]:
+def _context_of(stream: Any) -> contextlib.AbstractContextManager[Any]:
     """Makes `stream` the current one. It may not be entered while it is entered.
 
     From torch 2.7 on a stream of the current accelerator is such a context itself, and that costs less.
     """
     if hasattr(stream, "__enter__") and torch.accelerator.current_accelerator() == torch.device(stream.device.type):
         return stream
-    return backend.stream(stream)
+    return _backend_of(stream.device).stream(stream)
 
 
 def _backend_of(device: torch.device) -> Any:
