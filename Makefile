@@ -1,12 +1,17 @@
 # COMFYUI_PATH (and COMFYUI_PYTHON) name a ComfyUI of yours; without them a pinned one is fetched into .host/.
 PYTHON ?= python3
 
-.PHONY: demo test soak comfyui-tests lint
+.PHONY: demo test test-quick soak comfyui-tests lint
 demo:
 	@$(PYTHON) tools/host.py run tools/demo.py
 
+PYTEST = $(PYTHON) tools/host.py run -m pytest -c tests/pytest.ini --rootdir=tests tests
 test:
-	@$(PYTHON) tools/host.py run -m pytest -c tests/pytest.ini --rootdir=tests tests
+	@$(PYTEST)
+
+# Within two minutes: what is pure, and one test of each capability.
+test-quick:
+	@$(PYTEST) -m quick
 
 # For how many minutes, and which random choices.
 MINUTES ?= 5

@@ -1,8 +1,8 @@
 """Import the pack and load a checkpoint in a fresh process; print what of ComfyUI, or of the process, changed.
 
-    python tests/comfyui_snapshot.py CHECKPOINT [DOTTED_NAME]
+    python tests/comfyui_snapshot.py CHECKPOINT [DOTTED_NAME ...]
 
-With a name of ComfyUI's it replaces that function after the import, to show that this is found. Prints one JSON object:
+Functions of ComfyUI that are named are replaced after the import, to show that this is found. Prints one JSON object:
 `compared` is the number of objects compared, `changed` names those that are not the same as before.
 """
 
@@ -39,7 +39,7 @@ def changes(before: dict[str, object]) -> list[str]:
     return [name for name, value in before.items() if after.get(name) is not value]
 
 
-def main(checkpoint: str, plant: str = "") -> None:
+def main(checkpoint: str, *plants: str) -> None:
     sys.path.insert(0, str(COMFYUI_PATH))
     import comfy.cli_args
     import torch
@@ -61,7 +61,7 @@ def main(checkpoint: str, plant: str = "") -> None:
     touched = (torch.cuda.is_initialized(), torch.cuda.memory_allocated()) != accelerator_before
     changed_by_import = changes(before)
 
-    if plant:
+    for plant in plants:
         owner, _, name = plant.rpartition(".")
         setattr(pkgutil.resolve_name(owner), name, lambda *_, **__: None)
 

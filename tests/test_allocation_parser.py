@@ -17,6 +17,8 @@ from allocation_parser import (
     parse_allocation,
 )
 
+pytestmark = pytest.mark.quick
+
 GIB = 1024**3
 DEVICES = ("cpu", "cuda:0", "cuda:1")
 

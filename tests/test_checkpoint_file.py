@@ -5,6 +5,8 @@ import pytest
 
 from distorch2.checkpoint_file import CheckpointError, check_file
 
+pytestmark = pytest.mark.quick
+
 
 def write(path, header, data=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()

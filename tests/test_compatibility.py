@@ -19,7 +19,6 @@ import comfy_extras.nodes_model_advanced as advanced_nodes
 import comfy_extras.nodes_pag as pag_nodes
 import comfy_extras.nodes_sag as sag_nodes
 import comfy_extras.nodes_slg as skip_layer_nodes
-import comfy_extras.nodes_torch_compile as compile_nodes
 import pytest
 import safetensors.torch
 import torch
@@ -30,10 +29,7 @@ from checkpoints import (
     _res_block,
     _transformer,
     flux,
-    sd3_model,
-    sd3_no_clip,
     sd_vae,
-    to_scaled_fp8,
     unet,
 )
 from comfy.cli_args import PerformanceFeature
@@ -74,7 +70,6 @@ OWN_KINDS = {
     "unet": lambda: unet_with_middle().draw(0, prefix=MODEL) | sd_vae(0),
     "other_unet": lambda: unet_with_middle().draw(1, prefix=MODEL),
     "flux_small": lambda: flux(4, 4).draw(0, torch.bfloat16, prefix=MODEL),
-    "sd3_fp8_small": lambda: to_scaled_fp8(sd3_model(0)) | sd3_no_clip(0),
 }
 
 
@@ -140,64 +135,6 @@ def has_forward_of_its_class(child):
 def model_of(output):
     """The model that a node returns: nodes of both of ComfyUI's kinds."""
     return output[0]
-
-
-# --- torch.compile
-
-
-@pytest.fixture
-def compiling():
-    """Starts with nothing compiled, and leaves nothing."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
-
-
-def compiled(model, backend):
-    return model_of(compile_nodes.TorchCompileModel.execute(model, backend))
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model(checkpoints, compiling, backend):
-    def run(model, clip, _):
-        torch._dynamo.reset()
-        fast = compiled(model, backend)
-        made = [latents(fast, clip, steps=2) for _ in range(2)]
-        mm.unload_all_models()
-        made += [latents(each, clip, steps=2) for each in (fast, model, compiled(lora_for(model), backend))]
-        return [*made, latents(fast, clip, steps=2)]
-
-    first, *_, with_lora, _ = assert_same_bits(checkpoints, MMDIT, run, minimum_copies=3)
-    assert not torch.equal(first, with_lora)
-
-
-def constant_free_memory(device=None, torch_free_too=False):
-    return (2**34, 2**34) if torch_free_too else 2**34
-
-
-@pytest.mark.parametrize("kind", [MMDIT, "flux_small"])
-def test_dynamo_compiles_once_and_not_per_layer(checkpoints, compiling, kind, monkeypatch):
-    """Where it hits its limit it gives up, and the run is slower than one that is not compiled.
-
-    ComfyUI's own layers may hit it, each time that they are called from what is not compiled.
-    """
-    # ComfyUI's attention asks for free memory, and is compiled again when the answer has changed.
-    monkeypatch.setattr(mm, "get_free_memory", constant_free_memory)
-    for percent in PERCENTAGES:
-        model, clip, _ = on_donor(checkpoints, kind, percent)
-        torch._dynamo.reset()
-        compiling.clear()
-        fast = compiled(model, "eager")
-        latents(fast, clip)
-        frames = compiling["frames"]["total"]
-        latents(fast, clip)
-        mm.unload_all_models()
-        latents(fast, clip)
-        limits = [reason for reason in compiling["unimplemented"] if "recompile limit" in reason]
-        assert [reason for reason in limits if "distorch2" in reason] == []
-        assert frames > 0
-        assert compiling["frames"]["total"] == frames
 
 
 # --- ControlNet and its relatives
@@ -444,6 +381,7 @@ def core(checkpoints):
 
 
 @pytest.mark.parametrize(("kind", "patch"), [pytest.param(k, p, id=f"{name}, {k}") for k, name, p in PATCHES])
+@pytest.mark.quick("blocks rearranged, with LoRA, flux_small")
 def test_a_patched_model(checkpoints, core, kind, patch):
     core_model, plain = core(kind)
     expected = latents(patch(core_model), steps=STEPS[kind])
@@ -595,7 +533,7 @@ def test_fast_options(checkpoints, monkeypatch, feature):
         assert any(parameter.dtype == FP8 for parameter in model.model.state_dict().values())
         return [latents(model, clip), latents(model, clip)]
 
-    assert_same_bits(checkpoints, "sd3_fp8_small", run, minimum_copies=3)
+    assert_same_bits(checkpoints, "sd3_fp8_scaled_no_clip_weights", run, minimum_copies=3)
 
 
 # --- a random walk

@@ -5,6 +5,8 @@ import torch
 
 import device_utils
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def machine(monkeypatch):

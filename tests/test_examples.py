@@ -11,6 +11,8 @@ from workflows import EXAMPLES, NODE_ID, example
 
 from allocation_parser import parse_allocation
 
+pytestmark = pytest.mark.quick
+
 NAMES = sorted(path.stem for path in (EXAMPLES / "api").iterdir())
 HELP = ROOT / "web" / "docs" / NODE_ID / "en.md"
 TITLE_HEIGHT = 30

@@ -95,6 +95,7 @@ def test_the_templates_list_every_example(server, front_end, name):
         assert front_end.page.request.get(f"{server.url}/api/workflow_templates/{PACK_FOLDER}/{name}.{kind}").ok
 
 
+@pytest.mark.quick("classic")
 def test_a_dropped_example_set_up_by_hand_runs_and_its_export_gives_the_same_image(server, front_end):
     front_end.drop_file("two_cards_by_ratio.json", ui_file("two_cards_by_ratio"))
     assert front_end.export() == example("two_cards_by_ratio")

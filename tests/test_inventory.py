@@ -1,8 +1,11 @@
 import comfy.ops
+import pytest
 import torch
 
 from distorch2.inventory import list_layers
 from distorch2.plan import Layer
+
+pytestmark = pytest.mark.quick
 
 ops = comfy.ops.manual_cast
 

@@ -16,7 +16,7 @@ from simulator import LayerTime
 
 from distorch2.plan import Group
 
-KINDS = ("flux", "sd15_blocks")
+KINDS = ("flux", "sd15_blocks_no_clip")
 
 
 class Event:
@@ -30,6 +30,7 @@ class Event:
         pass
 
 
+@pytest.mark.quick
 def test_time_is_given_to_the_layer_at_the_last_event():
     now = 0.0
 

@@ -46,6 +46,7 @@ def load(path, unet=RESIDENT, clip=RESIDENT, vae_device=DEVICE, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick("sd3")
 def test_latents_and_image_equal_those_of_comfyuis_loader(checkpoints, kind):
     core_model, core_clip, core_vae = core_load(checkpoints(kind))
     expected = sample(core_model, core_clip)
@@ -259,6 +260,7 @@ def test_an_interrupt_while_loading_leaves_nothing_behind(checkpoints, monkeypat
 
 
 @pytest.mark.parametrize("step", ["_load_model_and_clip", "make_plan", "list_layers"])
+@pytest.mark.quick
 def test_a_failure_while_loading_leaves_nothing_behind(checkpoints, monkeypatch, step):
     live = Live(monkeypatch)
 

@@ -325,6 +325,7 @@ def changes_the_output(kind, adapter):
 
 @pytest.mark.parametrize("kind", [MMDIT, UNET])
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
+@pytest.mark.quick("lora-sd3_no_clip_weights")
 def test_every_kind_of_patch(ours, core_outputs, kind, adapter):
     """On Linear and Conv2d layers, in the dtype of the file."""
     assert changes_the_output(kind, adapter) != torch.equal(core_outputs(kind, adapter), core_outputs(kind))

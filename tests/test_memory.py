@@ -31,7 +31,7 @@ from distorch2.plan import ComponentRequest, PlanError
 from distorch2.transfer import Detour, Transfer
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
-KINDS = ("sd3_no_clip_weights", "flux", "sd15_blocks")
+KINDS = ("sd3_no_clip_weights", "flux", "sd15_blocks", "sd15_blocks_no_clip")
 
 
 def limit(monkeypatch, index, num_bytes):
@@ -63,6 +63,7 @@ def test_a_text_encoder_on_an_accelerator_gives_the_bits_of_one_on_the_host(chec
 
 @pytest.mark.parametrize("text", ["sim:0,*", "sim:0,50%;cpu,50%", "sim:0,30%;sim:1,40%;cpu,30%", "cpu,*"])
 @pytest.mark.parametrize("kind", ["sd3_no_clip_weights", "flux"])
+@pytest.mark.quick("flux-sim:0,30%;sim:1,40%;cpu,30%")
 def test_the_sizes_that_comfyui_is_told_are_those_of_the_device(checkpoints, expected, kind, text):
     model, clip = load(checkpoints, kind, text)
     assert model.loaded_size() == 0
@@ -78,45 +79,46 @@ def test_the_sizes_that_comfyui_is_told_are_those_of_the_device(checkpoints, exp
 
 @pytest.mark.parametrize("text", ["sim:0,*", "sim:0,70%;cpu,30%", "sim:0,70%;sim:1,30%"])
 def test_what_comfyui_does_not_grant_is_streamed_until_there_is_room(checkpoints, expected, monkeypatch, caplog, text):
-    model, clip = load(checkpoints, "sd15_blocks", text)
+    model, clip = load(checkpoints, "sd15_blocks_no_clip", text)
     asked, layers = model.model_size(), {placement.layer.name for placement in model.distribution.asked.placements}
     for part in (0.7, 0.4):
         mm.unload_all_models()
         limit(monkeypatch, 0, asked * part + 3 * INFERENCE_BYTES)
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            assert same(sample(model, clip), expected["sd15_blocks"])
+            assert same(sample(model, clip), expected["sd15_blocks_no_clip"])
         plan = model.distribution.plan
         assert model.loaded_size() == plan.compute_bytes <= asked * part + 3 * INFERENCE_BYTES
         assert {placement.layer.name for placement in plan.placements} == layers
         assert sum(group.num_bytes for group in plan.evicted) >= asked * (1 - part) - 3 * INFERENCE_BYTES
         assert len(log_lines(caplog, "streamed from the host, for want of room")) == 1
         caplog.clear()
-        assert same(sample(model, clip), expected["sd15_blocks"])  # nothing moves when nothing changed
+        assert same(sample(model, clip), expected["sd15_blocks_no_clip"])  # nothing moves when nothing changed
         assert log_lines(caplog, "DisTorch2") == []
     monkeypatch.undo()
     compute_on_sim(monkeypatch)
     with caplog.at_level(logging.INFO):
-        assert same(sample(model, clip), expected["sd15_blocks"])
+        assert same(sample(model, clip), expected["sd15_blocks_no_clip"])
     assert model.distribution.plan == model.distribution.asked
     assert model.loaded_size() == asked
     assert len(log_lines(caplog, "resident again")) == 1
 
 
 @pytest.mark.parametrize("other_is_ours", [True, False])
+@pytest.mark.quick("True")
 def test_two_models_that_do_not_fit_together_run_in_turns(checkpoints, expected, monkeypatch, other_is_ours):
-    model, clip = load(checkpoints, "sd15_blocks", "sim:0,*")
+    model, clip = load(checkpoints, "sd15_blocks_no_clip", "sim:0,*")
     if other_is_ours:
         other, other_clip = load(checkpoints, "flux", "sim:0,60%;cpu,40%")
     else:
         other, other_clip = core_load(checkpoints("flux"))[:2]
     limit(monkeypatch, 0, model.model_size() + other.model_size() / 2 + INFERENCE_BYTES)
-    assert same(sample(model, clip), expected["sd15_blocks"])
+    assert same(sample(model, clip), expected["sd15_blocks_no_clip"])
     for _ in range(2):
         assert same(sample(other, other_clip), expected["flux"])
         assert any(loaded.model is model for loaded in mm.current_loaded_models)  # it moved only what it had to
         assert 0 < model.loaded_size() < model.model_size()
-        assert same(sample(model, clip), expected["sd15_blocks"])
+        assert same(sample(model, clip), expected["sd15_blocks_no_clip"])
 
 
 @pytest.mark.parametrize("patched", [False, True])
@@ -164,6 +166,7 @@ def test_a_patched_weight_keeps_its_patch_when_it_is_evicted_and_loses_it_afterw
 # --- donors
 
 
+@pytest.mark.quick
 def test_comfyui_evicts_a_donors_share_to_the_host_and_brings_it_back(checkpoints, expected, monkeypatch):
     model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
     assert same(sample(model, clip), expected["flux"])
@@ -206,7 +209,7 @@ def test_a_share_is_evicted_between_two_steps(checkpoints, expected):
 
 def test_loading_a_share_evicts_others_from_its_donor(checkpoints, expected, monkeypatch):
     model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
-    other = core_load(checkpoints("sd15_blocks"))[0]
+    other = core_load(checkpoints("sd15_blocks_no_clip"))[0]
     other.load_device = torch.device("sim:1")
     mm.load_models_gpu([other])
     used_by_other = sim.used_bytes[1]
@@ -301,6 +304,7 @@ def lost(*arguments, **options):
     raise RuntimeError(LOST)
 
 
+@pytest.mark.quick
 def test_a_device_that_is_lost_is_named_and_needs_a_restart(checkpoints, expected):
     """Nothing is tried on it any more. That it works again here is for the test."""
     model, clip = load(checkpoints, "flux", "sim:0,60%;sim:1,40%")
@@ -471,10 +475,10 @@ def test_a_changed_strength_computes_what_changed(checkpoints, expected, monkeyp
     assert computed == []
 
 
-@pytest.mark.parametrize("kind", ["sd3_fp8", "sd3_fp8_scaled"])
+@pytest.mark.parametrize("kind", ["sd3_fp8_no_clip_weights", "sd3_fp8_scaled_no_clip_weights"])
 @pytest.mark.parametrize("text", ["sim:0,*", "sim:0,50%;cpu,50%", "cpu,*"])
 def test_high_precision_loras_are_not_rounded_to_the_dtype_of_storage(checkpoints, monkeypatch, kind, text):
-    monkeypatch.setattr(comfy.cli_args.args, "fp8_e4m3fn_unet", kind == "sd3_fp8")  # on a CPU it would become fp32
+    monkeypatch.setattr(comfy.cli_args.args, "fp8_e4m3fn_unet", "scaled" not in kind)  # on a CPU it would become fp32
     core, core_clip = core_load(checkpoints(kind))[:2]
     rounded = sample(lora_for(core), core_clip)
     mm.unload_all_models()
@@ -525,7 +529,7 @@ def test_a_grant_of_nothing_is_no_grant_of_everything(checkpoints):
 
 def test_no_memory_on_the_host_while_comfyui_frees_a_device(checkpoints, expected):
     """An exception there would leave its list of loaded models broken until it is started again."""
-    model, clip = load(checkpoints, "sd15_blocks", "sim:0,*")
+    model, clip = load(checkpoints, "sd15_blocks_no_clip", "sim:0,*")
     shared, _ = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
     other, other_clip = core_load(checkpoints("flux"))[:2]
     mm.load_models_gpu([shared])
@@ -548,7 +552,7 @@ def test_no_memory_on_the_host_while_comfyui_frees_a_device(checkpoints, expecte
             mm.free_memory(mm.get_free_memory(device) + smaller + 4 * MIB, device)
             assert failed
             failed.clear()
-    assert same(sample(model, clip), expected["sd15_blocks"])
+    assert same(sample(model, clip), expected["sd15_blocks_no_clip"])
     assert same(sample(shared, other_clip), expected["flux"])
     assert same(sample(other, other_clip), expected["flux"])
 
@@ -609,7 +613,7 @@ def test_a_weight_hook_on_an_object_patch_and_memory_taken_back(checkpoints):
 
 def test_weights_kept_in_full_precision_and_room_for_them(checkpoints, monkeypatch):
     monkeypatch.setattr(comfy.cli_args.args, "fp8_e4m3fn_unet", True)
-    model, _ = load(checkpoints, "sd3_fp8", "sim:0,*")
+    model, _ = load(checkpoints, "sd3_fp8_no_clip_weights", "sim:0,*")
     device = torch.device("sim:0")
     patched = lora_for(model)
     mm.load_models_gpu([model])

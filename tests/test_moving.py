@@ -5,6 +5,8 @@ from distorch2.moving import Mover
 from distorch2.pinning import PinnedSlabs
 from distorch2.transfer import Upload
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 
 

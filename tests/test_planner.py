@@ -8,6 +8,8 @@ from allocation_parser import parse_allocation
 from distorch2.plan import GIB, ComponentRequest, DeviceMemory, Layer, PlanError, VirtualVram
 from distorch2.planner import make_plan
 
+pytestmark = pytest.mark.quick
+
 MEMORY = {
     "cpu": DeviceMemory(64 * GIB),
     "cuda:0": DeviceMemory(24 * GIB, 24 * GIB),

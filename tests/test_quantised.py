@@ -4,6 +4,8 @@ from comfy.quant_ops import QuantizedTensor
 
 from distorch2.quantised import description, is_quantised, plain_tensors, rebuilder, to_device
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(params=[True, False], ids=["inference", "normal"])
 def weight(request):

@@ -28,7 +28,7 @@ from distorch2.plan import ComponentRequest, PlanError, VirtualVram
 from distorch2.transfer import Crossing
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
-KINDS = ("sd3_no_clip_weights", "sd3", "flux", "sd15_blocks", "wan")
+KINDS = ("sd3_no_clip_weights", "sd3", "flux", "sd15_blocks_no_clip", "wan")
 HALF = "sim:0,50%;sim:1,50%"
 SPLITS = (HALF, "sim:1,100%", "sim:0,30%;sim:1,40%;cpu,30%", "sim:0,90%;sim:1,10%")
 
@@ -45,7 +45,8 @@ def is_relayed(model):
 
 @pytest.mark.parametrize("is_deferred", [False, True])
 @pytest.mark.parametrize("text", SPLITS)
-@pytest.mark.parametrize("kind", ["sd3_no_clip_weights", "flux", "sd15_blocks", "wan"])
+@pytest.mark.parametrize("kind", ["sd3_no_clip_weights", "flux", "sd15_blocks_no_clip", "wan"])
+@pytest.mark.quick("flux-sim:0,50%;sim:1,50%-True")
 def test_latents_are_the_same_bits(checkpoints, expected, kind, text, is_deferred):
     model, clip = load(checkpoints, kind, text, "auto")
     with sim.deferred_copies() if is_deferred else contextlib.nullcontext():
@@ -85,7 +86,7 @@ def test_any_split(checkpoints, expected, shares, kind):
 
 
 @pytest.mark.parametrize("text", ["sim:0,30%;sim:1,40%;cpu,30%", "sim:1,60%;cpu,40%", "cpu,20%;sim:1,30%;sim:0,50%"])
-@pytest.mark.parametrize("kind", ["sd3", "flux", "sd15_blocks", "wan"])
+@pytest.mark.parametrize("kind", ["sd3_no_clip_weights", "flux", "sd15_blocks_no_clip", "wan"])
 def test_three_devices_compute(checkpoints, expected, kind, text):
     """The host as well, if it is told to."""
     model, clip = load(checkpoints, kind, text, "relay")
@@ -106,7 +107,7 @@ def test_three_devices_compute(checkpoints, expected, kind, text):
         ("sim:0,30%;sim:1,40%;cpu,30%", "relay"),
     ],
 )
-@pytest.mark.parametrize("kind", ["sd3", "flux", "sd15_blocks", "wan"])
+@pytest.mark.parametrize("kind", ["sd3_no_clip_weights", "flux", "sd15_blocks_no_clip", "wan"])
 def test_as_many_bytes_cross_over_as_the_simulator_says(checkpoints, kind, text, mode):
     model, clip = load(checkpoints, kind, "sim:0,*")
     # Outside inference mode writes are counted.
@@ -225,7 +226,7 @@ def patched_as_on_the_cpu(checkpoints, kind, patch):
 
 
 def test_units_with_patches_inside_stay_at_home(checkpoints):
-    model = patched_as_on_the_cpu(checkpoints, "sd15_blocks", louder_values)
+    model = patched_as_on_the_cpu(checkpoints, "sd15_blocks_no_clip", louder_values)
     relay = model.distribution.relay
     assert relay.streamer.staging.nbytes > 0
     assert (
@@ -238,6 +239,7 @@ def test_units_with_patches_inside_stay_at_home(checkpoints):
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3_no_clip_weights"])
+@pytest.mark.quick("sd3_no_clip_weights")
 def test_a_lora_gives_the_same_bits(checkpoints, kind):
     wanted = patched_on_the_cpu(checkpoints, kind, lambda model: take_patches(model, lora_for(model)))
     model, clip = load(checkpoints, kind, HALF, "auto", high_precision_loras=False)

@@ -1,5 +1,9 @@
+import pytest
+
 from distorch2.plan import Layer, Placement, Plan
 from distorch2.report import render_table, rows_of_plan
+
+pytestmark = pytest.mark.quick
 
 MIB = 1024**2
 

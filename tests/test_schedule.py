@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from distorch2.schedule import Schedule
 
+pytestmark = pytest.mark.quick
+
 
 class Device:
     """Runs layers as the streamer does, and checks that each finds its own group's weights."""

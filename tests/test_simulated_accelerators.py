@@ -169,6 +169,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.quick
 def test_operations_give_the_bits_of_the_cpu(mode, name):
     assert_same(OPERATIONS[name]("sim:0"), OPERATIONS[name]("cpu"))
 
@@ -200,6 +201,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.quick
 def test_devices_are_not_mixed(mode, name):
     before = torch.arange(9.0).view(3, 3)
     x = before.to("sim:0")
@@ -497,6 +499,7 @@ def page_locked_copy(source, target):
     return copy
 
 
+@pytest.mark.quick
 def test_half_of_a_copy_takes_a_detour(mode, monkeypatch):
     """In parts that are smaller than the half; again and again, by way of the same slots."""
     monkeypatch.setattr("distorch2.transfer._LEAST_TO_HALVE_BYTES", 40)
@@ -669,7 +672,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd3", "flux", "sd15_blocks_no_clip", "sd3_fp8_scaled_no_clip_weights"])
 def test_our_loader_gives_the_bits_of_the_cpu(checkpoints, cpu_runs, on_simulated, kind, place):
     latents, image = cpu_runs(kind)
     allocation = PLACES[place]
@@ -698,6 +701,8 @@ def test_the_text_encoder_streams_from_another_accelerator(checkpoints, cpu_runs
 def test_a_missing_wait_gives_wrong_latents(checkpoints, cpu_runs, on_simulated, monkeypatch, donor):
     """So that the tests with deferred copies prove something."""
     monkeypatch.setattr(Transfer, "use", lambda transfer, awaited: None)
-    model, clip, _ = load_checkpoint(checkpoints("sd15_blocks"), request(f"{donor},*"), request("sim:0,*"), "sim:0")
+    model, clip, _ = load_checkpoint(
+        checkpoints("sd15_blocks_no_clip"), request(f"{donor},*"), request("sim:0,*"), "sim:0"
+    )
     with sim.deferred_copies(), contextlib.suppress(AssertionError):  # of sample(): not finite
-        assert not torch.equal(sample(model, clip), cpu_runs("sd15_blocks")[0])
+        assert not torch.equal(sample(model, clip), cpu_runs("sd15_blocks_no_clip")[0])

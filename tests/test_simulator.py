@@ -1,6 +1,8 @@
 import pytest
 from simulator import LayerTime, UnitCall, forecast, forecast_relay
 
+pytestmark = pytest.mark.quick
+
 # Three groups fit at one time, so that the ring comes round at the end of the pass.
 NINE = {"group_of": range(9), "sizes": [100] * 9, "capacity": 300, "bytes_per_s": 100.0}
 

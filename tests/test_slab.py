@@ -4,6 +4,8 @@ from comfy.quant_ops import QuantizedTensor
 
 from distorch2.slab import ALIGNMENT_BYTES, PAGE_BYTES, SlabLayout, allocate
 
+pytestmark = pytest.mark.quick
+
 SHAPES = {"weight": (3, 5), "bias": (3,), "scale": ()}
 
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.quick
+
 SHIPPED = [*ROOT.glob("*.py"), *(ROOT / "distorch2").glob("*.py")]
 MAY_IMPORT_COMFYUI = {"nodes.py", "loading.py", "patcher.py", "distribution.py", "detour.py", "donor_share.py"}
 MAY_IMPORT_COMFYUI |= {"pinning.py"}

@@ -152,6 +152,7 @@ def test_a_quantised_text_encoder_and_one_for_a_device_that_lacks_its_dtype(
         assert weights_of_layers and weights_of_layers <= in_file
 
 
+@pytest.mark.quick
 def test_a_text_encoder_that_comfyui_converts_is_left_to_its_loader(t5):
     config, weights = t5
     prefix = config.text_encoder_key_prefix[0]

@@ -316,10 +316,13 @@ def to_scaled_fp8(tensors: dict) -> dict:
     return out
 
 
+def sd15_blocks_no_clip(seed: int) -> dict:
+    return unet_sd15(12).draw(seed, prefix=MODEL) | sd_vae(seed)
+
+
 def sd15_blocks(seed: int) -> dict:
     """CLIP-L goes without its projection, as in the published SD1.5 files: the core then uses the identity."""
-    encoder = clip_l(projection=False).draw(seed, prefix="cond_stage_model.transformer.")
-    return unet_sd15(12).draw(seed, prefix=MODEL) | encoder | sd_vae(seed)
+    return sd15_blocks_no_clip(seed) | clip_l(projection=False).draw(seed, prefix="cond_stage_model.transformer.")
 
 
 def v_pred(spec: Spec, seed: int) -> dict:
@@ -349,7 +352,12 @@ KINDS = {
     "sd3_only_model_prefix": Kind(sd3_model),
     "sd3_fp8": Kind(lambda seed: to_fp8(sd3_model(seed)) | sd3_clip(seed) | sd3_vae(seed)),
     "sd3_fp8_scaled": Kind(lambda seed: to_scaled_fp8(sd3_model(seed)) | sd3_clip(seed) | sd3_vae(seed)),
+    "sd3_fp8_no_clip_weights": Kind(lambda seed: to_fp8(sd3_model(seed)) | sd3_no_clip(seed) | sd3_vae(seed)),
+    "sd3_fp8_scaled_no_clip_weights": Kind(
+        lambda seed: to_scaled_fp8(sd3_model(seed)) | sd3_no_clip(seed) | sd3_vae(seed)
+    ),
     "sd15_blocks": Kind(sd15_blocks),
+    "sd15_blocks_no_clip": Kind(sd15_blocks_no_clip),  # its text takes longer to encode than to sample from
     "sdxl_v_pred": Kind(sdxl_v_pred),
     "sd15_ckpt": Kind(lambda seed: unet_sd15(2).draw(seed, prefix=MODEL) | sd_vae(seed), ".ckpt"),
     "flux": Kind(flux_checkpoint),

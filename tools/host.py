@@ -32,7 +32,7 @@ SDISTS = {
     "0.27.0": ("2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
 }
-DEVELOPMENT_PACKAGES = ("pytest>=8", "hypothesis>=6.100")
+DEVELOPMENT_PACKAGES = ("pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3.6")
 BROWSER_PACKAGES = ("playwright>=1.49",)  # it drives an installed browser, and brings none
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -134,7 +134,7 @@ def find_browser() -> str | None:
 
 
 def _ensure_development_packages(host: Host) -> None:
-    _ensure_packages(host, "pytest, hypothesis", DEVELOPMENT_PACKAGES)
+    _ensure_packages(host, "pytest, hypothesis, xdist", DEVELOPMENT_PACKAGES)
     if find_browser():
         # Without it the tests of the front end are skipped, and everything else works.
         _ensure_packages(host, "playwright.sync_api", BROWSER_PACKAGES, check=False)

@@ -250,7 +250,9 @@ class Soak:
             if time.monotonic() > deadline:
                 asked = f"unload_models={unload_models}, free_memory={free_memory}"
                 raise Violation(f"30 s after /free with {asked} the donors hold {self.donor_bytes()} bytes")
-            time.sleep(0.1)
+            time.sleep(0.5)
+            # Again: while ComfyUI collects garbage after a prompt it does not wake up for it.
+            self.server.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
 
     def donor_bytes(self) -> int:
         """What simulated accelerators hold; real ones are not asked."""

@@ -34,17 +34,16 @@ def free_bytes(index: int) -> int:
     return sys.modules[__package__].capacity_bytes[index] - used_bytes[index]
 
 
-def take(num_bytes: int, index: int, storage: torch.UntypedStorage, owner: object) -> None:
-    """Count memory of a device as used for as long as there is `storage`, and keep `owner` until then."""
+def take(num_bytes: int, index: int) -> None:
+    """Count memory of a device as used, until it is given back."""
     if not 0 <= index < NUM_DEVICES:
         raise RuntimeError(f"sim:{index} is no device; there are {NUM_DEVICES}")
     if num_bytes > free_bytes(index):
         raise torch.OutOfMemoryError(f"sim:{index} out of memory: {num_bytes} bytes asked, {free_bytes(index)} free")
     used_bytes[index] += num_bytes
-    weakref.finalize(storage, _release, num_bytes, index, owner).atexit = False
 
 
-def _release(num_bytes: int, index: int, _owner: object) -> None:
+def give_back(num_bytes: int, index: int) -> None:
     used_bytes[index] -= num_bytes
 
 

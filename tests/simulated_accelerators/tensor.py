@@ -55,26 +55,58 @@ class _DLManagedTensor(ctypes.Structure):
     ]
 
 
-_DLPACK_EXTENSION_DEVICE, _DLPACK_UINT8 = 12, _DLDataType(1, 8, 1)
+_DLPACK_EXTENSION_DEVICE = 12
+_DLPACK_DTYPES = {
+    torch.uint8: _DLDataType(1, 8, 1),
+    torch.int32: _DLDataType(0, 32, 1),
+    torch.int64: _DLDataType(0, 64, 1),
+    torch.float16: _DLDataType(2, 16, 1),
+    torch.float32: _DLDataType(2, 32, 1),
+    torch.bfloat16: _DLDataType(4, 16, 1),
+    torch.bool: _DLDataType(6, 8, 1),
+}
+"""Those of most tensors; memory for another dtype comes as bytes, and is viewed as what it is."""
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 # One for all: torch looks for a deleter in it when it frees a storage.
 _shape = (ctypes.c_int64 * 1)()
-_managed = _DLManagedTensor(num_dimensions=1, dtype=_DLPACK_UINT8, shape=_shape)
+_managed = _DLManagedTensor(num_dimensions=1, shape=_shape)
 _managed_is_free = threading.Lock()
 
 
-def _bytes_at(address: int, num_bytes: int, index: int) -> torch.Tensor:
+def _memory_at(address: int, num_bytes: int, index: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor on `sim:index` of the bytes there, of that dtype or of bytes."""
+    if dtype not in _DLPACK_DTYPES or num_bytes % dtype.itemsize:
+        dtype = torch.uint8
     with _managed_is_free:
-        _managed.data, _managed.device, _shape[0] = address, _DLDevice(_DLPACK_EXTENSION_DEVICE, index), num_bytes
+        _managed.data, _managed.device = address, _DLDevice(_DLPACK_EXTENSION_DEVICE, index)
+        _managed.dtype, _shape[0] = _DLPACK_DTYPES[dtype], num_bytes // dtype.itemsize
         return torch._C._from_dlpack(_new_capsule(ctypes.addressof(_managed), b"dltensor", None))
+
+
+class _Memory:
+    """Memory of the host that stands for a device's, and counts there for as long as this object is kept."""
+
+    __slots__ = ("_index", "_num_bytes", "_owner", "on_host")
+
+    def __init__(self, owner: torch.UntypedStorage, index: int) -> None:
+        self._num_bytes = owner.nbytes()
+        devices.take(self._num_bytes, index)
+        self._index, self._owner = index, owner
+        # No operation can resize it: that would free memory which is not its own.
+        self.on_host = torch._C._construct_storage_from_data_pointer(owner.data_ptr(), _CPU, self._num_bytes)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_index"):  # else there was no room for it
+            devices.give_back(self._num_bytes, self._index)
 
 
 def on_device(host: torch.Tensor, index: int) -> torch.Tensor:
     """A tensor on `sim:index` of the memory of `host`, which is not to be used any more. Its whole storage counts."""
     storage = host.untyped_storage()
-    whole = _bytes_at(storage.data_ptr(), storage.nbytes(), index)
-    devices.take(storage.nbytes(), index, whole.untyped_storage(), storage)
+    whole = _memory_at(storage.data_ptr(), storage.nbytes(), index, host.dtype)
+    # The object of a storage lives as long as the storage, with its attributes.
+    whole.untyped_storage().simulated_memory = _Memory(storage, index)
     return _view(whole, host)
 
 
@@ -83,10 +115,9 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     storage = tensor.untyped_storage()
     if storage.nbytes() == 0:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_CPU)
-    # No operation can resize it: that would free memory which is not its own.
-    of_host = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), _CPU, storage.nbytes())
+    memory = storage.simulated_memory.on_host
     empty = torch.empty(0, dtype=tensor.dtype, device=_CPU)
-    return _with_marks(empty.set_(of_host, tensor.storage_offset(), tensor.shape, tensor.stride()), tensor)
+    return _with_marks(empty.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride()), tensor)
 
 
 def _with_marks(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -96,20 +127,22 @@ def _with_marks(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch._neg_view(tensor) if tensor.is_neg() != like.is_neg() else tensor
 
 
+# The CPU's kernels of these ask nothing about the device, and the result is of the kind of what they are given.
+_as_strided = functools.partial(_aten.as_strided.default.redispatch, _CPU_KERNELS)
+_view_as = functools.partial(_aten.view.default.redispatch, _CPU_KERNELS)
+
+
 def _view(base: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
     """A tensor of the storage of `base`, but of the dtype, shape and strides of `host`."""
     if base.dtype != host.dtype:
         base = _with_marks(base, torch.empty(0))
         whole = base.untyped_storage().nbytes() // base.itemsize // host.itemsize * host.itemsize
-        flat = _aten.as_strided.default.redispatch(_CPU_KERNELS, base, [whole], [1], 0)
-        base = _aten.view.dtype.redispatch(_SIM_KERNELS, flat, host.dtype)
-    # The CPU's kernel asks nothing about the device, and the result is of the kind of `base`.
-    view = _aten.as_strided.default.redispatch(_CPU_KERNELS, base, host.shape, host.stride(), host.storage_offset())
-    return _with_marks(view, host)
+        base = _aten.view.dtype.redispatch(_SIM_KERNELS, _as_strided(base, [whole], [1], 0), host.dtype)
+    return _with_marks(_as_strided(base, host.shape, host.stride(), host.storage_offset()), host)
 
 
 def _is_simulated(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == devices.NAME
+    return not tensor.is_cpu and tensor.device.type == devices.NAME
 
 
 # --- operations
@@ -150,47 +183,63 @@ class _Generator(_PlainGenerator, metaclass=_GeneratorType):
         return self._simulated
 
 
+class _Argument:
+    """What is to be known of one argument of an operation."""
+
+    __slots__ = ("is_tensor", "is_written", "may_be_host", "may_be_scalar", "name", "position")
+
+    def __init__(self, position: int, schema: torch._C.Argument, takes_host_scalars: bool, is_indexing: bool) -> None:
+        self.position, self.name = position, schema.name
+        self.is_tensor = str(schema.type) == "Tensor"
+        self.is_written = schema.alias_info is not None and schema.alias_info.is_write
+        # Beside those of pointwise operations, the values that are put by an index may be a scalar of the host.
+        self.may_be_scalar = (takes_host_scalars and not self.is_written) or (is_indexing and position == 2)
+        self.may_be_host = is_indexing and position == 1
+
+
 class _Operation:
     """Runs one operation of torch on the host."""
 
     def __init__(self, operation: torch._ops.OpOverload) -> None:
-        self.operation = operation
-        self.name = operation._schema.name.partition("::")[2]
+        self._operation = operation
+        self._name = name = operation._schema.name.partition("::")[2]
         self._packet = packet = operation.overloadpacket
-        self._takes_host_scalars = self.name in _TAKE_HOST_SCALARS or any(
+        takes_host_scalars = name in _TAKE_HOST_SCALARS or any(
             torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
         )
-        arguments = operation._schema.arguments
-        # A number that takes the place of a tensor comes as a number, which only another overload takes.
-        self._tensors = [i for i, a in enumerate(arguments) if str(a.type) == "Tensor"]
-        self._written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
-        self._written_names = {arguments[i].name for i in self._written}
+        arguments = [
+            _Argument(position, schema, takes_host_scalars, name in _INDEXING)
+            for position, schema in enumerate(operation._schema.arguments)
+            if any(kind in str(schema.type) for kind in ("Tensor", "Device", "Generator"))
+        ]
+        self._by_position = arguments
+        self._by_name = {argument.name: argument for argument in arguments}
         self._is_view = any(r.alias_info and not r.alias_info.is_write for r in operation._schema.returns)
-        self._index_positions = {1} if self.name in _INDEXING else set()
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        call = _Call(self.name)
-        host_args = []
-        for position, argument in enumerate(args):
-            is_written = position in self._written
-            may_be_scalar = self._takes_host_scalars and not is_written
-            may_be_host = position in self._index_positions
-            # The values that are put may be a scalar of the host, too.
-            may_be_scalar |= bool(self._index_positions) and position == 2
-            host_args.append(call.argument(argument, is_written, may_be_scalar, may_be_host))
-        host_options = {
-            name: call.argument(value, name in self._written_names, False, False) for name, value in options.items()
-        }
+        call, run = _Call(self._name), self._operation
+        host_args = list(args)
+        for argument in self._by_position:
+            if argument.position >= len(args):
+                break
+            value = args[argument.position]
+            host_args[argument.position] = call.argument(value, argument)
+            if argument.is_tensor and isinstance(value, (int, float, complex)):
+                run = self._packet  # only another overload takes a number in the place of a tensor
+        for name, value in options.items():
+            if name in self._by_name:
+                options[name] = call.argument(value, self._by_name[name])
         if not self._is_view:
             call.wait_for_copies()
-        has_numbers = any(isinstance(args[i], (int, float, complex)) for i in self._tensors if i < len(args))
-        result = (self._packet if has_numbers else self.operation)(*host_args, **host_options)
+        result = run(*host_args, **options)
         call.take_over_resized()
         return call.result(result)
 
 
 class _Call:
     """Which host tensor stands for which simulated one in one call."""
+
+    __slots__ = ("_bases", "_first_host", "_index", "_name", "_originals", "_results_on_host", "_written")
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -201,25 +250,11 @@ class _Call:
         self._bases: dict[int, torch.Tensor] = {}
         self._written: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def argument(self, value: Any, is_written: bool, may_be_scalar: bool, may_be_host: bool) -> Any:
+    def argument(self, value: Any, expected: _Argument) -> Any:
         if isinstance(value, torch.Tensor):
-            if not _is_simulated(value):
-                if not (may_be_host or (may_be_scalar and value.dim() == 0)):
-                    self._first_host = value
-                    self._refuse_mixed("cpu")
-                return value
-            self._set_index(value.device.index)
-            host = on_host(value)
-            self._originals[id(host)] = (host, value)
-            if address := host.untyped_storage().data_ptr():
-                self._bases[address] = value
-            if is_written:
-                self._written.append((host, value))
-            return host
+            return self._tensor(value, expected)
         if isinstance(value, (list, tuple)):
-            return type(value)(self.argument(item, is_written, may_be_scalar, may_be_host) for item in value)
-        if isinstance(value, dict):
-            return {k: self.argument(item, is_written, may_be_scalar, may_be_host) for k, item in value.items()}
+            return type(value)(self.argument(item, expected) for item in value)
         if isinstance(value, torch.device):
             if value.type != devices.NAME:
                 self._results_on_host = True
@@ -230,10 +265,26 @@ class _Call:
             raise RuntimeError(f"Expected a 'sim' device type for generator but found '{value.device.type}'")
         return value
 
+    def _tensor(self, value: torch.Tensor, expected: _Argument) -> torch.Tensor:
+        if not _is_simulated(value):
+            if not (expected.may_be_host or (expected.may_be_scalar and value.dim() == 0)):
+                self._first_host = value
+                self._refuse_mixed("cpu")
+            return value
+        self._set_index(value.get_device())
+        host = on_host(value)
+        self._originals[id(host)] = (host, value)
+        if address := host.untyped_storage().data_ptr():
+            self._bases[address] = value
+        if expected.is_written:
+            self._written.append((host, value))
+        return host
+
     def _set_index(self, index: int) -> None:
-        if self._index not in (None, index):
-            self._refuse(f"{devices.NAME}:{self._index}", f"{devices.NAME}:{index}")
-        self._index = index
+        if self._index != index:
+            if self._index is not None:
+                self._refuse(f"{devices.NAME}:{self._index}", f"{devices.NAME}:{index}")
+            self._index = index
         self._refuse_mixed("cpu")
 
     def _refuse_mixed(self, other: str) -> None:
@@ -372,6 +423,8 @@ _KERNELS = {
     "copy_": _copy,
     "_copy_from": _copy_from,
     "_copy_from_and_resize": _copy_from,
+    "as_strided": _as_strided,
+    "view": _view_as,
     "_to_copy": _to_copy,
     "resize_": _resize,
     "set_.source_Storage_storage_offset": functools.partial(_set_storage, _aten.set_.source_Storage_storage_offset),

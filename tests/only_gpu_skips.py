@@ -1,0 +1,25 @@
+"""A plugin: in CI (CI=true) a run fails if it skipped other tests than those that need an accelerator."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+_wrongly_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not {"gpu", "multigpu"} & report.keywords.keys():
+        _wrongly_skipped.append(report.nodeid)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        _wrongly_skipped.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("CI") == "true" and _wrongly_skipped:
+        print(f"\nin CI only tests that need an accelerator may be skipped: {', '.join(_wrongly_skipped)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

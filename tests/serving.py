@@ -1,0 +1,58 @@
+"""Prompts for a real ComfyUI server with the pack in custom_nodes, and what they give: for the tests over HTTP."""
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+from comfy_server import ComfyServer
+from conftest import COMFYUI_PATH, NUM_ACCELERATORS
+from host import DEFAULT_VERSION, SDISTS, fetch_comfyui
+from safetensors.torch import load_file
+from workflows import example, nodes_of_class, with_saved_latent, with_small_image
+
+# A ComfyUI of the user's own is tested as it is.
+VERSIONS = sorted(SDISTS) if "DISTORCH2_FETCHED_COMFYUI" in os.environ else ["given"]
+NEWEST = VERSIONS[-1]
+ARGUMENTS = () if NUM_ACCELERATORS else ("--cpu",)
+DEVICES = ["cpu", *(f"cuda:{index}" for index in range(NUM_ACCELERATORS))]
+ACCELERATOR = DEVICES[min(1, NUM_ACCELERATORS)]
+
+
+def start(version, base, checkpoints, arguments=(), environment=None):
+    """A server whose checkpoint folder has every file that the tests ask for."""
+    folder = base / "models" / "checkpoints"
+    folder.mkdir(parents=True)
+    for kind in ("sd3", "sd3_fp8", "sd3_no_clip_weights", "sd15_blocks", "flux", "sd15_ckpt"):
+        (folder / Path(checkpoints(kind)).name).symlink_to(checkpoints(kind))
+    (base / "models" / "text_encoders").mkdir()
+    (base / "models" / "text_encoders" / "clip_l.safetensors").symlink_to(checkpoints("clip_l"))
+    tree = COMFYUI_PATH if version in ("given", DEFAULT_VERSION) else fetch_comfyui(version, Path(sys.executable))
+    return ComfyServer(tree, base, arguments=(*ARGUMENTS, *arguments), environment=environment)
+
+
+def prompt_for(server, checkpoint, **widgets):
+    """The example workflow, small, on what this machine has, with its latent saved."""
+    prompt = example("two_cards_by_ratio")
+    computing = dict.fromkeys(("unet_compute_device", "clip_compute_device", "vae_device"), ACCELERATOR)
+    resident = {"unet_virtual_vram_gb": 0.0, "clip_virtual_vram_gb": 0.0}
+    resident |= dict.fromkeys(("unet_expert_mode_allocations", "clip_expert_mode_allocations"), "")
+    prompt["1"]["inputs"].update({"ckpt_name": checkpoint, **computing, **resident, **widgets})
+    return with_saved_latent(with_small_image(prompt, 64, 2))
+
+
+def with_text_encoder_of_its_own(prompt):
+    """For checkpoints without one: a CLIP-L file, whose SD3 form Flux takes too."""
+    prompt = copy.deepcopy(prompt)
+    inputs = {"clip_name": "clip_l.safetensors", "type": "sd3"}
+    prompt["clip"] = {"class_type": "CLIPLoader", "inputs": inputs}
+    for node_id in nodes_of_class(prompt, "CLIPTextEncode"):
+        prompt[node_id]["inputs"]["clip"] = ["clip", 0]
+    return prompt
+
+
+def latent_of(server, prompt):
+    files = server.output_files(server.run(prompt))
+    (latent,) = (file for file in files if file.suffix == ".latent")
+    assert any(file.suffix == ".png" for file in files)
+    return load_file(latent)["latent_tensor"]
