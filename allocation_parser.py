@@ -45,6 +45,7 @@ class AllocationError(ValueError):
     part around the mistake.
     """
 
+    __module__ = "distorch2"  # ComfyUI shows it; as a pack this is a folder of the user's
     _CONTEXT = 36
 
     def __init__(self, message: str, source: str, position: int, end: int | None = None) -> None:

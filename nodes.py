@@ -37,7 +37,14 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                     tooltip="The checkpoint to load.",
                 ),
                 *_component_inputs("unet", "diffusion model", accelerator, 4.0, devices),
-                *_component_inputs("clip", "text encoder", "cpu", 2.0, devices),
+                *_component_inputs(
+                    "clip",
+                    "text encoder",
+                    "cpu",
+                    2.0,
+                    devices,
+                    "On cpu a large one (T5-XXL, Qwen, a language model) takes many times as long: choose the GPU.",
+                ),
                 io.Combo.Input(
                     "vae_device", options=devices, default=accelerator, tooltip="Where the whole VAE lies and computes."
                 ),
@@ -50,7 +57,7 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                     advanced=True,
                     tooltip="For checkpoints in fp8 or smaller: a weight that a LoRA changes is kept in the precision "
                     "of computation, and takes two to four times its memory. Off: it is rounded to fp8 again, as "
-                    "ComfyUI does.",
+                    "ComfyUI does. The image can change visibly between the two.",
                 ),
                 io.Boolean.Input(
                     "eject_models",
@@ -138,14 +145,14 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
 
 
 def _component_inputs(
-    prefix: str, component: str, compute_device: str, gb: float, devices: list[str]
+    prefix: str, component: str, compute_device: str, gb: float, devices: list[str], advice: str = ""
 ) -> list[io.Input]:
     return [
         io.Combo.Input(
             f"{prefix}_compute_device",
             options=devices,
             default=compute_device,
-            tooltip=f"Where the {component} computes.",
+            tooltip=f"Where the {component} computes. {advice}".rstrip(),
         ),
         io.Float.Input(
             f"{prefix}_virtual_vram_gb",

@@ -36,7 +36,7 @@ def recorded_layers(distribution: Distribution, mark: Callable[[], Any]) -> Iter
     started: one at every layer would slow down a model that is bound by the CPU. So the layer at an event gets the time
     until the next event, also that of layers after it.
     """
-    groups = [distribution.groups[key] for key in distribution.plan.groups if not key.is_relayed]
+    groups = [distribution.groups[key] for key in distribution.plan.groups if key.is_streamed]
     number_of = {group.slab.data_ptr(): number for number, group in enumerate(groups)}
     recorded = RecordedLayers([group.num_bytes for group in groups], distribution.plan.staging_bytes)
     transfer = distribution.transfer

@@ -168,7 +168,8 @@ def timed(model, resident, patcher, inputs, expected, free_before: int) -> dict:
     links.append(link_gb_per_second(page_locked=True))
     link = max(links)
     resident_ms, ours_ms = statistics.median(resident_times), statistics.median(times)
-    copy_ms = sum(group.slab_bytes for group in patcher.distribution.plan.groups) / link / 1e6
+    streamed = (group.slab_bytes for group in patcher.distribution.plan.groups if group.is_streamed)
+    copy_ms = sum(streamed) / link / 1e6
     floor_ms = max(resident_ms, copy_ms)
     return {
         "bit-identical": is_identical,
@@ -239,7 +240,7 @@ def measure(model, path: str) -> Iterator[dict]:
                 at[case] |= recorded_step(model, patcher, inputs[case], at[case]["pinned link GB/s"] * 1e9)
         row = {
             "percent on cpu": percent,
-            "streamed GiB": round(sum(group.slab_bytes for group in plan.groups) / GIB, 2),
+            "streamed GiB": round(sum(group.slab_bytes for group in plan.groups if group.is_streamed) / GIB, 2),
             "streamed layers": len(plan.streamed),
             "groups": len(plan.groups),
             "staging MiB": plan.staging_bytes >> 20,

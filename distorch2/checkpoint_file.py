@@ -14,9 +14,16 @@ _MAX_HEADER_BYTES = 100_000_000
 class CheckpointError(RuntimeError):
     """A file that cannot be loaded as a checkpoint; the message says why and what to do."""
 
+    __module__ = "distorch2"  # ComfyUI shows it; as a pack this is a folder of the user's
+
 
 def check_file(path: str) -> None:
     """Raise `CheckpointError` when `path` is missing, or is a safetensors file that is damaged or cut off."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise CheckpointError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: has it been moved, or is its drive not "
+            "connected?"
+        )
     if not os.path.isfile(path):
         raise CheckpointError(
             f"there is no file {path}; press R to refresh the list of checkpoints, and pick one of it"
@@ -55,6 +62,11 @@ def _check_safetensors(path: str) -> None:
         ) from error
     if file_bytes < expected_bytes:
         raise _cut_off(path, expected_bytes, file_bytes)
+    if file_bytes > expected_bytes:
+        raise CheckpointError(
+            f"{path} has {file_bytes - expected_bytes:,} bytes after its last tensor, as when a download was taken up "
+            "again at the wrong place; download it again"
+        )
 
 
 def _cut_off(path: str, expected_bytes: int, file_bytes: int) -> CheckpointError:

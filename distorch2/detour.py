@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 
 import comfy.model_management as mm
 import torch
@@ -22,15 +23,26 @@ _LEAST_TO_DETOUR_BYTES = 1024**3
 _LEAST_GAIN = 1.2
 
 
-def take_detour(transfer: Transfer, slabs: Sequence[torch.Tensor], staging: torch.Tensor) -> None:
+_gains: dict[tuple[torch.device, torch.device], float] = {}
+"""(compute device, other) -> how many times as fast copies are by both ways, measured once in a process."""
+
+
+def take_detour(
+    transfer: Transfer, slabs: Sequence[torch.Tensor], staging: torch.Tensor, named: Collection[torch.device]
+) -> None:
     """Give `transfer` a detour if copies of `slabs`, which are page-locked, are measured to be so much faster with it.
 
-    `staging` is written to.
+    By way of one of the devices that are `named` in the plan, or that ComfyUI computes on already: nothing is done on a
+    card that nobody asked for. `staging` is written to.
     """
+    in_use = {*named, *_devices_in_use()}
     others = [
         device
         for device in mm.get_all_torch_devices()
-        if device.type == transfer.device.type and device != transfer.device
+        if device in in_use
+        and device.type == transfer.device.type
+        and device != transfer.device
+        and _gains.get((transfer.device, device), math.inf) > _LEAST_GAIN
     ]
     if not others or sum(slab.nbytes for slab in slabs) < _LEAST_TO_DETOUR_BYTES:
         return
@@ -40,14 +52,22 @@ def take_detour(transfer: Transfer, slabs: Sequence[torch.Tensor], staging: torc
         if part.nbytes:
             copies.append(Copy(part, room[: part.nbytes]))
             room = room[part.nbytes :]
-    direct = transfer.bytes_per_second(copies)
     for helper in others:
+        pair = transfer.device, helper
         try:
-            both = _speed_with(helper, transfer, copies)
-        except RuntimeError as error:  # of a device that nobody asked for
+            direct = transfer.bytes_per_second(copies) if pair not in _gains else 0.0
+            if mm.get_free_memory(helper) < mm.minimum_inference_memory():
+                continue
+            transfer.detour = Detour(transfer.device, [allocate(_SLOT_BYTES, helper) for _ in range(_NUM_SLOTS)])
+            if pair in _gains:
+                return
+            both = _speed(transfer, copies)
+        except RuntimeError as error:  # of a device that is not needed
             logger.info("DisTorch2: nothing is streamed by way of %s (%s)", helper, str(error).splitlines()[0])
-            both = 0.0
-        if both > _LEAST_GAIN * direct:
+            transfer.detour = None
+            continue
+        _gains[pair] = both / direct
+        if _gains[pair] > _LEAST_GAIN:
             logger.info(
                 "DisTorch2: half of what is streamed to %s comes by way of %s: %.1f GB/s instead of %.1f",
                 transfer.device,
@@ -60,12 +80,13 @@ def take_detour(transfer: Transfer, slabs: Sequence[torch.Tensor], staging: torc
         transfer.detour = None
 
 
-def _speed_with(helper: torch.device, transfer: Transfer, copies: Sequence[Copy]) -> float:
-    """Bytes a second with a detour by way of `helper`, which `transfer` has then; 0 if it is not to have one."""
-    if mm.get_free_memory(helper) < mm.minimum_inference_memory():
-        return 0.0
-    transfer.detour = Detour(transfer.device, [allocate(_SLOT_BYTES, helper) for _ in range(_NUM_SLOTS)])
+def _devices_in_use() -> set[torch.device]:
+    return {loaded.device for loaded in mm.current_loaded_models}
+
+
+def _speed(transfer: Transfer, copies: Sequence[Copy]) -> float:
+    """Bytes a second, 0 where they do not arrive."""
     for copy in copies:
-        copy.target.zero_()  # which has the right bytes from the copies before
+        copy.target.zero_()  # which may have the right bytes from copies before
     speed = transfer.bytes_per_second(copies)
     return speed if all(torch.equal(copy.target.cpu(), copy.source) for copy in copies) else 0.0

@@ -10,17 +10,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, cast
 
+import comfy.model_management as mm
 import comfy.utils
 import torch
 
 from .detour import take_detour
 from .donor_share import DonorShare
 from .inventory import layout_of, loaded_dtypes, note_dtype
+from .lookup import Lookup
 from .moving import UPLOAD_BYTES, Mover, page_locked_upload
 from .pinning import PinnedSlabs
 from .plan import GIB, Group, Plan
 from .quantised import as_parameter, plain_tensors, to_device
 from .relay import Relay, RelayedUnit, StreamerOfUnits
+from .schedule import LearntOrder
 from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Transfer
 
@@ -45,6 +48,7 @@ class Distribution:
         self.groups: dict[Group, StreamedGroup] = {}
         self.streamer: Streamer | None = None
         self.relay: Relay | None = None
+        self.lookup: Lookup | None = None
         self.transfer = Transfer(self.device)
         self.pinned = PinnedSlabs(self.device)
         self.shares = [
@@ -52,6 +56,8 @@ class Distribution:
             for donor in plan.donors
             if torch.device(donor) != _CPU
         ]
+        self._streamed: list[str] = []  # names of the layers that `streamer` has, by number
+        self._order = LearntOrder()
         self._limits: dict[torch.device, float] = {}
         self._is_interrupted = False
         self._module = weakref.ref(module)
@@ -86,11 +92,12 @@ class Distribution:
     def bytes_on(self, donor: torch.device) -> int:
         return sum(group.num_bytes for group in self.groups.values() if group.slab.device == donor)
 
-    def place(self, plan: Plan) -> None:
+    def place(self, plan: Plan, is_cancellable: bool = False) -> None:
         """Put every layer where `plan` has it, one after another, and start serving the streamed ones.
 
         It is `asked`, perhaps with groups evicted or with extra bytes. What is on the module but not in the plan,
-        since somebody put it there, goes to the compute device as well.
+        since somebody put it there, goes to the compute device as well. If it `is_cancellable`, ComfyUI's exception for
+        a cancelled prompt may leave it half done.
         """
         module, before = self._root, self.plan
         self.plan = plan
@@ -110,7 +117,7 @@ class Distribution:
                 to_pack[key] = [module.get_submodule(layer.name) for layer in key.layers]
             elif self.groups[key].slab.device != homes[key]:
                 self._move(key, homes[key])
-        self._pack(to_pack, homes)
+        self._pack(to_pack, homes, is_cancellable)
         returned = [self._unserve(key).slab for key in list(self.groups) if key not in homes]
         self._move_the_others(module, self.device)
         for slab in returned:
@@ -201,15 +208,16 @@ class Distribution:
         that is faster."""
         replaced = group.slab
         slab = _there_or_on_host(group.new_slab, replaced.device)
+        is_moved = self.is_placed and not group.is_table
         try:
-            if self.is_placed:
+            if is_moved:
                 self.pinned.pin(slab)
             group.serve_from(group.fill(slab, values))
         except BaseException:
             self.pinned.unpin(slab)
             raise
         self.pinned.unpin(replaced)
-        if self.is_placed:  # if it could not be, beside the one that it replaces
+        if is_moved:  # if it could not be, beside the one that it replaces
             self.pinned.pin(slab)
 
     def resume(self) -> None:
@@ -238,18 +246,28 @@ class Distribution:
             homes[key] = device
         return homes
 
-    def _pack(self, modules: Mapping[Group, Sequence[torch.nn.Module]], homes: Mapping[Group, torch.device]) -> None:
+    def _pack(
+        self,
+        modules: Mapping[Group, Sequence[torch.nn.Module]],
+        homes: Mapping[Group, torch.device],
+        is_cancellable: bool = False,
+    ) -> None:
         """Serve these groups from slabs at their homes, or on the host where a home has no memory.
 
         On the host several are packed at a time, a few ahead of the one that is page-locked and served here: that is
         when the weights that they are packed from are let go.
         """
-        made = {key: StreamedGroup(members, [layout_of(each) for each in members]) for key, members in modules.items()}
+        made = {
+            key: StreamedGroup(members, [layout_of(each) for each in members], key.is_table)
+            for key, members in modules.items()
+        }
         on_host = iter([key for key in made if homes[key] == _CPU])
         evicted = set(self.plan.evicted)
         packing: dict[Group, Future[torch.Tensor]] = {}
         with ThreadPoolExecutor(_PACKING_THREADS) as pool:
             for key, group in made.items():
+                if is_cancellable:
+                    mm.throw_exception_if_processing_interrupted()
                 for ahead in itertools.islice(on_host, 2 * _PACKING_THREADS - len(packing)):
                     if ahead in evicted:
                         self._move_all(modules[ahead], _CPU)  # from under those who hold the parameters
@@ -262,7 +280,8 @@ class Distribution:
                 self._served.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:
                     self.pinned.unpin(replaced.slab)
-                self.pinned.pin(slab)
+                if not group.is_table:
+                    self.pinned.pin(slab)
 
     def _lay_out_again(self, group: StreamedGroup) -> None:
         self._is_interrupted |= self.is_placed
@@ -277,7 +296,7 @@ class Distribution:
         replaced = group.slab
         _there_or_on_host(group.move, device)
         self.pinned.unpin(replaced)
-        if self.is_placed:
+        if self.is_placed and not group.is_table:
             self.pinned.pin(group.slab)
 
     def _unserve(self, key: Group) -> StreamedGroup:
@@ -288,14 +307,20 @@ class Distribution:
         return group
 
     def _start_serving(self) -> None:
-        groups = [self.groups[key] for key in self.plan.groups if not key.is_relayed]
+        keys = [key for key in self.plan.groups if key.is_streamed]
+        groups = [self.groups[key] for key in keys]
+        tables = [self.groups[key] for key in self.plan.groups if key.is_table and not key.is_relayed]
+        self._streamed = [layer.name for key in keys for layer in key.layers]
+        order = self._order.of(self._streamed, (placement.layer.name for placement in self.plan.placements))
         relay = self._make_relay() if self.plan.relayed_units else None
-        self.streamer, self.relay = _with_staging_buffer(groups, self.transfer, self.plan.staging_bytes), relay
+        self.streamer, self.relay = _with_staging_buffer(groups, self.transfer, self.plan.staging_bytes, order), relay
+        self.lookup = Lookup(tables, self.device)
         self._attach()
         self._is_interrupted = False
-        self._page_lock([group.slab for group in self.groups.values() if group.slab.device == _CPU])
+        moved = [group for key, group in self.groups.items() if not key.is_table]
+        self._page_lock([group.slab for group in moved if group.slab.device == _CPU])
         slabs = [group.slab for group in groups if self.pinned.holds(group.slab)]
-        take_detour(self.transfer, slabs, self.streamer.staging)
+        take_detour(self.transfer, slabs, self.streamer.staging, [torch.device(name) for name in self.plan.devices])
 
     def _make_relay(self) -> Relay:
         groups = [self.groups[key] for key in self.plan.groups if key.is_relayed]
@@ -308,16 +333,14 @@ class Distribution:
         return Relay(self.device, units, StreamerOfUnits(groups, self.transfer, staging_bytes))
 
     def _attach(self) -> None:
-        if self.streamer is not None:
-            self.streamer.attach()
-        if self.relay is not None:
-            self.relay.attach()
+        for server in (self.lookup, self.streamer, self.relay):
+            if server is not None:
+                server.attach()
 
     def _detach(self) -> None:
-        if self.relay is not None:
-            self.relay.detach()
-        if self.streamer is not None:
-            self.streamer.detach()
+        for server in (self.relay, self.streamer, self.lookup):
+            if server is not None:
+                server.detach()
 
     def _page_lock(self, slabs: Sequence[torch.Tensor]) -> None:
         """All of `slabs`, or as many as can be beside buffers by way of which the others are copied."""
@@ -339,8 +362,10 @@ class Distribution:
             )
 
     def _stop_serving(self) -> None:
+        if self.streamer is not None and self.streamer.order is not None:
+            self._order.note(self._streamed[number] for number in self.streamer.order)
         self._detach()
-        self.streamer = self.relay = self.transfer.detour = None
+        self.streamer = self.relay = self.lookup = self.transfer.detour = None
 
     def _log_evicted(self, plan_before: Plan) -> None:
         before, now = (sum(group.num_bytes for group in plan.evicted) for plan in (plan_before, self.plan))
@@ -379,13 +404,15 @@ def _there_or_on_host(make: Callable[[torch.device], _T], device: torch.device) 
         return make(_CPU)
 
 
-def _with_staging_buffer(groups: Sequence[StreamedGroup], transfer: Transfer, num_bytes: int) -> Streamer:
+def _with_staging_buffer(
+    groups: Sequence[StreamedGroup], transfer: Transfer, num_bytes: int, order: Sequence[int] | None
+) -> Streamer:
     """With a smaller buffer where there is no memory for `num_bytes`: the largest group has to fit."""
     smallest = max((group.num_bytes for group in groups), default=0)
     num_bytes = max(num_bytes, smallest)
     while True:
         try:
-            return Streamer(groups, transfer, num_bytes)
+            return Streamer(groups, transfer, num_bytes, order)
         except torch.OutOfMemoryError:
             if num_bytes <= smallest:
                 raise

@@ -10,7 +10,7 @@ import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from .slab import is_out_of_memory
+from .failures import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

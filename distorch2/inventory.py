@@ -11,6 +11,8 @@ from .plan import Layer
 from .quantised import is_quantised, plain_tensors
 from .slab import SlabLayout
 
+LEAST_TABLE_BYTES = 8 * 1024**2
+"""To look up rows the host waits for their numbers: a small table is better copied with the layers around it."""
 _REPLACED = "distorch2_replaced_dtypes"  # attribute of a module: name of a parameter -> dtype of what replaced it
 
 
@@ -42,8 +44,20 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
             )
             slab_bytes = layout_of(child).num_bytes if movable else 0
             block, unit = _block_of(name, modules), _unit_of(name, modules)
-            layers.append(Layer(name, sum(sizes), movable, slab_bytes, block, unit))
+            is_table = movable and sum(sizes) >= LEAST_TABLE_BYTES and _is_table(child)
+            layers.append(Layer(name, sum(sizes), movable, slab_bytes, block, unit, is_table))
     return layers
+
+
+def _is_table(module: torch.nn.Module) -> bool:
+    """Whether a layer only reads rows of its weight, by their numbers."""
+    return (
+        isinstance(module, torch.nn.Embedding)
+        and [*own_tensors(module)] == ["weight"]
+        and not is_quantised(module.weight)
+        and module.padding_idx is None  # which has to be the number of a row
+        and module.max_norm is None  # by which rows are written
+    )
 
 
 def _block_of(name: str, modules: Mapping[str, torch.nn.Module]) -> str:

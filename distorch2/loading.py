@@ -30,7 +30,7 @@ import torch
 from .checkpoint_file import CheckpointError, check_file
 from .inventory import list_layers
 from .patcher import DistributedPatcher, forget
-from .plan import ComponentRequest, DeviceMemory, Plan, PlanError
+from .plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError
 from .planner import make_plan, relaying_donors
 from .quantised import is_quantised
 from .report import render_table, rows_of_plan
@@ -43,6 +43,8 @@ _MAY_BE_MISSING = (".logit_scale", ".transformer.text_projection.weight")
 """Parameters of text encoders that files may lack: ComfyUI does not warn of them either."""
 _DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """Of weights, those that devices may lack."""
+_NOT_PAGE_LOCKED = ("xpu", "npu", "mlu")
+"""Kinds of accelerators for which ComfyUI page-locks no memory that it has already."""
 _EVERYTHING = 1e32
 """More bytes than any device has: asks ComfyUI to free all it can."""
 
@@ -264,6 +266,11 @@ def _memory_of(requests: Sequence[ComponentRequest], *others: str) -> dict[str, 
     for name in named:
         if name not in present:
             raise PlanError(f"there is no device {name!r}; this machine has {', '.join(present)}")
+        if not hasattr(torch, torch.device(name).type):  # mps and the host need no more than tensors
+            raise PlanError(
+                f"{name} is of a kind that torch has no streams and events for (DirectML, say): nothing can be kept "
+                "elsewhere for it, or on it for others; use ComfyUI's own loader there"
+            )
     memory = {"cpu": DeviceMemory(int(mm.get_total_memory(_CPU)))}
     for name in named:
         device = torch.device(name)
@@ -466,14 +473,23 @@ def _build_text_encoder(
 
 @contextlib.contextmanager
 def _tensors_as_built(patcher: comfy.model_patcher.ModelPatcher) -> Iterator[None]:
-    """Tensors that are assigned inside `with` get the dtypes that the model was built with, and are made contiguous,
-    since ComfyUI transposes some. Not with DynamicVRAM, which casts as it goes."""
-    dtypes = {name: tensor.dtype for name, tensor in _tensors_of(patcher.model)}
+    """Tensors that are assigned inside `with` get the dtypes and the memory formats that the model was built with:
+    ComfyUI transposes some, and lets users ask for channels last. Not with DynamicVRAM, which casts as it goes."""
+    built = {name: (tensor.dtype, _memory_format(tensor)) for name, tensor in _tensors_of(patcher.model)}
     yield
     if not patcher.is_dynamic():
         for name, tensor in _tensors_of(patcher.model):
-            if name in dtypes and not is_quantised(tensor):
-                tensor.data = tensor.to(dtypes[name]).contiguous()
+            if name in built and not is_quantised(tensor):
+                dtype, memory_format = built[name]
+                tensor.data = tensor.to(dtype).contiguous(memory_format=memory_format)
+
+
+def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    for memory_format, num_dimensions in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        is_so = tensor.dim() == num_dimensions and tensor.is_contiguous(memory_format=memory_format)
+        if is_so and not tensor.is_contiguous():
+            return memory_format
+    return torch.contiguous_format
 
 
 def _tensors_of(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
@@ -483,5 +499,17 @@ def _tensors_of(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 def _report(filename: str, plans: Mapping[str, Plan]) -> str:
     rows = [row for component, plan in plans.items() for row in rows_of_plan(component, plan)]
     notes = [f"{component}: {note}" for component, plan in plans.items() for note in plan.notes]
+    notes += [note for component, plan in plans.items() for note in _notes_on_speed(component, plan)]
     notes += [f"no {component} in this file" for component in (TEXT_ENCODER, VAE) if component not in plans]
     return render_table(f"DisTorch2: {filename}", rows, notes)
+
+
+def _notes_on_speed(component: str, plan: Plan) -> Iterator[str]:
+    """What makes a component slow, and can be chosen otherwise."""
+    accelerator = next((str(device) for device in mm.get_all_torch_devices() if device.type != "cpu"), None)
+    if component != VAE and plan.compute_device == "cpu" and accelerator and plan.model_bytes >= GIB:
+        yield f"{component}: computes on cpu, which is slow for one of its size; choose {accelerator} for speed"
+    if torch.device(plan.compute_device).type in _NOT_PAGE_LOCKED and any(
+        item.device == "cpu" for item in plan.streamed
+    ):
+        yield f"{component}: main memory is not page-locked for {plan.compute_device}, and is copied more slowly"

@@ -34,9 +34,11 @@ class Mover:
 
     def __exit__(self, *exception: object) -> None:
         if self._upload is not None:
-            self._upload.wait()
-            for buffer in self._upload.buffers:
-                self._pinned.unpin(buffer)
+            try:
+                self._upload.wait()
+            finally:
+                for buffer in self._upload.buffers:
+                    self._pinned.unpin(buffer)
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device, itself if it is there already. Only what is given after `flush` may read it."""

@@ -13,10 +13,11 @@ patches are set, and what they brought is placed as well; then weights are patch
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import comfy.lora
@@ -33,11 +34,11 @@ from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter import WeightAdapterBase
 
 from .distribution import Distribution
+from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
 from .inventory import list_layers, own_tensors
 from .moving import Mover
-from .plan import GIB, Plan, PlanError
+from .plan import GIB, Plan
 from .quantised import as_parameter, is_quantised, plain_tensors, to_device
-from .slab import is_device_lost, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,21 @@ _ATTRIBUTE = "distorch2"
 
 @dataclass
 class _Shared:
-    """What all patchers of a module share; the module holds it."""
+    """What all patchers of a module share; the module holds it. A copy of the module gets its own, without what lies
+    where."""
 
-    distributions: dict[str, Distribution]
+    asked: Plan | None
+    """What was planned first, None for a module of which nothing is known."""
+    high_precision_loras: bool = True
+    distributions: dict[str, Distribution] = field(default_factory=dict)
     """By compute device."""
-    high_precision_loras: bool
+    is_compilation_minded: bool = False
+
+    def __deepcopy__(self, memo: object) -> _Shared:
+        return _Shared(self.asked, self.high_precision_loras)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Shared, (self.asked, self.high_precision_loras)
 
 
 class _Backup(NamedTuple):
@@ -79,7 +90,7 @@ class DistributedPatcher(ModelPatcher):
         """
         forget([core])
         distributions = {plan.compute_device: Distribution(core.model, plan)}
-        setattr(core.model, _ATTRIBUTE, _Shared(distributions, high_precision_loras))
+        setattr(core.model, _ATTRIBUTE, _Shared(plan, high_precision_loras, distributions))
         patcher = cls(core.model, torch.device(plan.compute_device), _CPU)
         own = {"load_device", "offload_device", "size"}
         patcher.__dict__.update({name: value for name, value in vars(core).items() if name not in own})
@@ -88,25 +99,30 @@ class DistributedPatcher(ModelPatcher):
         return patcher
 
     def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
-        """As ComfyUI's; one with a module of its own serves LoRAs in the same way."""
+        """As ComfyUI's; one with a module of its own is split and serves LoRAs in the same way."""
         clone = super().clone(*arguments, **options)
-        clone._shared.high_precision_loras = self._shared.high_precision_loras
+        if clone.model is not self.model:
+            setattr(clone.model, _ATTRIBUTE, copy.deepcopy(self._shared))
         return clone
 
     @property
     def _shared(self) -> _Shared:
-        return self.model.__dict__.setdefault(_ATTRIBUTE, _Shared({}, True))
+        return self.model.__dict__.setdefault(_ATTRIBUTE, _Shared(None))
 
     @property
     def distribution(self) -> Distribution:
-        """That of the module for this device. One for which nothing was planned gets everything.
+        """That of the module for this device.
 
-        ComfyUI makes clones for another device by setting `load_device`, some with a module of their own.
+        ComfyUI makes clones for another device by setting `load_device`, some with a module of their own. Another
+        accelerator keeps as much as the one that was planned for; the host, where that is another, keeps everything.
         """
-        device, distributions = str(self.load_device), self._shared.distributions
-        if device not in distributions:
-            distributions[device] = Distribution(self.model, Plan.all_on(device, list_layers(self.model)))
-        return distributions[device]
+        device, shared = str(self.load_device), self._shared
+        if device not in shared.distributions:
+            layers, asked = list_layers(self.model), shared.asked
+            is_split = asked is not None and (device == asked.compute_device or self.load_device.type != "cpu")
+            plan = asked.exchanged(device, layers) if asked and is_split else Plan.all_on(device, layers)
+            shared.distributions[device] = Distribution(self.model, plan)
+        return shared.distributions[device]
 
     def model_size(self) -> int:
         """Bytes that the model needs on its compute device: resident layers, patched, and staging buffers."""
@@ -131,6 +147,7 @@ class DistributedPatcher(ModelPatcher):
         clone's patches to them."""
         with self.use_ejected():
             self._place(lowvram_model_memory or math.inf)
+            self._mind_compilation()
             self._patch_weights(anew=force_patch_weights)
             self.distribution.resume()
             self._set_casting()
@@ -143,6 +160,21 @@ class DistributedPatcher(ModelPatcher):
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def _mind_compilation(self) -> None:
+        """Say what torch.compile makes of streamed layers; raises `RuntimeError` where it would fail."""
+        how = self.model_options.get("torch_compile_kwargs")  # where ComfyUI's node notes it
+        num_streamed = len(self.distribution.plan.streamed)
+        if how is None or not num_streamed:
+            return
+        if how.get("fullgraph"):
+            raise RuntimeError(
+                f"torch.compile with fullgraph=True cannot compile a model with {num_streamed} streamed layers; turn "
+                "it off, or keep the whole model on the compute device"
+            )
+        if not self._shared.is_compilation_minded:
+            self._shared.is_compilation_minded = True
+            logger.info("DisTorch2: what torch.compile makes breaks off at each of %d streamed layers", num_streamed)
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
@@ -164,12 +196,15 @@ class DistributedPatcher(ModelPatcher):
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> int:
         """Stream resident weights from the host until so much is free, or no more can be; returns the bytes freed."""
+        before = self.loaded_size()
+        if self._plan().within(before - memory_to_free).compute_bytes > before - memory_to_free:
+            return 0  # ComfyUI unloads all of it, and what would be packed for streaming would not be used
         with self.use_ejected(skip_and_inject_on_exit_only=True):
-            before = self.loaded_size()
             try:
                 with self._all_or_nothing():
-                    self._place_unpatched(before - memory_to_free)
-            except PlanError as error:
+                    # ComfyUI's list would not survive a cancelled prompt here either.
+                    self._place_unpatched(before - memory_to_free, is_cancellable=False)
+            except OUT_OF_MEMORY as error:
                 # ComfyUI's list of loaded models would not survive it. Nothing is on the device any more.
                 logger.warning("DisTorch2: %s", str(error))
             return before - self.loaded_size()
@@ -181,14 +216,16 @@ class DistributedPatcher(ModelPatcher):
             yield
         except BaseException as error:
             if is_device_lost(error):
+                with contextlib.suppress(RuntimeError):  # which is what any step of it may raise now
+                    self.detach()
                 raise RuntimeError(self.device_lost_message("placing", error)) from error
             self.detach()
             if is_out_of_memory(error):
                 advice = "give the full device less, or unload other models"
-                raise PlanError(self.out_of_memory_message("placing", advice, error)) from error
+                raise OUT_OF_MEMORY(self.out_of_memory_message("placing", advice, error)) from error
             raise
 
-    def _place_unpatched(self, compute_bytes: float) -> None:
+    def _place_unpatched(self, compute_bytes: float, is_cancellable: bool = True) -> None:
         """Place the module's own weights, then set this clone's object patches."""
         self.unpatch_hooks()  # first: what they wrote may be weights of an object patch
         if self.model.current_weight_patches_uuid != self.patches_uuid:
@@ -203,7 +240,7 @@ class DistributedPatcher(ModelPatcher):
                 ]
             )
         self.unpatch_model(unpatch_weights=False)  # another clone's object patches
-        self._place(compute_bytes)
+        self._place(compute_bytes, is_cancellable)
         self.patch_model(load_weights=False)
         for module in self.model.modules():
             if hasattr(module, "comfy_patched_weights"):
@@ -332,6 +369,8 @@ class DistributedPatcher(ModelPatcher):
         by_layer = _by_layer(keys)
         with Mover(self.load_device, self.distribution.pinned) as mover:
             for batch in self.distribution.batches(by_layer):
+                if wanted:
+                    mm.throw_exception_if_processing_interrupted()
                 of_batch = [key for layer_name in batch for key in by_layer[layer_name].values()]
                 self._change_batch(of_batch, wanted, mover)
 
@@ -397,14 +436,14 @@ class DistributedPatcher(ModelPatcher):
         else:
             yield
 
-    def _place(self, compute_bytes: float = math.inf) -> None:
+    def _place(self, compute_bytes: float = math.inf, is_cancellable: bool = True) -> None:
         """Place the weights as planned for this device, and not for another any more."""
         self.unpatch_hooks()  # before weights move
         here = self.distribution  # which a module for another device does not have before it is asked for
         for distribution in self._shared.distributions.values():
             if distribution is not here and distribution.is_placed:
                 self._release(distribution)
-        here.place(self._plan().within(compute_bytes))
+        here.place(self._plan().within(compute_bytes, here.plan), is_cancellable)
 
     def _plan(self) -> Plan:
         """The plan as asked, with what this clone's patches add to it."""
@@ -556,11 +595,10 @@ def _explain(executor: Any, *arguments: Any, **options: Any) -> Any:
             raise
         if is_device_lost(error):
             raise RuntimeError(patcher.device_lost_message("running", error)) from error
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             raise
         advice = f"keep less of it on {patcher.load_device}, or make the image or the batch smaller"
-        # Of the same class: ComfyUI unloads all models then.
-        raise torch.OutOfMemoryError(patcher.out_of_memory_message("running", advice, error)) from error
+        raise OUT_OF_MEMORY(patcher.out_of_memory_message("running", advice, error)) from error
 
 
 def forget(patchers: Iterable[ModelPatcher]) -> None:

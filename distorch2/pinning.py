@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.model_management as mm
 import torch
 
@@ -12,6 +14,7 @@ class PinnedSlabs:
     def __init__(self, device: torch.device) -> None:
         self._is_useful = mm.is_device_cuda(device)
         self._slabs: dict[int, torch.Tensor] = {}  # by address
+        self._refused_bytes = math.inf  # the least that the system has refused
 
     @property
     def num_bytes(self) -> int:
@@ -27,7 +30,13 @@ class PinnedSlabs:
         if not self._is_useful or slab.device.type != "cpu":
             return False
         # Its memory is in use already, so the budget for memory is asked for nothing more.
-        if not (mm.ensure_pin_budget(0) and mm.ensure_pin_registerable(slab.nbytes) and mm.pin_memory(slab)):
+        if not (mm.ensure_pin_budget(0) and mm.ensure_pin_registerable(slab.nbytes)):
+            return False
+        # Asking again for what was refused costs a warning and a wait for the device each time.
+        if slab.nbytes >= self._refused_bytes:
+            return False
+        if not mm.pin_memory(slab):
+            self._refused_bytes = slab.nbytes
             return False
         self._slabs[slab.data_ptr()] = slab
         return True
@@ -36,7 +45,8 @@ class PinnedSlabs:
         """Give `slab` back if it is page-locked. No copy from it may be under way."""
         if self._slabs.pop(slab.data_ptr(), None) is not None:
             mm.unpin_memory(slab)
+            self._refused_bytes = math.inf
 
     def unpin_all(self) -> None:
         while self._slabs:
-            mm.unpin_memory(self._slabs.popitem()[1])
+            self.unpin(next(iter(self._slabs.values())))

@@ -27,6 +27,8 @@ OVERFLOW_DEVICE = "cpu"
 class PlanError(ValueError):
     """A request that cannot be planned; the message says what would be accepted."""
 
+    __module__ = "distorch2"  # ComfyUI shows it; as a pack this is a folder of the user's
+
 
 class Allocation(Protocol):
     """How much of a model each device is asked to keep: a parsed allocation string, or `VirtualVram`."""
@@ -113,8 +115,8 @@ class Layer:
 
     One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab, where its
     tensors are aligned. `block` names the repeated part of the model that it belongs to, and `unit` the module that can
-    run on another device as a whole; "" where there is none. With some patches the weights take `extra_bytes` more;
-    with these or without, it is the same layer.
+    run on another device as a whole; "" where there is none. Of a `is_table` one only rows are read: an embedding. With
+    some patches the weights take `extra_bytes` more; with these or without, it is the same layer.
     """
 
     name: str
@@ -123,7 +125,13 @@ class Layer:
     slab_bytes: int = 0
     block: str = ""
     unit: str = ""
+    is_table: bool = False
     extra_bytes: int = field(default=0, compare=False)
+
+
+RESIDENT, STREAMED, RELAYED, LOOKED_UP = ("resident", "streamed", "relayed", "looked up")
+"""Of a layer's weights: they lie on the compute device; they are copied there for each run; the donor runs the layer;
+the rows that are asked for are copied."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +142,22 @@ class Placement:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers on the same donor that are moved by one copy; of units that run there, if it `is_relayed`."""
+    """Layers on the same donor that are moved by one copy; of units that run there, if it `is_relayed`.
+
+    A table is a group of its own, and is not moved.
+    """
 
     device: str
     layers: tuple[Layer, ...]
     is_relayed: bool = False
+
+    @property
+    def is_table(self) -> bool:
+        return any(layer.is_table for layer in self.layers)
+
+    @property
+    def is_streamed(self) -> bool:
+        return not (self.is_relayed or self.is_table)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -167,6 +186,16 @@ class Plan:
     def all_on(cls, device: str, layers: Iterable[Layer]) -> Plan:
         """Everything resident on one device."""
         return cls(device, tuple(Placement(layer, device) for layer in layers))
+
+    def exchanged(self, device: str, layers: Iterable[Layer]) -> Plan:
+        """For the same model on another compute device: the roles of the two devices are exchanged.
+
+        `layers` are those of the model there. One that is not in this plan is resident.
+        """
+        names = {self.compute_device: device, device: self.compute_device}
+        device_of = {item.layer.name: names.get(item.device, item.device) for item in self.placements}
+        placements = tuple(Placement(layer, device_of.get(layer.name, device)) for layer in layers)
+        return Plan(device, placements, relays=tuple(names.get(relay, relay) for relay in self.relays))
 
     @cached_property
     def model_bytes(self) -> int:
@@ -200,12 +229,15 @@ class Plan:
 
     @cached_property
     def streamed(self) -> tuple[Placement, ...]:
-        """Placements on donors that do not compute with them."""
-        return tuple(
-            placement
-            for placement in self.placements
-            if placement.device != self.compute_device and not self.is_relayed(placement)
-        )
+        """Placements on donors that are copied to the compute device."""
+        return tuple(placement for placement in self.placements if self.how_served(placement) == STREAMED)
+
+    def how_served(self, placement: Placement) -> str:
+        if placement.device == self.compute_device:
+            return RESIDENT
+        if self.is_relayed(placement):
+            return RELAYED
+        return LOOKED_UP if placement.layer.is_table else STREAMED
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -243,7 +275,7 @@ class Plan:
 
     @property
     def _streamed_sizes(self) -> list[int]:
-        return [group.slab_bytes for group in self.groups if not group.is_relayed]
+        return [group.slab_bytes for group in self.groups if group.is_streamed]
 
     @cached_property
     def compute_bytes(self) -> int:
@@ -266,28 +298,39 @@ class Plan:
         )
         return replace(self, placements=tuple(placements))
 
-    def within(self, compute_bytes: float) -> Plan:
+    def within(self, compute_bytes: float, before: Plan | None = None) -> Plan:
         """This plan, with as many resident groups evicted as it takes to need no more than `compute_bytes` on the
         compute device; with those that leave the least there, where even that is more.
 
-        For a smaller number these groups are evicted and more, so that little moves when it changes.
+        For a smaller number these groups are evicted and more, so that little moves when it changes. What `before`,
+        the plan that is served, has evicted comes back only as far as two groups more would fit: free memory differs a
+        little from prompt to prompt.
         """
-        resident, sizes = self.bytes_on(self.compute_device), self._streamed_sizes
-        least, num_evicted = resident + _staging_bytes(sizes), 0
-        for number, group in enumerate(self._evictable, 1):
-            if least <= compute_bytes:
-                break
-            resident -= group.num_bytes
-            sizes.append(group.slab_bytes)
-            needed = resident + _staging_bytes(sizes)
-            if needed < least:
-                least, num_evicted = needed, number
+        num_evicted = self._num_evicted(compute_bytes)
+        num_before = len(before.evicted) if before is not None else 0
+        if num_evicted < num_before and before is not None and before.evicted == self._evictable[:num_before]:
+            num_evicted = min(num_before, self._num_evicted(compute_bytes - 2 * self.group_bytes))
         evicted = self._evictable[:num_evicted]
         if not evicted:
             return self
         device_of = {layer.name: group.device for group in evicted for layer in group.layers}
         placements = (Placement(item.layer, device_of.get(item.layer.name, item.device)) for item in self.placements)
         return replace(self, placements=tuple(placements), evicted=evicted)
+
+    def _num_evicted(self, compute_bytes: float) -> int:
+        """How many of `_evictable` have to go, for no more than so many bytes on the compute device."""
+        resident, sizes = self.bytes_on(self.compute_device), self._streamed_sizes
+        least, num_evicted = resident + _staging_bytes(sizes), 0
+        for number, group in enumerate(self._evictable, 1):
+            if least <= compute_bytes:
+                break
+            resident -= group.num_bytes
+            if group.is_streamed:
+                sizes.append(group.slab_bytes)
+            needed = resident + _staging_bytes(sizes)
+            if needed < least:
+                least, num_evicted = needed, number
+        return num_evicted
 
     @cached_property
     def _evictable(self) -> tuple[Group, ...]:
@@ -310,7 +353,8 @@ class Plan:
         members: list[Layer] = []
         num_bytes = 0
         for layer in layers:
-            if members and num_bytes + layer.slab_bytes > self.group_bytes:
+            is_alone = layer.is_table or (members and members[-1].is_table)
+            if members and (is_alone or num_bytes + layer.slab_bytes > self.group_bytes):
                 groups.append(Group(device, tuple(members), is_relayed))
                 members, num_bytes = [], 0
             members.append(layer)

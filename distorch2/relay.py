@@ -4,8 +4,8 @@ A unit is a module that is called. Its tensor arguments are copied to the donor 
 model it is as if it had run there (`activations.py` says what is not copied again).
 
 A unit stays at home, where its layers are streamed, while it cannot run on the donor: when ComfyUI has evicted a part
-of its weights, or when something runs inside it that has tensors of its own at home (attention patches, weight
-functions, injections, or what is only seen when it fails).
+of its weights, when something runs inside it that has tensors of its own at home (attention patches, weight functions,
+injections, or what is only seen when it fails), or while gradients are recorded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any, cast
 import torch
 
 from .activations import Activations, Visit
+from .forwards import Forwards
 from .quantised import to_device
-from .streaming import Forwards, StreamedGroup, StreamedLayer, Streamer
+from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Transfer, on_device
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ class Relay:
             forward = previous or type(module).forward.__get__(module)
             runs_there = (
                 self.is_allowed
+                and not torch.is_grad_enabled()  # a backward pass does not cross over
                 and not unit.stays_at_home
                 and _device_of(arguments, options) == self.activations.home
                 and unit.is_there()

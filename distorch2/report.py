@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .plan import Plan
+from .plan import LOOKED_UP, RELAYED, RESIDENT, STREAMED, Plan
 
 MIB = 1024**2
 _HEADINGS = ("component", "device", "served", "layers", "MiB", "share")
@@ -24,21 +24,16 @@ class Row:
 
 
 def rows_of_plan(component: str, plan: Plan) -> list[Row]:
-    """One row for every device that keeps layers of the component, the compute device first; two for a donor that
-    computes with some of them."""
+    """One row for every device that keeps layers of the component, and for every way in which they are served from
+    there; the compute device first."""
     rows = []
     for device in plan.devices:
         there = [placement for placement in plan.placements if placement.device == device]
-        relayed = [placement for placement in there if plan.is_relayed(placement)]
-        others = [placement for placement in there if not plan.is_relayed(placement)]
-        for served, placements in (
-            ("relayed", relayed),
-            ("resident" if device == plan.compute_device else "streamed", others),
-        ):
-            if placements:
-                num_bytes = sum(placement.layer.num_bytes for placement in placements)
-                share = num_bytes / plan.model_bytes if plan.model_bytes else 1.0
-                rows.append(Row(component, device, served, len(placements), num_bytes, share))
+        for way in (RELAYED, RESIDENT, STREAMED, LOOKED_UP):
+            served_so = [placement.layer.num_bytes for placement in there if plan.how_served(placement) == way]
+            if served_so:
+                share = sum(served_so) / plan.model_bytes if plan.model_bytes else 1.0
+                rows.append(Row(component, device, way, len(served_so), sum(served_so), share))
     return rows
 
 

@@ -27,14 +27,24 @@ class _Part:
 
     offset: int
     shape: torch.Size
+    stride: tuple[int, ...]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, dtype: torch.dtype, offset: int) -> _Part:
+        """As `tensor`, whose elements keep their order in memory (channels last, say) if they lie without gaps."""
+        by_stride = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+        is_dense = tensor.permute(by_stride).is_contiguous()
+        stride = tensor.stride() if is_dense else torch.empty(tensor.shape, device="meta").stride()
+        return cls(offset, tensor.shape, stride, dtype)
 
     @property
     def num_bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[self.offset : self.offset + self.num_bytes].view(self.dtype).view(self.shape)
+        flat = buffer[self.offset : self.offset + self.num_bytes].view(self.dtype)
+        return flat.as_strided(self.shape, self.stride)
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class SlabLayout:
         for name, tensor in tensors.items():
             parts = []
             for plain, dtype in zip(plain_tensors(tensor), dtypes[name], strict=True):
-                parts.append(_Part(offset, plain.shape, dtype))
+                parts.append(_Part.of(plain, dtype, offset))
                 offset += aligned(parts[-1].num_bytes)
             fields.append(_Field(name, tuple(parts), rebuilder(tensor), description(tensor)))
         return cls(tuple(fields), offset)
@@ -88,18 +98,6 @@ class SlabLayout:
     def fits(self, tensors: Mapping[str, torch.Tensor | None]) -> bool:
         """Whether these parameters, by name, are what is laid out."""
         return all(field.fits(tensors.get(field.name)) for field in self.fields)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """On an accelerator, or on the host; torch has no class of its own for all of it."""
-    texts = ("DefaultCPUAllocator", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """Whether nothing can be done on the accelerator any more, before the process is started again."""
-    is_of_accelerator = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
-    return is_of_accelerator and not is_out_of_memory(error)
 
 
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:

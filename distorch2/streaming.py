@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .forwards import Forwards
 from .quantised import is_quantised, to_device
 from .schedule import Schedule
 from .slab import SlabLayout, allocate
@@ -83,6 +84,8 @@ class StreamedLayer:
 class StreamedGroup:
     """Layers that are moved by one copy of their slab, which is packed from the weights that their modules have.
 
+    A table is not moved, and is not page-locked on the host.
+
     Only hook patches rewrite a slab that holds weights, as they rewrite a resident weight. Otherwise new weights come
     in a new slab: others may hold the old ones (a merge, an extraction).
     """
@@ -90,7 +93,10 @@ class StreamedGroup:
     slab: torch.Tensor
     """To be set by `serve_from` before anything else is asked."""
 
-    def __init__(self, modules: Sequence[torch.nn.Module], layouts: Sequence[SlabLayout]) -> None:
+    def __init__(
+        self, modules: Sequence[torch.nn.Module], layouts: Sequence[SlabLayout], is_table: bool = False
+    ) -> None:
+        self.is_table = is_table
         self.layers: list[StreamedLayer] = []
         self.num_bytes = 0
         for module, layout in zip(modules, layouts, strict=True):
@@ -135,56 +141,37 @@ class StreamedGroup:
             layer.move(slab)
 
 
-class Forwards:
-    """Forwards that are set on modules for a while, in the place of their own.
-
-    Only the modules hold them, and they hold whoever serves: memory is freed with the modules, not by a collection of
-    cycles some time later.
-    """
-
-    def __init__(self) -> None:
-        self._places: list[tuple[weakref.ref[torch.nn.Module], weakref.ref[Callable], Callable[..., Any] | None]] = []
-
-    def set(self, module: torch.nn.Module, make: Callable[[Callable[..., Any] | None], Callable[..., Any]]) -> None:
-        """`make` is given the forward that was set on the module before, None where it has that of its class."""
-        previous = vars(module).get("forward")
-        forward = make(previous)
-        self._places.append((weakref.ref(module), weakref.ref(forward), previous))
-        module.forward = forward
-
-    def give_back(self) -> None:
-        """Every module has the forward that it had, unless another has been set since."""
-        for module_reference, forward_reference, previous in self._places:
-            module, forward = module_reference(), forward_reference()
-            if module is None or forward is None or vars(module).get("forward") is not forward:
-                continue
-            if previous is None:
-                del module.forward
-            else:
-                module.forward = previous
-        self._places.clear()
-
-
 class Streamer:
     """Streams groups through a staging buffer of `staging_bytes` on the compute device, from `attach` to `detach`.
 
-    Meanwhile the forward of every layer's module is one that binds the weights around the module's own. The buffer is
-    there from the start, unless `is_lazy`: then it comes with the first layer that runs.
+    Meanwhile the forward of every layer's module is one that binds the weights around the module's own. `order` is that
+    of another streamer of these layers. The buffer is there from the start, unless `is_lazy`: then it comes with the
+    first layer that runs.
     """
 
     def __init__(
-        self, groups: Sequence[StreamedGroup], transfer: Transfer, staging_bytes: int, is_lazy: bool = False
+        self,
+        groups: Sequence[StreamedGroup],
+        transfer: Transfer,
+        staging_bytes: int,
+        order: Sequence[int] | None = None,
+        is_lazy: bool = False,
     ) -> None:
         self._groups = groups
         self._transfer = transfer
         self._capacity = staging_bytes
         self.staging = allocate(0 if is_lazy else staging_bytes, transfer.device)
         self._group_of = [index for index, group in enumerate(groups) for _ in group.layers]
-        self._schedule = Schedule(self._group_of, [group.num_bytes for group in groups], staging_bytes)
+        self._schedule = Schedule(self._group_of, [group.num_bytes for group in groups], staging_bytes, order)
         self._schedule_version = 0
         self._copies: list[Copy] = []
         self._inside: list[dict[str, torch.nn.Parameter]] = []
         self._forwards = Forwards()
+
+    @property
+    def order(self) -> Sequence[int] | None:
+        """In which order the layers run, by their numbers in `groups`, as far as that is known; None before any has."""
+        return self._schedule.order
 
     def attach(self) -> None:
         for index, layer in enumerate(layer for group in self._groups for layer in group.layers):
@@ -215,14 +202,16 @@ class Streamer:
         def serve(*arguments: Any, **options: Any) -> Any:
             module = layer.module
             parameters = module._parameters
-            if to_fetch := schedule.enter(index):
+            is_for_backward = torch.is_grad_enabled()
+            if not is_for_backward and (to_fetch := schedule.enter(index)):
                 self._fetch(to_fetch)
             inside: Mapping[str, torch.nn.Parameter | None]
             outside: Mapping[str, torch.nn.Parameter | None]
-            if layer.is_bound():
+            if not is_for_backward and layer.is_bound():
                 transfer.use(self._copies[group])
                 inside, outside = self._inside[index], layer.outside
             else:
+                # Autograd may keep weights until the backward pass, when others are in the staging buffer.
                 outside = dict(parameters)
                 inside = {name: _copied(parameter, transfer.device) for name, parameter in outside.items()}
             try:
@@ -234,7 +223,7 @@ class Streamer:
                     result = previous(*arguments, **options)
             finally:
                 parameters.update(outside)
-            if to_fetch := schedule.leave(index):
+            if not is_for_backward and (to_fetch := schedule.leave(index)):
                 self._fetch(to_fetch)
             return result
 
@@ -266,4 +255,10 @@ class Streamer:
 
 
 def _copied(parameter: torch.nn.Parameter | None, device: torch.device) -> torch.nn.Parameter | None:
-    return parameter if parameter is None else to_device(parameter, device)
+    if parameter is None:
+        return None
+    if parameter.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a weight that is kept on a donor cannot be trained itself; train a LoRA, or keep the model on one device"
+        )
+    return to_device(parameter, device)

@@ -58,6 +58,7 @@ class Transfer:
         self._stream: Any = None
         self._on_stream: Any = None
         self._donor_streams: dict[torch.device, Any] = {}
+        self._reached: dict[torch.device, bool] = {}  # whether copies from a donor arrive
         self._given: Any = None  # an event: what the device has been given so far is done
         self._copied_ahead: list[Copy] = []  # with a detour, those that nobody has waited for
 
@@ -109,7 +110,7 @@ class Transfer:
             return self._stream, self.detour.stream
         elif source.device.type == self.device.type:
             with self._backend.stream(self._stream_on(source.device)):
-                target.copy_(source, non_blocking=True)
+                target.copy_(source if self._can_reach(source.device) else source.cpu(), non_blocking=True)
         else:
             target.copy_(source, non_blocking=True)
         return (self._stream,)
@@ -122,6 +123,11 @@ class Transfer:
         stream = self._donor_streams[donor]
         stream.wait_stream(self._backend.current_stream(donor))  # which may have written the weights
         return stream
+
+    def _can_reach(self, donor: torch.device) -> bool:
+        if donor not in self._reached:
+            self._reached[donor] = Crossing(self.device, donor).check()
+        return self._reached[donor]
 
     def use(self, copy: Copy) -> None:
         """Let what the compute device is given from now on wait for `copy`."""
@@ -235,10 +241,15 @@ class Upload:
         is_read.record(self._backend.current_stream(self._device))
 
     def wait(self) -> None:
-        """Return when the buffers are not in use any more."""
-        self.flush()
-        for _ in self.buffers:
-            next(self._turns)[1].synchronize()
+        """Return when the buffers are not in use any more, also where a part could not be filled."""
+        try:
+            self.flush()
+        finally:
+            for filling, *_ in self._filling:
+                filling.exception()  # it has ended then
+            self._filling.clear()
+            for _ in self.buffers:
+                next(self._turns)[1].synchronize()
 
 
 def _fill(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -267,7 +278,7 @@ class Crossing:
             yield
             return
         if self.is_direct is None:
-            self._check()
+            self.check()
         stream = self._streams[device]
         stream.wait_stream(_backend_of(device).current_stream(device))
         with _backend_of(device).stream(stream):
@@ -299,7 +310,8 @@ class Crossing:
             target.copy_(staged, non_blocking=True)
         current.wait_stream(stream)
 
-    def _check(self) -> None:
+    def check(self) -> bool:
+        """Whether bytes that are copied directly arrive, both ways; sets `is_direct`."""
         one, other = self._devices
         expected = torch.arange(2**16, dtype=torch.int32)
         self.is_direct = True
@@ -313,6 +325,7 @@ class Crossing:
             self.is_direct = None
             raise
         self.is_direct = is_right
+        return is_right
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

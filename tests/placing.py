@@ -16,6 +16,7 @@ import torch
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest, VirtualVram
+from distorch2.quantised import plain_tensors
 
 COMPUTE = str(mm.get_torch_device())
 HAS_SIMULATED = COMPUTE == "cpu"
@@ -71,3 +72,9 @@ def lora_for(patcher, strength=1.0, rank=4):
     patched = patcher.clone()
     assert set(patched.add_patches(patches, strength)) == set(patches)
     return patched
+
+
+def bytes_on(module, device):
+    """Of its parameters and buffers."""
+    plain = (part for tensor in [*module.parameters(), *module.buffers()] for part in plain_tensors(tensor))
+    return sum(tensor.nbytes for tensor in plain if str(tensor.device) == device)

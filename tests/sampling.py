@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_management as mm
 import comfy.sample
 import comfy.sd
 import torch
@@ -45,6 +46,17 @@ def sample(model, clip, steps=2, seed=7, hooks=None, pixels=PIXELS):
     assert torch.isfinite(latents).all()
     assert latents.std() > 0.01
     return latents
+
+
+def output(patcher, size=(8, 8)):
+    """Of one forward of a model of Flux's kind, with everything that ComfyUI does before it."""
+    device = patcher.load_device
+    mm.load_models_gpu([patcher])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 16, *size, generator=generator).to(device)
+    shapes = {"c_crossattn": (1, 7, 4096), "y": (1, 768), "guidance": (1,)}
+    inputs = {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
+    return patcher.model.apply_model(x, torch.tensor([0.5], device=device), **inputs)
 
 
 def runs_of_core(checkpoints, run):

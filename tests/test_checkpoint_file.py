@@ -46,6 +46,12 @@ def test_a_file_cut_off_in_its_data_is_refused(tmp_path):
         check_file(path)
 
 
+def test_bytes_after_the_last_tensor_are_refused(tmp_path):
+    path = write(tmp_path / "a.safetensors", {"x": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, b"1234567")
+    with pytest.raises(CheckpointError, match="has 3 bytes after its last tensor"):
+        check_file(path)
+
+
 @pytest.mark.parametrize("name", ["missing.safetensors", "missing.ckpt", "."])
 def test_a_missing_file_is_refused(tmp_path, name):
     with pytest.raises(CheckpointError, match="there is no file .*; press R to refresh"):

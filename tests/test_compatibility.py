@@ -43,7 +43,7 @@ from placing import (
     lora_for,
     on_donor,
 )
-from sampling import conditioning, core_load
+from sampling import conditioning, core_load, output
 
 import nodes
 from allocation_parser import parse_allocation
@@ -537,17 +537,6 @@ def test_fast_options(checkpoints, monkeypatch, feature):
 
 
 # --- a random walk
-
-INPUTS = {"c_crossattn": (1, 7, 4096), "y": (1, 768), "guidance": (1,)}
-
-
-def output(patcher, size=(8, 8)):
-    """Of one forward, with everything that ComfyUI does before it."""
-    mm.load_models_gpu([patcher])
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 16, *size, generator=generator).to(COMPUTE)
-    inputs = {name: torch.randn(shape, generator=generator).to(COMPUTE) for name, shape in INPUTS.items()}
-    return patcher.model.apply_model(x, torch.tensor([0.5], device=COMPUTE), **inputs)
 
 
 def memory_used():

@@ -327,7 +327,7 @@ def test_what_crosses_over_between_devices_that_cannot_reach_each_other(checkpoi
     monkeypatch.setattr(Crossing, "copy", arrives_wrong)
     assert same(sample(model, clip), expected["flux"])
     assert is_relayed(model)
-    assert len(crossed) == 2  # the check, there and back
+    assert len(crossed) == 4  # the checks, there and back: of what is relayed, and of the rest, which is streamed
 
 
 @pytest.mark.parametrize("text", [HALF, "sim:1,100%"])
@@ -449,7 +449,7 @@ def test_evictions_to_a_host_that_relays(checkpoints, expected):
     model, clip = load(checkpoints, "wan", "sim:0,70%;cpu,30%", "relay")
     assert same(sample(model, clip), expected["wan"])
     num_units = len(model.distribution.plan.relayed_units)
-    model.partially_unload(torch.device("cpu"), model.loaded_size() * 0.6)
+    model.partially_unload(torch.device("cpu"), model.loaded_size() * 0.4)
     assert model.distribution.plan.evicted
     assert len(model.distribution.plan.relayed_units) == num_units > 0
     assert same(model_sampled_as_it_is(model, clip), expected["wan"])

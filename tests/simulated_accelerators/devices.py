@@ -233,6 +233,7 @@ torch_module = types.SimpleNamespace(
     device=use_device,
     device_count=lambda: NUM_DEVICES,
     empty_cache=lambda: None,
+    get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
     get_device_name=lambda device=None: f"simulated accelerator {index_of(device)}",
     is_available=lambda: True,
     is_initialized=lambda: True,

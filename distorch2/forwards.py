@@ -1,0 +1,73 @@
+"""Forwards that are set on modules for a while, in the place of their own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class _SetForward(functools.partial):
+    """A forward that is set on `module`. A copy of the module, or one that is unpickled, does not have it.
+
+    Else it would go on to compute with the weights of the module that it was copied from.
+    """
+
+    module: weakref.ref[torch.nn.Module]
+    previous: Callable[..., Any] | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.previous is not None:
+            return copy.deepcopy(self.previous, memo)
+        copied = memo.get(id(self.module()))
+        return self if copied is None else _own_forward(copied)
+
+    def __reduce__(self) -> Any:
+        if self.previous is not None:
+            return _identity, (self.previous,)
+        return _own_forward, (self.module(),)
+
+
+def _own_forward(module: torch.nn.Module) -> Callable[..., Any]:
+    return types.MethodType(type(module).forward, module)
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+class Forwards:
+    """What has been set on which modules.
+
+    Only the modules hold the forwards, and these hold whoever serves: memory is freed with the modules, not by a
+    collection of cycles some time later.
+    """
+
+    def __init__(self) -> None:
+        self._set: list[weakref.ref[_SetForward]] = []
+
+    def set(self, module: torch.nn.Module, make: Callable[[Callable[..., Any] | None], Callable[..., Any]]) -> None:
+        """`make` is given the forward that was set on the module before, None where it has that of its class."""
+        previous = vars(module).get("forward")
+        forward = _SetForward(make(previous))
+        forward.module, forward.previous = weakref.ref(module), previous
+        self._set.append(weakref.ref(forward))
+        module.forward = forward
+
+    def give_back(self) -> None:
+        """Every module has the forward that it had, unless another has been set since."""
+        for reference in self._set:
+            forward = reference()
+            module = forward.module() if forward is not None else None
+            if forward is None or module is None or vars(module).get("forward") is not forward:
+                continue
+            if forward.previous is None:
+                del module.forward
+            else:
+                module.forward = forward.previous
+        self._set.clear()

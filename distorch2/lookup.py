@@ -1,0 +1,68 @@
+"""Serving embeddings from tables that stay where they lie: the rows that are asked for travel, and no others."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .forwards import Forwards
+from .quantised import as_parameter, to_device
+from .streaming import StreamedGroup, StreamedLayer
+
+_CPU = torch.device("cpu")
+
+
+class Lookup:
+    """Serves the layers of `groups`, which are embeddings, to one device, from `attach` to `detach`.
+
+    A layer runs with a table of the rows that it is asked for, and with their places in it for their numbers: what it
+    returns is the same bits. The numbers go to where the table lies; the rows come by way of the host.
+    """
+
+    def __init__(self, groups: Sequence[StreamedGroup], device: torch.device) -> None:
+        self._groups = groups
+        self._device = device
+        self._forwards = Forwards()
+
+    def attach(self) -> None:
+        for group in self._groups:
+            for layer in group.living:
+                self._forwards.set(layer.module, functools.partial(self._serving, layer))
+
+    def detach(self) -> None:
+        self._forwards.give_back()
+
+    def _serving(self, layer: StreamedLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+        def serve(*arguments: Any, **options: Any) -> Any:
+            module = layer.module
+            parameters = module._parameters
+            outside = dict(parameters)
+            try:
+                arguments = self._bind(module, arguments)
+                if previous is None:
+                    return type(module).forward(module, *arguments, **options)
+                return previous(*arguments, **options)
+            finally:
+                parameters.update(outside)
+
+        return torch.compiler.disable(serve)
+
+    def _bind(self, module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Give the module the rows that it is asked for, and return what to ask for instead.
+
+        All of them where it is called in another way, and where ComfyUI applies functions to the whole weight.
+        """
+        table = module._parameters["weight"]
+        numbers: Any = arguments[0] if arguments else None
+        if table.device == self._device:
+            return arguments
+        if not isinstance(numbers, torch.Tensor) or module.weight_function:
+            module._parameters["weight"] = to_device(table, self._device)
+            return arguments
+        asked, places = torch.unique(numbers.to(table.device), return_inverse=True)
+        rows = table.detach().index_select(0, asked)
+        module._parameters["weight"] = as_parameter(rows.to(_CPU).to(self._device))
+        return places.to(numbers.device), *arguments[1:]
