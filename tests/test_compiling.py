@@ -7,6 +7,7 @@ import comfy.model_management as mm
 import comfy_extras.nodes_torch_compile as compile_nodes
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from placing import (
     devices_known_to_comfyui,  # noqa: F401
     inference_mode,  # noqa: F401
@@ -70,3 +71,15 @@ def test_dynamo_compiles_once_and_not_per_layer(checkpoints, compiling, kind, mo
         assert [reason for reason in limits if "distorch2" in reason] == []
         assert frames > 0
         assert compiling["frames"]["total"] == frames
+
+
+def test_what_cannot_be_compiled_in_one_piece_is_refused_and_what_breaks_off_is_said(checkpoints, caplog):
+    model, clip, _ = on_donor(checkpoints, MMDIT, 50)
+    set_torch_compile_wrapper(whole := model.clone(), "eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=r"fullgraph=True cannot compile a model with \d+ streamed layers"):
+        latents(whole, clip, steps=1)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            mm.load_models_gpu([compiled(model, "eager")], force_full_load=True)
+            mm.unload_all_models()
+    assert len([record for record in caplog.records if "breaks off at each of" in record.getMessage()]) == 1

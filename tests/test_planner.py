@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocation_parser import parse_allocation
-from distorch2.plan import GIB, ComponentRequest, DeviceMemory, Layer, PlanError, VirtualVram
+from distorch2.plan import GIB, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, VirtualVram
 from distorch2.planner import make_plan
 
 pytestmark = pytest.mark.quick
@@ -300,3 +300,48 @@ def test_a_unit_with_a_layer_that_cannot_move_is_relayed_without_it():
     made = plan(layers, "cuda:0,50%;cuda:1,50%")
     assert relayed(made) == "000111"
     assert made.placements[-1].device == "cuda:0"
+
+
+def test_a_little_more_or_less_free_memory_moves_nothing():
+    """Layers of 10 bytes, in groups of one: what is evicted comes back only as far as two more would fit."""
+    layers = [Layer(f"blocks.{index}", 100_000, True, 100_096, f"blocks.{index}") for index in range(64)]
+    asked = Plan.all_on("cuda:0", layers)
+    assert asked.group_bytes == 200_000  # a 32nd of the model: one layer each
+    served = asked.within(asked.compute_bytes - 1_000_000)
+    size = served.compute_bytes
+    for jitter in (-50_000, 0, 50_000, 200_000, 350_000, 0, 100_000):
+        again = asked.within(size + 50_000 + jitter, served)
+        assert len(again.evicted) == len(served.evicted)
+    assert len(asked.within(size - 300_000, served).evicted) > len(served.evicted)
+    assert 0 < len(asked.within(size + 700_000, served).evicted) < len(served.evicted)
+    assert asked.within(float("inf"), served) == asked
+
+
+def test_a_table_needs_no_staging_buffer_and_is_a_group_of_its_own():
+    layers = [
+        Layer("first", 1000, True, 1024),
+        Layer("table", 50_000, True, 50_176, is_table=True),
+        *(Layer(f"blocks.{index}", 1000, True, 1024) for index in range(40)),
+    ]
+    made = plan(layers, "cpu,*")
+    (table,) = (group for group in made.groups if group.is_table)
+    assert [layer.name for layer in table.layers] == ["table"]
+    assert made.staging_bytes < 41 * 1024
+    assert [made.how_served(item) for item in made.placements[:3]] == ["streamed", "looked up", "streamed"]
+    assert "table" not in {item.layer.name for item in made.streamed}
+    evicted = Plan.all_on("cuda:0", layers).within(0)
+    assert any(group.is_table for group in evicted.evicted)
+    assert evicted.compute_bytes < 41 * 1024
+
+
+def test_the_roles_of_two_devices_are_exchanged():
+    layers = [Layer(f"blocks.{index}", 1000, True, 1024) for index in range(10)]
+    made = plan(layers, "cuda:0,50%;cuda:1,30%;cpu,20%")
+    other = made.exchanged("cuda:1", layers)
+    assert other.compute_device == "cuda:1"
+    assert (other.bytes_on("cuda:1"), other.bytes_on("cuda:0")) == (made.bytes_on("cuda:0"), made.bytes_on("cuda:1"))
+    assert other.bytes_on("cpu") == made.bytes_on("cpu")
+    assert other.relays == tuple({"cuda:1": "cuda:0"}.get(relay, relay) for relay in made.relays)
+    elsewhere = made.exchanged("cuda:2", layers)
+    assert elsewhere.bytes_on("cuda:2") == made.bytes_on("cuda:0")
+    assert elsewhere.bytes_on("cuda:0") == 0

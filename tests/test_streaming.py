@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import comfy.cli_args
 import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -28,12 +29,12 @@ from sampling import core_load, runs_of_core, sample
 from allocation_parser import parse_allocation
 from distorch2.distribution import Distribution
 from distorch2.inventory import list_layers
-from distorch2.loading import distribute, load_checkpoint
+from distorch2.loading import distribute, load_checkpoint, load_components
 from distorch2.patcher import DistributedPatcher
 from distorch2.plan import GIB, ComponentRequest, DeviceMemory, Placement, Plan, PlanError, VirtualVram
 from distorch2.planner import make_plan
 from distorch2.slab import allocate
-from distorch2.transfer import Transfer
+from distorch2.transfer import Crossing, Transfer
 
 if HAS_SIMULATED:
     import simulated_accelerators as sim
@@ -704,3 +705,60 @@ def test_page_locked_slabs_are_given_back_when_a_model_is_unloaded_or_dropped(mo
     del module, distribution
     gc.collect()
     assert pinned == []
+
+
+@pytest.mark.parametrize("percent", [0, 50, 100])
+def test_channels_last_stays_channels_last(checkpoints, monkeypatch, percent):
+    """As with ComfyUI's --force-channels-last: other kernels, and other bits."""
+    monkeypatch.setattr(comfy.cli_args.args, "force_channels_last", True)
+    core_model = core_load(checkpoints("sd15_blocks_no_clip"))[0]
+    expected = sample(core_model, None)
+    formats = []
+    conv2d = torch.nn.functional.conv2d
+
+    def watched(x, weight, *arguments, **options):
+        if weight.shape[-1] == 3:
+            formats.append(weight.is_contiguous(memory_format=torch.channels_last))
+        return conv2d(x, weight, *arguments, **options)
+
+    model = on_donor(checkpoints, "sd15_blocks_no_clip", percent)[0]
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", conv_forward)
+    assert torch.equal(sample(model, None), expected)
+    assert formats
+    assert all(formats)
+
+
+def conv_forward(module, x, weight, bias):
+    return torch.nn.functional.conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+
+
+@on_simulated
+def test_a_peer_that_cannot_be_reached_directly_is_streamed_from_by_way_of_the_host(checkpoints, monkeypatch):
+    """The copies that a check makes are wrong, as between cards that say that they can reach each other and cannot."""
+    layer = comfy.ops.manual_cast.Linear(64, 64, dtype=torch.float32)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 64)
+    expected = layer(x)
+    checked = []
+    monkeypatch.setattr(Crossing, "check", lambda crossing: bool(checked.append(crossing)))
+    module = torch.nn.Sequential(layer)
+    plan = Plan("sim:0", tuple(Placement(each, "sim:1") for each in list_layers(module)))
+    distribution = Distribution(module, plan)
+    distribution.place(plan)
+    across = sim.counters["copies_across"]
+    for _ in range(3):
+        assert torch.equal(module(x.to("sim:0")).cpu(), expected)
+    assert len(checked) == 1
+    assert sim.counters["copies_across"] == across
+    distribution.release({})
+
+
+def test_a_slow_place_for_a_large_text_encoder_is_said(checkpoints, monkeypatch):
+    monkeypatch.setattr("distorch2.loading.GIB", 1024)  # that of this one is large then
+    devices = [torch.device("cpu"), torch.device("cuda", 3)]
+    monkeypatch.setattr(mm, "get_all_torch_devices", lambda *arguments, **options: devices)
+    on_cpu = ComponentRequest("cpu", VirtualVram(0.0, "cpu"))
+    report = load_components(checkpoints("sd3"), on_cpu, on_cpu, "cpu").report
+    assert "text encoder: computes on cpu, which is slow for one of its size; choose cuda:3 for speed" in report
