@@ -30,10 +30,10 @@ _gains: dict[tuple[torch.device, torch.device], float] = {}
 def take_detour(
     transfer: Transfer, slabs: Sequence[torch.Tensor], staging: torch.Tensor, named: Collection[torch.device]
 ) -> None:
-    """Give `transfer` a detour if copies of `slabs`, which are page-locked, are measured to be so much faster with it.
+    """Give `transfer` a detour if that makes copies of the page-locked `slabs` at least `_LEAST_GAIN` times as fast.
 
-    By way of one of the devices that are `named` in the plan, or that ComfyUI computes on already: nothing is done on a
-    card that nobody asked for. `staging` is written to.
+    The helper is a device that is `named` in the plan, or one on which ComfyUI has a model: nothing is done on a card
+    that nobody asked for. Overwrites `staging`.
     """
     in_use = {*named, *_devices_in_use()}
     others = [
@@ -55,25 +55,22 @@ def take_detour(
     for helper in others:
         pair = transfer.device, helper
         try:
-            direct = transfer.bytes_per_second(copies) if pair not in _gains else 0.0
             if mm.get_free_memory(helper) < mm.minimum_inference_memory():
                 continue
+            direct = transfer.bytes_per_second(copies) if pair not in _gains else 0.0
             transfer.detour = Detour(transfer.device, [allocate(_SLOT_BYTES, helper) for _ in range(_NUM_SLOTS)])
-            if pair in _gains:
-                return
-            both = _speed(transfer, copies)
+            if pair not in _gains:
+                _gains[pair] = _speed(transfer, copies) / direct
         except RuntimeError as error:  # of a device that is not needed
             logger.info("DisTorch2: nothing is streamed by way of %s (%s)", helper, str(error).splitlines()[0])
             transfer.detour = None
             continue
-        _gains[pair] = both / direct
         if _gains[pair] > _LEAST_GAIN:
             logger.info(
-                "DisTorch2: half of what is streamed to %s comes by way of %s: %.1f GB/s instead of %.1f",
+                "DisTorch2: half of what is streamed to %s comes by way of %s, which is %.1f times as fast",
                 transfer.device,
                 helper,
-                both / 1e9,
-                direct / 1e9,
+                _gains[pair],
             )
             return
         transfer.wait()
@@ -85,7 +82,7 @@ def _devices_in_use() -> set[torch.device]:
 
 
 def _speed(transfer: Transfer, copies: Sequence[Copy]) -> float:
-    """Bytes a second, 0 where they do not arrive."""
+    """Bytes a second; 0 if wrong bytes arrive."""
     for copy in copies:
         copy.target.zero_()  # which may have the right bytes from copies before
     speed = transfer.bytes_per_second(copies)

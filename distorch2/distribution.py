@@ -16,6 +16,7 @@ import torch
 
 from .detour import take_detour
 from .donor_share import DonorShare
+from .failures import is_out_of_memory
 from .inventory import layout_of, loaded_dtypes, note_dtype
 from .lookup import Lookup
 from .moving import UPLOAD_BYTES, Mover, page_locked_upload
@@ -114,7 +115,7 @@ class Distribution:
         to_pack = {}
         for key in plan.groups:
             if key not in self.groups or not self.groups[key].is_bound():
-                to_pack[key] = [module.get_submodule(layer.name) for layer in key.layers]
+                to_pack[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
             elif self.groups[key].slab.device != homes[key]:
                 self._move(key, homes[key])
         self._pack(to_pack, homes, is_cancellable)
@@ -208,17 +209,16 @@ class Distribution:
         that is faster."""
         replaced = group.slab
         slab = _there_or_on_host(group.new_slab, replaced.device)
-        is_moved = self.is_placed and not group.is_table
         try:
-            if is_moved:
-                self.pinned.pin(slab)
+            if self.is_placed:
+                self._pin(group, slab)
             group.serve_from(group.fill(slab, values))
         except BaseException:
             self.pinned.unpin(slab)
             raise
         self.pinned.unpin(replaced)
-        if is_moved:  # if it could not be, beside the one that it replaces
-            self.pinned.pin(slab)
+        if self.is_placed:  # if it could not be, beside the one that it replaces
+            self._pin(group, slab)
 
     def resume(self) -> None:
         """After `replace`: serve again, if weights of another size made it stop."""
@@ -248,7 +248,7 @@ class Distribution:
 
     def _pack(
         self,
-        modules: Mapping[Group, Sequence[torch.nn.Module]],
+        modules: Mapping[Group, Mapping[str, torch.nn.Module]],
         homes: Mapping[Group, torch.device],
         is_cancellable: bool = False,
     ) -> None:
@@ -258,7 +258,7 @@ class Distribution:
         when the weights that they are packed from are let go.
         """
         made = {
-            key: StreamedGroup(members, [layout_of(each) for each in members], key.is_table)
+            key: StreamedGroup(members, [layout_of(each) for each in members.values()], key.is_table)
             for key, members in modules.items()
         }
         on_host = iter([key for key in made if homes[key] == _CPU])
@@ -270,7 +270,8 @@ class Distribution:
                     mm.throw_exception_if_processing_interrupted()
                 for ahead in itertools.islice(on_host, 2 * _PACKING_THREADS - len(packing)):
                     if ahead in evicted:
-                        self._move_all(modules[ahead], _CPU)  # from under those who hold the parameters
+                        # In place: other holders of the parameters keep no memory there.
+                        self._move_all(modules[ahead].values(), _CPU)
                     # What a thread allocates, the C library may keep for it when it is freed.
                     packing[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(_CPU))
                 slab = packing.pop(key).result() if key in packing else _there_or_on_host(group.packed, homes[key])
@@ -280,14 +281,13 @@ class Distribution:
                 self._served.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:
                     self.pinned.unpin(replaced.slab)
-                if not group.is_table:
-                    self.pinned.pin(slab)
+                self._pin(group, slab)
 
     def _lay_out_again(self, group: StreamedGroup) -> None:
         self._is_interrupted |= self.is_placed
         self._stop_serving()
         key = next(key for key, each in self.groups.items() if each is group)
-        self._pack({key: [layer.module for layer in group.living]}, {key: group.slab.device})
+        self._pack({key: {layer.name: layer.module for layer in group.living}}, {key: group.slab.device})
         if not self._is_interrupted:  # the model is not placed
             self.pinned.unpin(self.groups[key].slab)
 
@@ -296,8 +296,13 @@ class Distribution:
         replaced = group.slab
         _there_or_on_host(group.move, device)
         self.pinned.unpin(replaced)
-        if self.is_placed and not group.is_table:
-            self.pinned.pin(group.slab)
+        if self.is_placed:
+            self._pin(group, group.slab)
+
+    def _pin(self, group: StreamedGroup, slab: torch.Tensor) -> None:
+        """Tables are read in place, and need not be page-locked."""
+        if not group.is_table:
+            self.pinned.pin(slab)
 
     def _unserve(self, key: Group) -> StreamedGroup:
         group = self.groups.pop(key)
@@ -307,10 +312,9 @@ class Distribution:
         return group
 
     def _start_serving(self) -> None:
-        keys = [key for key in self.plan.groups if key.is_streamed]
-        groups = [self.groups[key] for key in keys]
+        groups = [self.groups[key] for key in self.plan.groups if key.is_streamed]
         tables = [self.groups[key] for key in self.plan.groups if key.is_table and not key.is_relayed]
-        self._streamed = [layer.name for key in keys for layer in key.layers]
+        self._streamed = [layer.name for group in groups for layer in group.layers]
         order = self._order.of(self._streamed, (placement.layer.name for placement in self.plan.placements))
         relay = self._make_relay() if self.plan.relayed_units else None
         self.streamer, self.relay = _with_staging_buffer(groups, self.transfer, self.plan.staging_bytes, order), relay
@@ -395,8 +399,8 @@ def _there_or_on_host(make: Callable[[torch.device], _T], device: torch.device) 
     """What `make` makes on `device`, or on the host where that has no memory left."""
     try:
         return make(device)
-    except torch.OutOfMemoryError as error:
-        if device == _CPU:
+    except RuntimeError as error:
+        if device == _CPU or not is_out_of_memory(error):
             raise
         logger.warning(
             "DisTorch2: %s is full; a group of layers planned for it is on the host (%s)", device, str(error)
@@ -413,8 +417,8 @@ def _with_staging_buffer(
     while True:
         try:
             return Streamer(groups, transfer, num_bytes, order)
-        except torch.OutOfMemoryError:
-            if num_bytes <= smallest:
+        except RuntimeError as error:
+            if num_bytes <= smallest or not is_out_of_memory(error):
                 raise
             num_bytes = max(smallest, num_bytes // 2)
             logger.warning("DisTorch2: %s is full; streaming through %d MiB", transfer.device, num_bytes >> 20)

@@ -13,6 +13,9 @@ _HOST = "DefaultCPUAllocator"
 _LOST = (
     "illegal memory access",
     "illegal instruction",
+    "invalid program counter",
+    "address space",
+    "launch timed out",
     "misaligned address",
     "launch failure",
     "device-side assert",
@@ -28,17 +31,19 @@ _LOST = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """On an accelerator, or on the host."""
-    return mm.is_oom(error) or _HOST in str(error) or _is_of_accelerator(error, ("out of memory",))
+    return mm.is_oom(error) or _HOST in str(error) or _accelerator_says(error, "out of memory")
 
 
 def is_device_lost(error: BaseException) -> bool:
     """Whether nothing can be done on the accelerator any more, before the process is started again."""
-    return _is_of_accelerator(error, _LOST) and not is_out_of_memory(error)
+    return _accelerator_says(error, *_LOST) and not is_out_of_memory(error)
 
 
-def _is_of_accelerator(error: BaseException, texts: tuple[str, ...]) -> bool:
+def _accelerator_says(error: BaseException, *texts: str) -> bool:
     """Whether it is an error of CUDA, HIP or the like, with one of these texts."""
+    if not isinstance(error, RuntimeError):
+        return False
     text = str(error)
     is_named = any(name in text for name in ("CUDA error", "HIP error", "UR error", "Level-Zero error"))
     is_of_accelerator = is_named or isinstance(error, getattr(torch, "AcceleratorError", ()))
-    return isinstance(error, RuntimeError) and is_of_accelerator and any(each in text for each in texts)
+    return is_of_accelerator and any(each in text for each in texts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +12,10 @@ import torch
 
 
 class _SetForward(functools.partial):
-    """A forward that is set on `module`. A copy of the module, or one that is unpickled, does not have it.
+    """A forward that is set on `module`.
 
-    Else it would go on to compute with the weights of the module that it was copied from.
+    A copy of the module, or one that is unpickled, gets the forward of its class: this one would use the weights of the
+    original. Where another pack had set a forward before, it gets what a copy of that is.
     """
 
     module: weakref.ref[torch.nn.Module]
@@ -25,16 +25,29 @@ class _SetForward(functools.partial):
         if self.previous is not None:
             return copy.deepcopy(self.previous, memo)
         copied = memo.get(id(self.module()))
-        return self if copied is None else _own_forward(copied)
+        return self if copied is None else _OwnForward(copied)
 
     def __reduce__(self) -> Any:
         if self.previous is not None:
             return _identity, (self.previous,)
-        return _own_forward, (self.module(),)
+        return _OwnForward, (self.module(),)
 
 
-def _own_forward(module: torch.nn.Module) -> Callable[..., Any]:
-    return types.MethodType(type(module).forward, module)
+class _OwnForward:
+    """The forward of a module's class, as an attribute of the module, which it does not keep alive."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        module: Any = self._module()
+        return type(module).forward(module, *arguments, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OwnForward:
+        return _OwnForward(memo.get(id(self._module()), self._module()))
+
+    def __reduce__(self) -> Any:
+        return _OwnForward, (self._module(),)
 
 
 def _identity(value: Any) -> Any:

@@ -266,7 +266,7 @@ def _memory_of(requests: Sequence[ComponentRequest], *others: str) -> dict[str, 
     for name in named:
         if name not in present:
             raise PlanError(f"there is no device {name!r}; this machine has {', '.join(present)}")
-        if not hasattr(torch, torch.device(name).type):  # mps and the host need no more than tensors
+        if not hasattr(torch, torch.device(name).type):  # torch.mps and torch.cpu exist; what they lack is not used
             raise PlanError(
                 f"{name} is of a kind that torch has no streams and events for (DirectML, say): nothing can be kept "
                 "elsewhere for it, or on it for others; use ComfyUI's own loader there"

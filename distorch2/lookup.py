@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .forwards import Forwards
-from .quantised import as_parameter, to_device
-from .streaming import StreamedGroup, StreamedLayer
+from .quantised import as_parameter
+from .streaming import StreamedGroup, StreamedLayer, copied_by_host, refuse_training
 
 _CPU = torch.device("cpu")
 
@@ -18,8 +18,8 @@ _CPU = torch.device("cpu")
 class Lookup:
     """Serves the layers of `groups`, which are embeddings, to one device, from `attach` to `detach`.
 
-    A layer runs with a table of the rows that it is asked for, and with their places in it for their numbers: what it
-    returns is the same bits. The numbers go to where the table lies; the rows come by way of the host.
+    A layer runs with a small table of the rows asked for, and with numbers that point into it. The result is the same
+    bits. The numbers go to where the table lies, and the rows come here, by way of the host.
     """
 
     def __init__(self, groups: Sequence[StreamedGroup], device: torch.device) -> None:
@@ -51,18 +51,20 @@ class Lookup:
         return torch.compiler.disable(serve)
 
     def _bind(self, module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Give the module the rows that it is asked for, and return what to ask for instead.
+        """Bind the rows that are asked for, and return the arguments that address them.
 
-        All of them where it is called in another way, and where ComfyUI applies functions to the whole weight.
+        Bind the whole table if the numbers are not the first positional argument, or if ComfyUI applies functions to
+        the weight.
         """
         table = module._parameters["weight"]
-        numbers: Any = arguments[0] if arguments else None
         if table.device == self._device:
             return arguments
+        refuse_training(table)
+        numbers: Any = arguments[0] if arguments else None
         if not isinstance(numbers, torch.Tensor) or module.weight_function:
-            module._parameters["weight"] = to_device(table, self._device)
+            module._parameters["weight"] = copied_by_host(table, self._device)
             return arguments
-        asked, places = torch.unique(numbers.to(table.device), return_inverse=True)
+        asked, places = torch.unique(numbers.to(_CPU).to(table.device), return_inverse=True)
         rows = table.detach().index_select(0, asked)
         module._parameters["weight"] = as_parameter(rows.to(_CPU).to(self._device))
         return places.to(numbers.device), *arguments[1:]

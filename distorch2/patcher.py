@@ -48,15 +48,15 @@ _ATTRIBUTE = "distorch2"
 
 @dataclass
 class _Shared:
-    """What all patchers of a module share; the module holds it. A copy of the module gets its own, without what lies
-    where."""
+    """What all patchers of a module share; the module holds it. A copy of the module gets its own, without
+    distributions."""
 
     asked: Plan | None
     """What was planned first, None for a module of which nothing is known."""
     high_precision_loras: bool = True
     distributions: dict[str, Distribution] = field(default_factory=dict)
     """By compute device."""
-    is_compilation_minded: bool = False
+    has_logged_compilation: bool = False
 
     def __deepcopy__(self, memo: object) -> _Shared:
         return _Shared(self.asked, self.high_precision_loras)
@@ -147,7 +147,6 @@ class DistributedPatcher(ModelPatcher):
         clone's patches to them."""
         with self.use_ejected():
             self._place(lowvram_model_memory or math.inf)
-            self._mind_compilation()
             self._patch_weights(anew=force_patch_weights)
             self.distribution.resume()
             self._set_casting()
@@ -161,20 +160,20 @@ class DistributedPatcher(ModelPatcher):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
-    def _mind_compilation(self) -> None:
-        """Say what torch.compile makes of streamed layers; raises `RuntimeError` where it would fail."""
+    def _check_compilation(self) -> None:
+        """Say what torch.compile makes of layers that are served; raises `RuntimeError` where it would fail."""
         how = self.model_options.get("torch_compile_kwargs")  # where ComfyUI's node notes it
-        num_streamed = len(self.distribution.plan.streamed)
-        if how is None or not num_streamed:
+        num_served = sum(len(group.layers) for group in self.distribution.plan.groups)
+        if how is None or not num_served:
             return
         if how.get("fullgraph"):
             raise RuntimeError(
-                f"torch.compile with fullgraph=True cannot compile a model with {num_streamed} streamed layers; turn "
-                "it off, or keep the whole model on the compute device"
+                f"torch.compile with fullgraph=True cannot compile a model with {num_served} layers on donors; turn it "
+                "off, or keep the whole model on the compute device"
             )
-        if not self._shared.is_compilation_minded:
-            self._shared.is_compilation_minded = True
-            logger.info("DisTorch2: what torch.compile makes breaks off at each of %d streamed layers", num_streamed)
+        if not self._shared.has_logged_compilation:
+            self._shared.has_logged_compilation = True
+            logger.info("DisTorch2: torch.compile cannot compile across the %d layers on donors", num_served)
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
@@ -202,10 +201,10 @@ class DistributedPatcher(ModelPatcher):
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             try:
                 with self._all_or_nothing():
-                    # ComfyUI's list would not survive a cancelled prompt here either.
                     self._place_unpatched(before - memory_to_free, is_cancellable=False)
             except OUT_OF_MEMORY as error:
-                # ComfyUI's list of loaded models would not survive it. Nothing is on the device any more.
+                # An exception here, also that of a cancelled prompt, would break ComfyUI's list of loaded models.
+                # Nothing is on the device any more.
                 logger.warning("DisTorch2: %s", str(error))
             return before - self.loaded_size()
 
@@ -215,11 +214,11 @@ class DistributedPatcher(ModelPatcher):
         try:
             yield
         except BaseException as error:
-            if is_device_lost(error):
-                with contextlib.suppress(RuntimeError):  # which is what any step of it may raise now
-                    self.detach()
+            is_lost = is_device_lost(error)
+            with contextlib.suppress(RuntimeError) if is_lost else contextlib.nullcontext():
+                self.detach()  # of which any step may raise where the device is lost
+            if is_lost:
                 raise RuntimeError(self.device_lost_message("placing", error)) from error
-            self.detach()
             if is_out_of_memory(error):
                 advice = "give the full device less, or unload other models"
                 raise OUT_OF_MEMORY(self.out_of_memory_message("placing", advice, error)) from error
@@ -444,6 +443,7 @@ class DistributedPatcher(ModelPatcher):
             if distribution is not here and distribution.is_placed:
                 self._release(distribution)
         here.place(self._plan().within(compute_bytes, here.plan), is_cancellable)
+        self._check_compilation()
 
     def _plan(self) -> Plan:
         """The plan as asked, with what this clone's patches add to it."""

@@ -115,8 +115,8 @@ class Layer:
 
     One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab, where its
     tensors are aligned. `block` names the repeated part of the model that it belongs to, and `unit` the module that can
-    run on another device as a whole; "" where there is none. Of a `is_table` one only rows are read: an embedding. With
-    some patches the weights take `extra_bytes` more; with these or without, it is the same layer.
+    run on another device as a whole; "" where there is none. `is_table`: an embedding, of which only single rows are
+    read. With some patches the weights take `extra_bytes` more; with these or without, it is the same layer.
     """
 
     name: str
@@ -302,14 +302,14 @@ class Plan:
         """This plan, with as many resident groups evicted as it takes to need no more than `compute_bytes` on the
         compute device; with those that leave the least there, where even that is more.
 
-        For a smaller number these groups are evicted and more, so that little moves when it changes. What `before`,
-        the plan that is served, has evicted comes back only as far as two groups more would fit: free memory differs a
-        little from prompt to prompt.
+        For a smaller number these groups are evicted and more, so that little moves when it changes. A group that
+        `before`, the plan that is served, has evicted comes back only if two groups more would fit: free memory differs
+        a little from prompt to prompt.
         """
         num_evicted = self._num_evicted(compute_bytes)
-        num_before = len(before.evicted) if before is not None else 0
-        if num_evicted < num_before and before is not None and before.evicted == self._evictable[:num_before]:
-            num_evicted = min(num_before, self._num_evicted(compute_bytes - 2 * self.group_bytes))
+        evicted_before = before.evicted if before is not None else ()
+        if num_evicted < len(evicted_before) and evicted_before == self._evictable[: len(evicted_before)]:
+            num_evicted = min(len(evicted_before), self._num_evicted(compute_bytes - 2 * self.group_bytes))
         evicted = self._evictable[:num_evicted]
         if not evicted:
             return self

@@ -43,7 +43,7 @@ class Schedule:
         self.offsets: dict[int, int] = {}
         self._expect(order or range(len(group_of)))
         self._is_learning = not order
-        # The layers of this pass so far; None while they are those of the order.
+        # None: this pass has followed the order so far. A list: the layers of a pass that differs, or of the first.
         self._seen: list[int] | None = None if order else []
 
     @property
@@ -162,7 +162,7 @@ class Schedule:
         self._needed_until.clear()
 
     def _follow(self, layer: int) -> None:
-        """Move to a layer that was not expected, or in a pass that brought one."""
+        """Note a layer that differs from the order, or follows one that did in the same pass, and move to it."""
         if self._is_learning and self._seen is not None and layer in self._seen:
             self._expect(self._seen)
             # Either it is the first layer again, or the pass goes on with one that comes several times.
@@ -245,10 +245,10 @@ class Schedule:
             group = self._runs[run]
             if run not in self._unexpected:
                 if group not in self._needed_until:
-                    in_its_place = self._overlapping(group)
-                    if any(other == entering or self._needed_until[other] < self._next_fetch for other in in_its_place):
+                    in_the_way = self._overlapping(group)
+                    if any(other == entering or self._needed_until[other] < self._next_fetch for other in in_the_way):
                         break
-                    for other in in_its_place:  # staged for later, while this was not expected
+                    for other in in_the_way:  # they are needed later; they were staged while this run was not expected
                         del self._needed_until[other]
                     fetched.append(group)
                 self._needed_until[group] = max(self._held(self._next_fetch), self._needed_until.get(group, 0))
@@ -276,7 +276,10 @@ class LearntOrder:
         self._names: list[str] = []
 
     def note(self, names: Iterable[str]) -> None:
-        """These layers run in this order; of others that is known already nothing changes."""
+        """Learn that `names` run in this order.
+
+        If that agrees with what is known, nothing changes; else it replaces all that is known.
+        """
         noted = list(names)
         among = set(noted)
         if [name for name in self._names if name in among] != noted:

@@ -23,7 +23,8 @@ from .transfer import Copy, Transfer
 class StreamedLayer:
     """A module whose parameters lie in the slab of its group, `offset` bytes from its start."""
 
-    def __init__(self, module: torch.nn.Module, layout: SlabLayout, offset: int) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, layout: SlabLayout, offset: int) -> None:
+        self.name = name
         # Weak: the module reaches this object through its own forward, and a cycle would keep it alive.
         self._module = weakref.ref(module)
         self.layout = layout
@@ -94,13 +95,13 @@ class StreamedGroup:
     """To be set by `serve_from` before anything else is asked."""
 
     def __init__(
-        self, modules: Sequence[torch.nn.Module], layouts: Sequence[SlabLayout], is_table: bool = False
+        self, modules: Mapping[str, torch.nn.Module], layouts: Sequence[SlabLayout], is_table: bool = False
     ) -> None:
         self.is_table = is_table
         self.layers: list[StreamedLayer] = []
         self.num_bytes = 0
-        for module, layout in zip(modules, layouts, strict=True):
-            self.layers.append(StreamedLayer(module, layout, self.num_bytes))
+        for (name, module), layout in zip(modules.items(), layouts, strict=True):
+            self.layers.append(StreamedLayer(name, module, layout, self.num_bytes))
             self.num_bytes += layout.num_bytes
 
     @property
@@ -144,9 +145,9 @@ class StreamedGroup:
 class Streamer:
     """Streams groups through a staging buffer of `staging_bytes` on the compute device, from `attach` to `detach`.
 
-    Meanwhile the forward of every layer's module is one that binds the weights around the module's own. `order` is that
-    of another streamer of these layers. The buffer is there from the start, unless `is_lazy`: then it comes with the
-    first layer that runs.
+    Meanwhile the forward of every layer's module is one that binds the weights around the module's own. `order` says in
+    which order the layers run, as far as that is known. The buffer is there from the start, unless `is_lazy`: then it
+    comes with the first layer that runs.
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class Streamer:
             else:
                 # Autograd may keep weights until the backward pass, when others are in the staging buffer.
                 outside = dict(parameters)
-                inside = {name: _copied(parameter, transfer.device) for name, parameter in outside.items()}
+                inside = {name: copied_by_host(parameter, transfer.device) for name, parameter in outside.items()}
             try:
                 # An interrupt is a BaseException and may come anywhere in here: nothing but finally sees them all.
                 parameters.update(inside)
@@ -254,11 +255,17 @@ class Streamer:
         self._schedule_version = self._schedule.version
 
 
-def _copied(parameter: torch.nn.Parameter | None, device: torch.device) -> torch.nn.Parameter | None:
+def copied_by_host(parameter: torch.nn.Parameter | None, device: torch.device) -> torch.nn.Parameter | None:
+    """A copy on `device`, by way of the host: accelerators may say that they can reach each other when they cannot."""
     if parameter is None:
         return None
+    refuse_training(parameter)
+    return to_device(to_device(parameter, torch.device("cpu")), device)
+
+
+def refuse_training(parameter: torch.nn.Parameter) -> None:
+    """Copies get no gradient."""
     if parameter.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "a weight that is kept on a donor cannot be trained itself; train a LoRA, or keep the model on one device"
         )
-    return to_device(parameter, device)

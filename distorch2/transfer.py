@@ -101,8 +101,13 @@ class Transfer:
         """Returns the streams on which it is done."""
         source, target = copy.source, copy.target
         if self.upload is not None and copy.is_pageable:
-            self.upload.copy(source, target)
-            self.upload.flush()
+            try:
+                self.upload.copy(source, target)
+                self.upload.flush()
+            except BaseException:
+                with contextlib.suppress(Exception):  # parts that are left would go where others are by then
+                    self.upload.wait()
+                raise
         elif self.detour is not None and copy.is_page_locked and source.nbytes >= _LEAST_TO_HALVE_BYTES:
             half = source.nbytes // 2
             self.detour.copy(source[half:], target[half:], self._given)

@@ -28,6 +28,7 @@ from distorch2 import slab
 from distorch2.distribution import Distribution
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest
+from distorch2.schedule import Schedule
 from distorch2.transfer import Detour, Transfer
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
@@ -102,6 +103,29 @@ def test_what_comfyui_does_not_grant_is_streamed_until_there_is_room(checkpoints
     assert model.distribution.plan == model.distribution.asked
     assert model.loaded_size() == asked
     assert len(log_lines(caplog, "resident again")) == 1
+
+
+def test_an_eviction_keeps_the_learnt_order(checkpoints, expected, monkeypatch):
+    model, clip = load(checkpoints, "flux", "sim:0,50%;cpu,50%")
+    assert same(sample(model, clip), expected["flux"])
+    late, enter = [], Schedule.enter
+
+    def watched(schedule, layer):
+        groups = enter(schedule, layer)
+        late.extend(group for group in groups if group == schedule._group_of[layer])
+        return groups
+
+    monkeypatch.setattr(Schedule, "enter", watched)
+    asked = model.model_size()
+    limit(monkeypatch, 0, asked * 0.7 + INFERENCE_BYTES)
+    assert same(sample(model, clip), expected["flux"])
+    plan = model.distribution.plan
+    assert plan.evicted
+    # Layers that were resident have no learnt place; they are expected in registration order.
+    assert len(late) < len(plan.groups) / 2
+    late.clear()
+    assert same(sample(model, clip), expected["flux"])
+    assert len(late) <= 1
 
 
 @pytest.mark.parametrize("other_is_ours", [True, False])

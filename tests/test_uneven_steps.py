@@ -82,27 +82,6 @@ def test_the_order_is_known_after_an_unload(checkpoints, late):
     mm.unload_all_models()
 
 
-def test_what_is_evicted_beside_it_leaves_the_order_known(checkpoints, late):
-    model = on_donor(checkpoints, "flux", 50)[0]
-    for _ in range(2):
-        expected = output(model)
-    plan = model.distribution.plan
-    evicted = plan.within(plan.compute_bytes * 0.7)
-    if COMPUTE != "cpu":  # where nothing is ever evicted
-        assert evicted.evicted
-    model.distribution.place(evicted)
-    num_late = []
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(mm, "load_models_gpu", lambda *arguments, **options: None)  # which would bring it back
-        for _ in range(3):
-            late.clear()
-            assert torch.equal(output(model), expected)
-            num_late.append(len(late))
-    # What was not streamed before is taken to run as it is registered.
-    assert num_late[0] < len(evicted.groups) / 2
-    assert num_late[2] <= 1
-
-
 # --- tables
 
 
