@@ -40,7 +40,7 @@ LAYOUT = {
 NOTES = {
     "one_small_card": """## One small card
 **unet_virtual_vram_gb** is how much of the diffusion model stays in main memory, and comes to the card when it is \
-needed. The text encoder computes on the CPU.
+needed. The text encoder computes on the CPU: for a large one (T5-XXL, Qwen) choose the card.
 
 **To change:** the checkpoint; more GB when the card runs out of memory, fewer for speed.""",
     "two_cards_by_ratio": """## Two cards, by ratio
