@@ -260,7 +260,9 @@ def copied_by_host(parameter: torch.nn.Parameter | None, device: torch.device) -
     if parameter is None:
         return None
     refuse_training(parameter)
-    return to_device(to_device(parameter, torch.device("cpu")), device)
+    if parameter.device != device:  # else another pack has moved it there, and it is taken as it is
+        parameter = to_device(parameter, torch.device("cpu"))
+    return to_device(parameter, device)
 
 
 def refuse_training(parameter: torch.nn.Parameter) -> None:
