@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import weakref
@@ -317,7 +318,8 @@ class Distribution:
         self._streamed = [layer.name for group in groups for layer in group.layers]
         order = self._order.of(self._streamed, (placement.layer.name for placement in self.plan.placements))
         relay = self._make_relay() if self.plan.relayed_units else None
-        self.streamer, self.relay = _with_staging_buffer(groups, self.transfer, self.plan.staging_bytes, order), relay
+        make = functools.partial(Streamer, groups, self.transfer, order=order, root=self._root)
+        self.streamer, self.relay = _with_staging_buffer(make, groups, self.plan.staging_bytes), relay
         self.lookup = Lookup(tables, self.device)
         self._attach()
         self._is_interrupted = False
@@ -408,20 +410,18 @@ def _there_or_on_host(make: Callable[[torch.device], _T], device: torch.device) 
         return make(_CPU)
 
 
-def _with_staging_buffer(
-    groups: Sequence[StreamedGroup], transfer: Transfer, num_bytes: int, order: Sequence[int] | None
-) -> Streamer:
+def _with_staging_buffer(make: Callable[[int], Streamer], groups: Sequence[StreamedGroup], num_bytes: int) -> Streamer:
     """With a smaller buffer where there is no memory for `num_bytes`: the largest group has to fit."""
     smallest = max((group.num_bytes for group in groups), default=0)
     num_bytes = max(num_bytes, smallest)
     while True:
         try:
-            return Streamer(groups, transfer, num_bytes, order)
+            return make(num_bytes)
         except RuntimeError as error:
             if num_bytes <= smallest or not is_out_of_memory(error):
                 raise
             num_bytes = max(smallest, num_bytes // 2)
-            logger.warning("DisTorch2: %s is full; streaming through %d MiB", transfer.device, num_bytes >> 20)
+            logger.warning("DisTorch2: the compute device is full; streaming through %d MiB", num_bytes >> 20)
 
 
 def _unpin_all(transfer: Transfer, pinned: PinnedSlabs) -> None:

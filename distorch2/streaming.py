@@ -7,6 +7,7 @@ layer's parameters are views into its group's slab, so that state dicts, patches
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,8 +17,11 @@ import torch
 from .forwards import Forwards
 from .quantised import is_quantised, to_device
 from .schedule import Schedule
+from .serving.reading import Watch, modules_around
 from .slab import SlabLayout, allocate
 from .transfer import Copy, Transfer
+
+logger = logging.getLogger(__name__)
 
 
 class StreamedLayer:
@@ -145,9 +149,11 @@ class StreamedGroup:
 class Streamer:
     """Streams groups through a staging buffer of `staging_bytes` on the compute device, from `attach` to `detach`.
 
-    Meanwhile the forward of every layer's module is one that binds the weights around the module's own. `order` says in
-    which order the layers run, as far as that is known. The buffer is there from the start, unless `is_lazy`: then it
-    comes with the first layer that runs.
+    Meanwhile the forward of every layer's module is one that binds the weights around the module's own. A layer that
+    is read and not called in the first pass is bound, from then on, while the module around it runs; `root` is the
+    module in which the layers' names are looked up for that. `order` says in which order the layers run, as far as that
+    is known. The buffer is there from the start, unless `is_lazy`: then it comes with the first layer that runs, and
+    layers that are only read are not served.
     """
 
     def __init__(
@@ -157,8 +163,13 @@ class Streamer:
         staging_bytes: int,
         order: Sequence[int] | None = None,
         is_lazy: bool = False,
+        root: torch.nn.Module | None = None,
     ) -> None:
         self._groups = groups
+        self._layers = [layer for group in groups for layer in group.layers]
+        self._root = None if root is None else weakref.ref(root)
+        self._watch: Watch | None = None
+        self._only_read: list[int] | None = [] if is_lazy else None  # numbers of layers; None until that is known
         self._transfer = transfer
         self._capacity = staging_bytes
         self.staging = allocate(0 if is_lazy else staging_bytes, transfer.device)
@@ -174,13 +185,25 @@ class Streamer:
         """In which order the layers run, by their numbers in `groups`, as far as that is known; None before any has."""
         return self._schedule.order
 
+    @property
+    def only_read(self) -> Sequence[str]:
+        """Names of the layers that are read and not called, as far as that is known."""
+        return [self._layers[number].name for number in self._only_read or ()]
+
     def attach(self) -> None:
-        for index, layer in enumerate(layer for group in self._groups for layer in group.layers):
+        for index, layer in enumerate(self._layers):
             if layer.is_alive:
                 self._forwards.set(layer.module, functools.partial(self._serving, index, layer))
+        if self._only_read is None:
+            self._watch = Watch(self._layers)
+        else:
+            self._serve_what_is_only_read(self._only_read)
 
     def detach(self) -> None:
         self._transfer.wait()
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
         self._forwards.give_back()
 
     def forget_staged(self) -> None:
@@ -202,10 +225,10 @@ class Streamer:
 
         def serve(*arguments: Any, **options: Any) -> Any:
             module = layer.module
-            parameters = module._parameters
             is_for_backward = torch.is_grad_enabled()
             if not is_for_backward and (to_fetch := schedule.enter(index)):
                 self._fetch(to_fetch)
+            parameters = module._parameters  # which is another object after the first pass
             inside: Mapping[str, torch.nn.Parameter | None]
             outside: Mapping[str, torch.nn.Parameter | None]
             if not is_for_backward and layer.is_bound():
@@ -231,7 +254,67 @@ class Streamer:
         # A compiled model is to call it, and not to trace it: what it does differs from layer to layer.
         return torch.compiler.disable(serve)
 
+    def _serve_what_is_only_read(self, numbers: Sequence[int]) -> None:
+        """Have these layers bound while the modules around them run."""
+        root = None if self._root is None else self._root()
+        by_module: dict[torch.nn.Module, list[int]] = {}
+        for number in numbers:
+            if root is not None and self._layers[number].is_alive:
+                for module in modules_around(root, self._layers[number].name):
+                    by_module.setdefault(module, []).append(number)
+        for module, of_module in by_module.items():
+            self._forwards.set(module, functools.partial(self._binding, weakref.ref(module), of_module))
+
+    def _binding(
+        self, around: weakref.ref[torch.nn.Module], numbers: Sequence[int], previous: Callable[..., Any] | None
+    ) -> Callable[..., Any]:
+        """A forward for a module that reads the weights of layers. Meanwhile they have copies of their own, since the
+        staging buffer is needed for the layers that the module calls."""
+
+        def serve(*arguments: Any, **options: Any) -> Any:
+            bound: list[StreamedLayer] = []
+            try:
+                for number in numbers:
+                    layer = self._layers[number]
+                    if layer.is_alive and layer.is_bound():
+                        inside = self._copied(number)
+                        bound.append(layer)
+                        layer.module._parameters.update(inside)
+                if previous is None:
+                    module: Any = around()
+                    return type(module).forward(module, *arguments, **options)
+                return previous(*arguments, **options)
+            finally:
+                for layer in bound:
+                    layer.module._parameters.update(layer.outside)
+
+        return torch.compiler.disable(serve)
+
+    def _copied(self, number: int) -> Mapping[str, torch.nn.Parameter | None]:
+        """Copies on the compute device of a layer's parameters, by way of the staging buffer."""
+        device = self._transfer.device
+        if torch.is_grad_enabled():
+            outside = self._layers[number].outside
+            return {name: copied_by_host(parameter, device) for name, parameter in outside.items()}
+        if to_fetch := self._schedule.enter(number):
+            self._fetch(to_fetch)
+        self._transfer.use(self._copies[self._group_of[number]])
+        with torch.inference_mode(False):
+            copies = {name: to_device(parameter, device, copy=True) for name, parameter in self._inside[number].items()}
+        if to_fetch := self._schedule.leave(number):
+            self._fetch(to_fetch)
+        return copies
+
     def _fetch(self, groups: Sequence[int]) -> None:
+        if self._watch is not None and self._schedule.num_passes:
+            self._only_read, self._watch = self._watch.stop(), None
+            if self._only_read:
+                logger.info(
+                    "DisTorch2: %d streamed layers are read and not called; they are copied before the modules around "
+                    "them run",
+                    len(self._only_read),
+                )
+                self._serve_what_is_only_read(self._only_read)
         try:
             if self._schedule_version != self._schedule.version:
                 self._lay_out()

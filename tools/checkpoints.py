@@ -149,6 +149,39 @@ def wan(blocks: int = 4, hidden: int = 128) -> Spec:
     return spec
 
 
+def minimax_h3(blocks: int = 3, hidden: int = 128) -> Spec:
+    """MiniMax-H3's video and audio model with two 64-wide heads; about 1.0 MB (bf16) a block.
+
+    Latents [1, 24, frames, H/8, W/8] in 1x2x2 patches and [1, 32, 2, frames]; text [1, tokens, 256].
+    """
+    head, ffn, time = 64, 2 * hidden, 32
+    spec = Spec()
+    spec.linear("video_patch_proj", 4 * 24, hidden)
+    spec.linear("audio_patch_proj", 32, hidden)
+    spec.linear("condition_proj", 256, hidden)
+    spec.linear("time_embedder.proj_in", 64, hidden)
+    spec.linear("time_embedder.proj_out", hidden, time)
+    spec.add("rope.inv_freq", 4, mean=0.1, std=0.01)
+    refiner = [f"token_refiner.blocks.{i}" for i in range(1)]
+    for block in (*refiner, *(f"blocks.{i}" for i in range(blocks))):
+        spec.add(f"{block}.norm1.weight", hidden, mean=1.0)
+        spec.add(f"{block}.norm2.weight", hidden, mean=1.0)
+        spec.linear(f"{block}.attn.qkv_proj", hidden, 3 * hidden, bias=False)
+        spec.add(f"{block}.attn.q_norm.weight", head, mean=1.0)
+        spec.add(f"{block}.attn.k_norm.weight", head, mean=1.0)
+        spec.linear(f"{block}.attn.out_proj", hidden, hidden, bias=False)
+        spec.linear(f"{block}.mlp.fc1", hidden, 2 * ffn, bias=False)
+        spec.linear(f"{block}.mlp.fc2", ffn, hidden, bias=False)
+        if block not in refiner:
+            spec.linear(f"{block}.adaln_proj.linear", time, 6 * hidden * 3)
+    spec.add("token_refiner.final_norm.weight", hidden, mean=1.0)
+    spec.add("final_layer.norm.weight", hidden, mean=1.0)
+    spec.linear("final_layer.adaln_proj.linear", time, 2 * hidden)
+    spec.linear("final_layer.video_out", hidden, 4 * 24)
+    spec.linear("final_layer.audio_out", hidden, 32)
+    return spec
+
+
 def qwen_image(blocks: int = 2) -> Spec:
     """Qwen-Image in its full width, since the core takes its 24 heads for granted: 680 MB (bf16) a block, 81 MB beside.
 
@@ -316,6 +349,22 @@ def to_scaled_fp8(tensors: dict) -> dict:
     return out
 
 
+def to_int8(tensors: dict) -> dict:
+    """ComfyUI's INT8: the weights of linear layers in blocks as int8, with a float32 scale and a marker for each.
+
+    weight = stored weight * scale, chosen so that the largest stored one is 127.
+    """
+    out = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and tensor.ndim == 2 and ".blocks." in name:
+            layer = name.removesuffix(".weight")
+            scale = tensor.float().abs().max() / 127
+            out[name] = (tensor.float() / scale).round().to(torch.int8)
+            out[f"{layer}.weight_scale"] = scale
+            out[f"{layer}.comfy_quant"] = torch.tensor([*b'{"format": "int8_tensorwise"}'], dtype=torch.uint8)
+    return out
+
+
 def sd15_blocks_no_clip(seed: int) -> dict:
     return unet_sd15(12).draw(seed, prefix=MODEL) | sd_vae(seed)
 
@@ -362,6 +411,8 @@ KINDS = {
     "sd15_ckpt": Kind(lambda seed: unet_sd15(2).draw(seed, prefix=MODEL) | sd_vae(seed), ".ckpt"),
     "flux": Kind(flux_checkpoint),
     "wan": Kind(lambda seed: wan().draw(seed, prefix=MODEL)),
+    "minimax_h3": Kind(lambda seed: minimax_h3().draw(seed, torch.bfloat16, prefix=MODEL)),
+    "minimax_h3_int8": Kind(lambda seed: to_int8(minimax_h3().draw(seed, torch.bfloat16, prefix=MODEL))),
     "qwen_image": Kind(lambda seed: qwen_image().draw(seed, torch.bfloat16, prefix=MODEL)),
     "diffusion_only": Kind(lambda seed: mmdit().draw(seed)),  # no prefix: not a checkpoint to the core, yet SD3
     "clip_l": Kind(lambda seed: clip_l().draw(seed)),  # for CLIPLoader; with type "sd3" its text fits Flux too

@@ -1,0 +1,1 @@
+"""Weights on the compute device while a layer runs."""

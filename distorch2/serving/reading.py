@@ -1,0 +1,95 @@
+"""Layers whose weights the module around them reads, without calling the layer.
+
+ComfyUI computes some layers in one kernel with what comes before them: an INT8 linear layer with the activation in
+front of it (`comfy.ops.linear_input_act`), the norms of queries and keys with the rotation. Nothing that is set on
+the forward of such a layer ever runs.
+
+In the first pass a `Watch` notes which layers these are. From then on the module around the layer serves it.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+
+class _Layer(Protocol):
+    """A streamed layer. `outside` are the parameters that its module has outside its forward."""
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    @property
+    def module(self) -> torch.nn.Module: ...
+
+    @property
+    def outside(self) -> Mapping[str, torch.nn.Parameter]: ...
+
+
+class _Watched(dict[str, Any]):
+    """The parameters of a layer's module, which note that they are looked up.
+
+    Inside the layer's own forward the module has other parameters than outside. So a look-up tells whether the layer
+    was called.
+    """
+
+    is_read = is_called = False
+
+    def __init__(self, layer: _Layer) -> None:
+        super().__init__(layer.module._parameters)
+        self._layer = layer
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if value is not None:
+            if value is self._layer.outside.get(name):
+                self.is_read = True
+            else:
+                self.is_called = True
+        return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+class Watch:
+    """Watches `layers` until `stop`. Reading a parameter takes longer meanwhile."""
+
+    def __init__(self, layers: Sequence[_Layer]) -> None:
+        self._watched: list[tuple[int, weakref.ref[torch.nn.Module], _Watched]] = []
+        for number, layer in enumerate(layers):
+            if layer.is_alive:
+                watched = _Watched(layer)
+                vars(layer.module)["_parameters"] = watched
+                self._watched.append((number, weakref.ref(layer.module), watched))
+
+    def stop(self) -> list[int]:
+        """Give the modules plain parameters again. Returns the numbers of the layers that were only read."""
+        for _, reference, watched in self._watched:
+            module = reference()
+            if module is not None and module._parameters is watched:
+                vars(module)["_parameters"] = dict(watched)
+        return [number for number, _, watched in self._watched if watched.is_read and not watched.is_called]
+
+
+def modules_around(root: torch.nn.Module, layer_name: str) -> Iterator[torch.nn.Module]:
+    """The modules that may read the weights of a layer, the innermost first.
+
+    That is the first module around the layer that computes something itself. A `Sequential` may be called or only be
+    indexed, so the search goes on behind it.
+    """
+    parts = layer_name.split(".")[:-1]
+    while parts:
+        module = root.get_submodule(".".join(parts))
+        if type(module).forward is not torch.nn.Module.forward:
+            yield module
+            if type(module) is not torch.nn.Sequential:
+                return
+        parts.pop()

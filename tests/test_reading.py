@@ -1,0 +1,262 @@
+"""Layers whose weights the module around them reads, without calling the layer."""
+
+import copy
+import json
+import pickle
+import types
+
+import comfy.model_management as mm
+import comfy.ops
+import comfy.quant_ops
+import pytest
+import safetensors.torch
+import torch
+from checkpoints import MODEL, minimax_h3
+from placing import (
+    COMPUTE,
+    DONOR,
+    RESIDENT,
+    devices_known_to_comfyui,  # noqa: F401
+    inference_mode,  # noqa: F401
+    lora_for,
+    on_donor,
+    partly_on_donor,
+)
+from sampling import core_load
+
+from distorch2.distribution import Distribution
+from distorch2.inventory import list_layers
+from distorch2.loading import load_checkpoint
+from distorch2.plan import Placement, Plan
+from distorch2.serving.reading import _Watched, modules_around
+
+try:
+    import comfy.ldm.minimax.model
+except ImportError:
+    pytest.skip("this ComfyUI has no MiniMax-H3, whose modules read weights", allow_module_level=True)
+
+# ComfyUI's name of a format -> its class of weights, with what `QuantizedTensor.from_float` and the marker are told.
+FORMATS = {
+    "int8_tensorwise": ({}, {}),
+    "int8_tensorwise convrot": (
+        {"per_channel": True, "convrot": True, "convrot_groupsize": 64},
+        {"convrot": True, "convrot_groupsize": 64},
+    ),
+    "nvfp4": ({"scale": "recalculate"}, {}),
+    "mxfp8": ({}, {}),
+    "convrot_w4a4": ({"convrot_groupsize": 64}, {"convrot_groupsize": 64}),
+    "asym_w4a8_int8": ({"convrot_groupsize": 64}, {"convrot_groupsize": 64}),
+}
+FORMATS = {name: each for name, each in FORMATS.items() if name.partition(" ")[0] in comfy.quant_ops.QUANT_ALGOS}
+READ_BY_FORMAT = {name: "mlp.fc2" for name in FORMATS if name.startswith("int8")}
+"""The layer that ComfyUI computes together with the activation in front of it."""
+
+
+def output(patcher):
+    """Of one forward of the diffusion model."""
+    mm.load_models_gpu([patcher])
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((1, 24, 2, 4, 4), (1, 32, 2, 5), (1, 7, 256))
+    video, audio, text = (torch.randn(shape, generator=generator).to(patcher.load_device) for shape in shapes)
+    timestep = torch.tensor([500.0], device=patcher.load_device)
+    return [part.cpu() for part in patcher.model.diffusion_model([video, audio], timestep, text)]
+
+
+def same(one, other):
+    return all(map(torch.equal, one, other))
+
+
+def file_in(format_name, folder):
+    """A MiniMax-H3 whose linear layers in blocks are quantised by ComfyUI's own classes."""
+    name = format_name.partition(" ")[0]
+    options, marker = FORMATS[format_name]
+    layout = comfy.quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"]
+    tensors = minimax_h3().draw(0, torch.bfloat16, prefix=MODEL)
+    for key, weight in list(tensors.items()):
+        if key.endswith(".weight") and weight.dim() == 2 and ".blocks." in key and "adaln" not in key:
+            layer = key.removesuffix(".weight")
+            quantised = comfy.quant_ops.QuantizedTensor.from_float(weight, layout, **options)
+            del tensors[key]
+            tensors |= {f"{layer}.weight{suffix}": part.contiguous() for suffix, part in quantised.state_dict().items()}
+            text = json.dumps({"format": name, **marker}).encode()
+            tensors[f"{layer}.comfy_quant"] = torch.tensor([*text], dtype=torch.uint8)
+    path = folder / "minimax.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    return str(path)
+
+
+def groups_of(model):
+    return [group for group in model.distribution.plan.groups if group.is_streamed]
+
+
+@pytest.mark.quick("int8_tensorwise-100")
+@pytest.mark.parametrize("percent", [50, 100])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_format_gives_comfyuis_bits_and_every_group_is_copied_once_a_pass(format_name, percent, tmp_path):
+    path = file_in(format_name, tmp_path)
+    core = core_load(path)[0]
+    expected = output(core)
+    assert any(comfy.quant_ops.QuantizedTensor is type(p) for p in core.model.diffusion_model.parameters())
+    model = load_checkpoint(path, partly_on_donor(percent), RESIDENT, COMPUTE)[0]
+    for _ in range(5):
+        assert same(output(model), expected)
+    copies = model.distribution.transfer.copies
+    for _ in range(3):
+        assert same(output(model), expected)
+    assert groups_of(model)
+    assert model.distribution.transfer.copies - copies == 3 * len(groups_of(model))
+
+    only_read = {name.partition("blocks.0.")[2] for name in model.distribution.streamer.only_read if "ks.0." in name}
+    if percent == 100:  # small layers are streamed too
+        assert only_read == {"attn.q_norm", "attn.k_norm", *filter(None, [READ_BY_FORMAT.get(format_name)])}
+
+
+@pytest.mark.parametrize("percent", [50, 100])
+def test_once_it_is_known_nothing_is_read_from_a_donor(checkpoints, percent, monkeypatch):
+    model = on_donor(checkpoints, "minimax_h3_int8", percent)[0]
+    for _ in range(3):
+        output(model)
+    read, cast = [], comfy.ops.cast_bias_weight
+
+    def watched(layer, *arguments, **options):
+        read.append((layer.weight.device, type(layer._parameters)))
+        return cast(layer, *arguments, **options)
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", watched)
+    output(model)
+    assert len(read) == 40
+    assert set(read) == {(torch.device(COMPUTE), dict)}
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, mm.InterruptProcessingException])
+@pytest.mark.parametrize("where", ["mlp.fc1", "mlp.fc2"])
+def test_whatever_is_raised_while_they_are_bound_leaves_every_parameter_where_it_was(
+    checkpoints, raised, where, monkeypatch
+):
+    model = on_donor(checkpoints, "minimax_h3_int8", 100)[0]
+    expected = [output(model) for _ in range(3)][-1]
+    module = model.model.diffusion_model
+    before = dict(module.named_parameters())
+    layer = module.blocks[1].get_submodule(where)
+    cast = comfy.ops.cast_bias_weight
+
+    def raising(other, *arguments, **options):
+        if other is layer:
+            raise raised
+        return cast(other, *arguments, **options)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(comfy.ops, "cast_bias_weight", raising)
+        with pytest.raises(raised):
+            output(model)
+    assert all(parameter is before[name] for name, parameter in module.named_parameters())
+    assert same(output(model), expected)
+
+
+def test_a_lora_gives_the_same_bits_before_with_and_after(checkpoints):
+    core = core_load(checkpoints("minimax_h3_int8"))[0]
+    expected, patched = output(core), output(lora_for(core))
+    assert not same(expected, patched)
+    model = on_donor(checkpoints, "minimax_h3_int8", 100)[0]
+    with_lora = lora_for(model)
+    for patcher, wanted in ((model, expected), (with_lora, patched), (model, expected)):
+        for _ in range(4):
+            assert same(output(patcher), wanted)
+
+
+def test_letting_go_gives_back_what_was_there(checkpoints):
+    model = on_donor(checkpoints, "minimax_h3_int8", 100)[0]
+    for num_passes in (0, 1, 3):  # watched, and bound around
+        for _ in range(num_passes):
+            output(model)
+        model.detach()
+        for module in model.model.diffusion_model.modules():
+            assert "forward" not in vars(module)
+            assert type(module._parameters) is dict
+
+
+def test_copies_of_a_watched_module_have_plain_parameters(checkpoints):
+    model = on_donor(checkpoints, "minimax_h3_int8", 100)[0]
+    mm.load_models_gpu([model])
+    layer = model.model.diffusion_model.final_layer.norm
+    assert type(layer._parameters) is not dict
+    copied = copy.deepcopy(layer)
+    assert type(copied._parameters) is dict
+    assert torch.equal(copied.weight.cpu(), layer.weight.cpu())
+    unpickled = pickle.loads(pickle.dumps(_Watched(types.SimpleNamespace(module=torch.nn.Linear(1, 1)))))
+    assert type(unpickled) is dict
+    assert [*unpickled] == ["weight", "bias"]
+
+
+# --- one module of each kind
+
+
+class Reader(torch.nn.Module):
+    """Calls a layer, reads the weight of another, and has one that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        make = comfy.ops.manual_cast.Linear
+        self.called, self.unused = make(64, 64, dtype=torch.float32), make(64, 64, dtype=torch.float32)
+        self.rows = torch.nn.Sequential(make(64, 64, dtype=torch.float32))  # not called either
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter)
+            parameter.requires_grad_(False)
+
+    def forward(self, x):
+        x = self.called(x)
+        weight, bias, stream = comfy.ops.cast_bias_weight(self.rows[0], x, offloadable=True)
+        x = torch.nn.functional.linear(x, weight, bias)
+        comfy.ops.uncast_bias_weight(self.rows[0], weight, bias, stream)
+        return x
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    """(module, its distribution), with each layer a group of its own on the donor."""
+    monkeypatch.setattr("distorch2.plan.GROUP_BYTES", 1)
+    with torch.inference_mode(False):
+        module = torch.nn.Sequential(Reader(), Reader())
+        placements = tuple(Placement(layer, DONOR) for layer in list_layers(module))
+        plan = Plan(COMPUTE, placements)
+        distribution = Distribution(module, plan)
+        distribution.place(plan)
+        yield module, distribution
+        distribution.release({})
+
+
+def test_a_layer_that_is_not_used_is_not_streamed(reader):
+    module, distribution = reader
+    x = torch.ones(1, 64, device=COMPUTE)
+    with torch.no_grad():
+        for _ in range(5):
+            module(x)
+        assert distribution.streamer.only_read == ["0.rows.0", "1.rows.0"]
+        copies = distribution.transfer.copies
+        module(x)
+    assert distribution.transfer.copies - copies == 4  # of six groups, the two that are not used left out
+
+
+def test_gradients_flow_through_a_layer_that_is_only_read(reader):
+    module, _ = reader
+    with torch.no_grad():
+        for _ in range(3):
+            module(torch.ones(1, 64, device=COMPUTE))
+    weights = [layer.weight.detach().to(COMPUTE) for part in module for layer in (part.called, part.rows[0])]
+    x = torch.ones(1, 64, device=COMPUTE, requires_grad=True)
+    module(x).sum().backward()
+    expected = torch.ones(1, 64, device=COMPUTE)
+    for weight in reversed(weights):
+        expected = expected @ weight
+    assert torch.allclose(x.grad, expected, rtol=1e-3)
+    assert all(layer.weight.device == torch.device(DONOR) for part in module for layer in (part.called, part.rows[0]))
+
+
+def test_the_modules_that_may_read_a_layer():
+    mlp = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    reader = Reader()
+    reader.list = torch.nn.ModuleList([mlp])
+    root = torch.nn.ModuleDict({"model": torch.nn.Sequential(reader)})
+    found = list(modules_around(root, "model.0.list.0.0"))
+    assert [id(module) for module in found] == [id(mlp), id(reader)]
+    assert list(modules_around(root, "model")) == []
