@@ -6,9 +6,9 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 
-import comfy.model_management as mm
 import torch
 
+from .comfyui.core import mm
 from .slab import allocate
 from .transfer import Copy, Detour, Transfer
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, cast
 
-import comfy.model_management as mm
-import comfy.utils
 import torch
 
+from .comfyui import core
+from .comfyui.core import mm
 from .detour import take_detour
 from .donor_share import DonorShare
 from .failures import is_out_of_memory
@@ -26,6 +26,7 @@ from .plan import GIB, Group, Plan
 from .quantised import as_parameter, plain_tensors, to_device
 from .relay import Relay, RelayedUnit, StreamerOfUnits
 from .schedule import LearntOrder
+from .slab import allocate
 from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Transfer
 
@@ -336,7 +337,8 @@ class Distribution:
             layers = [self._served[child] for child in module.modules() if child in self._served]
             units.append(RelayedUnit(module, torch.device(donor), layers))
         staging_bytes = max([self.plan.staging_bytes_of_units, *(group.num_bytes for group in groups)])
-        return Relay(self.device, units, StreamerOfUnits(groups, self.transfer, staging_bytes))
+        streamer = StreamerOfUnits(groups, self.transfer, staging_bytes, _allocate_outside_compiler)
+        return Relay(self.device, units, streamer, core.is_compiler_active)
 
     def _attach(self) -> None:
         for server in (self.lookup, self.streamer, self.relay):
@@ -424,6 +426,12 @@ def _with_staging_buffer(make: Callable[[int], Streamer], groups: Sequence[Strea
             logger.warning("DisTorch2: the compute device is full; streaming through %d MiB", num_bytes >> 20)
 
 
+def _allocate_outside_compiler(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """For what comes in the middle of a forward, and stays."""
+    with core.outside_compiler():
+        return allocate(num_bytes, device)
+
+
 def _unpin_all(transfer: Transfer, pinned: PinnedSlabs) -> None:
     """Memory must not be freed while it is page-locked, nor unlocked while it is copied from."""
     transfer.wait()
@@ -435,7 +443,7 @@ def _set(child: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     for name, value in values.items():
         device = plain_tensors(getattr(child, name))[0].device
         note_dtype(child, name, value)
-        comfy.utils.set_attr_param(child, name, to_device(value, device))
+        core.utils.set_attr_param(child, name, to_device(value, device))
 
 
 def _fill_missing(module: torch.nn.Module) -> None:

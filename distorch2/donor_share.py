@@ -6,10 +6,9 @@ import logging
 import weakref
 from typing import Protocol
 
-import comfy.model_management as mm
 import torch
-from comfy.model_patcher import ModelPatcher
 
+from .comfyui.core import ModelPatcher, mm
 from .failures import is_out_of_memory
 
 logger = logging.getLogger(__name__)

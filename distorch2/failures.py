@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import comfy.model_management as mm
 import torch
+
+from .comfyui.core import mm
 
 OUT_OF_MEMORY = torch.OutOfMemoryError
 """The class for which ComfyUI unloads all models."""

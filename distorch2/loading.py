@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 import itertools
 import logging
 import os
@@ -19,15 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import comfy.model_detection
-import comfy.model_management as mm
-import comfy.model_patcher
-import comfy.sd
-import comfy.utils
-import comfyui_version
 import torch
 
 from .checkpoint_file import CheckpointError, check_file
+from .comfyui import core
+from .comfyui.core import ModelPatcher, mm
 from .inventory import list_layers
 from .patcher import DistributedPatcher, forget
 from .plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError
@@ -56,9 +51,9 @@ class LoadedCheckpoint:
     `report` is the table of what was placed where.
     """
 
-    model: comfy.model_patcher.ModelPatcher
-    clip: comfy.sd.CLIP | None
-    vae: comfy.sd.VAE
+    model: ModelPatcher
+    clip: core.sd.CLIP | None
+    vae: core.sd.VAE
     report: str
 
 
@@ -89,7 +84,7 @@ def load_checkpoint(
     high_precision_loras: bool = True,
     eject_models: bool = False,
     embedding_directory: list[str] | str | None = None,
-) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP | None, comfy.sd.VAE]:
+) -> tuple[ModelPatcher, core.sd.CLIP | None, core.sd.VAE]:
     """Load a checkpoint with the diffusion model, the text encoder and the VAE on the devices asked for.
 
     `eject_models` unloads every other model from the compute device of `unet` first. With `high_precision_loras` a
@@ -119,7 +114,7 @@ def load_components(
     if eject_models:
         mm.free_memory(_EVERYTHING, torch.device(unet.compute_device))
     weights = _read(ckpt_path)
-    patchers: dict[str, comfy.model_patcher.ModelPatcher] = {}
+    patchers: dict[str, ModelPatcher] = {}
     try:
         vae = _load_vae(weights, vae_device)
         if getattr(vae, "patcher", None) is not None:
@@ -152,7 +147,7 @@ def load_components(
 
 
 def distribute(
-    patcher: comfy.model_patcher.ModelPatcher, request: ComponentRequest, high_precision_loras: bool = True
+    patcher: ModelPatcher, request: ComponentRequest, high_precision_loras: bool = True
 ) -> DistributedPatcher:
     """A patcher like `patcher`, which any loader may have made, with its patches, but with its weights as requested.
 
@@ -174,22 +169,22 @@ def distribute(
         for position in index:
             fresh = fresh[position]
         forget([fresh])
-        core = patcher.clone(model_override=fresh.get_clone_model_override())
+        taken = patcher.clone(model_override=fresh.get_clone_model_override())
         # What belongs to the module of `patcher`.
-        core.parent = None
-        core.hook_backup, core.current_hooks, core.is_injected = {}, None, False
-        core.remove_additional_models("multigpu")
+        taken.parent = None
+        taken.hook_backup, taken.current_hooks, taken.is_injected = {}, None, False
+        taken.remove_additional_models("multigpu")
     else:
         _refuse_shared(patcher)
-        core = patcher
-    plan = make_plan(list_layers(core.model), request, memory)
-    return DistributedPatcher.take_over(core, plan, high_precision_loras)
+        taken = patcher
+    plan = make_plan(list_layers(taken.model), request, memory)
+    return DistributedPatcher.take_over(taken, plan, high_precision_loras)
 
 
-def _refuse_shared(patcher: comfy.model_patcher.ModelPatcher) -> None:
+def _refuse_shared(patcher: ModelPatcher) -> None:
     """Another patcher would go on to patch and move the weights in its own way."""
     gc.collect()
-    patchers = (item for item in gc.get_objects() if issubclass(type(item), comfy.model_patcher.ModelPatcher))
+    patchers = (item for item in gc.get_objects() if issubclass(type(item), ModelPatcher))
     if any(other is not patcher and other.model is patcher.model for other in patchers):
         raise PlanError(
             f"this {type(patcher.model).__name__} is in use by other nodes, and its loader does not say how to load it "
@@ -203,7 +198,7 @@ def reload_component(
     device: str,
     embedding_directory: list[str] | str | None = None,
     disable_dynamic: bool = False,
-) -> comfy.model_patcher.ModelPatcher:
+) -> ModelPatcher:
     """ComfyUI's own patcher of one component, loaded anew; ComfyUI calls it to clone a model for another device.
 
     `component` is one of the names in this module.
@@ -224,7 +219,7 @@ def reload_component(
 
 
 def _make_plans(
-    patchers: Mapping[str, comfy.model_patcher.ModelPatcher],
+    patchers: Mapping[str, ModelPatcher],
     unet: ComponentRequest,
     clip: ComponentRequest,
     memory: Mapping[str, DeviceMemory],
@@ -293,7 +288,7 @@ def _supports_all_of(device: str, other: str) -> bool:
 def _read(ckpt_path: str) -> _Weights:
     mm.throw_exception_if_processing_interrupted()
     try:
-        state_dict, metadata = comfy.utils.load_torch_file(ckpt_path, return_metadata=True)
+        state_dict, metadata = core.utils.load_torch_file(ckpt_path, return_metadata=True)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -307,9 +302,9 @@ def _detect(weights: _Weights) -> _Detected:
     """Raises `CheckpointError` when the file holds something else than weights by name."""
     try:
         state_dict = dict(weights.state_dict)
-        prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
-        state_dict, metadata = comfy.utils.convert_old_quants(state_dict, prefix, metadata=weights.metadata)
-        config = comfy.model_detection.model_config_from_unet(state_dict, prefix, metadata=metadata)
+        prefix = core.model_detection.unet_prefix_from_state_dict(state_dict)
+        state_dict, metadata = core.utils.convert_old_quants(state_dict, prefix, metadata=weights.metadata)
+        config = core.model_detection.model_config_from_unet(state_dict, prefix, metadata=metadata)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _not_a_checkpoint(weights.path) from error
     return _Detected(state_dict, prefix, config)
@@ -317,7 +312,7 @@ def _detect(weights: _Weights) -> _Detected:
 
 def _not_a_checkpoint(path: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is not a checkpoint that ComfyUI {comfyui_version.__version__} knows; a LoRA, ControlNet, VAE or text "
+        f"{path} is not a checkpoint that ComfyUI {core.version} knows; a LoRA, ControlNet, VAE or text "
         "encoder is loaded by its own node, and a new architecture needs a newer ComfyUI"
     )
 
@@ -330,7 +325,7 @@ def _load_model_and_clip(
     with_model: bool = True,
     with_clip: bool = True,
     disable_dynamic: bool = False,
-) -> tuple[comfy.model_patcher.ModelPatcher | None, comfy.sd.CLIP | None]:
+) -> tuple[ModelPatcher | None, core.sd.CLIP | None]:
     """None for what is not asked for or not in the file. ComfyUI's loader takes out of `weights` what it loads."""
     model_options = {"load_device": torch.device(unet_device), "offload_device": _CPU}
     # The text encoder is not to be on its device before a plan says so: ComfyUI moves it there when it is used.
@@ -342,10 +337,11 @@ def _load_model_and_clip(
     dtype, num_parameters = _inference_dtype(detected)
     first_device = mm.unet_inital_load_device(num_parameters, dtype)
     model = clip = None
-    # Where the CPU computes with the diffusion model ComfyUI's loader makes both, and may copy: the weights stay there,
-    # and the file may be replaced meanwhile. Not where it would put the diffusion model on its default GPU, whatever
-    # device it is asked to load it on.
-    if unet_device != "cpu" or first_device != _CPU:
+    # ComfyUI's loader makes both where it copies no weights, and where the CPU computes with the diffusion model: there
+    # it may copy, since the weights stay in host memory and the file may be replaced meanwhile. But it must not put the
+    # diffusion model on its default GPU, whatever device it is asked to load it on.
+    copies = not core.loaders_keep_the_mapping(disable_dynamic) and unet_device != "cpu"
+    if copies or first_device != _CPU:
         if with_model:
             model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
         if with_clip:  # after the diffusion model, of whose weights the config may learn about the text encoder
@@ -353,7 +349,7 @@ def _load_model_and_clip(
     del detected
     model_is_left, clip_is_left = with_model and model is None, with_clip and clip is None
     if model_is_left or clip_is_left:
-        core_model, core_clip, *_ = comfy.sd.load_state_dict_guess_config(
+        core_model, core_clip, *_ = core.sd.load_state_dict_guess_config(
             weights.state_dict,
             output_vae=False,
             output_clip=clip_is_left,
@@ -370,10 +366,10 @@ def _load_model_and_clip(
 
 def _load_diffusion_model_only(
     weights: _Weights, model_options: dict[str, torch.device], disable_dynamic: bool
-) -> comfy.model_patcher.ModelPatcher:
+) -> ModelPatcher:
     """For a file in which ComfyUI detects no checkpoint: its checkpoint loader would drop the options here."""
     try:
-        model = comfy.sd.load_diffusion_model_state_dict(
+        model = core.sd.load_diffusion_model_state_dict(
             weights.state_dict, model_options, metadata=weights.metadata, disable_dynamic=disable_dynamic
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -383,11 +379,11 @@ def _load_diffusion_model_only(
     return model
 
 
-def _load_vae(weights: _Weights, device: str) -> comfy.sd.VAE:
+def _load_vae(weights: _Weights, device: str) -> core.sd.VAE:
     if _detect(weights).config is None:
         # ComfyUI's checkpoint loader would load a diffusion model here. This VAE raises when it is used.
-        return comfy.sd.VAE(sd={})
-    vae = comfy.sd.load_state_dict_guess_config(
+        return core.sd.VAE(sd={})
+    vae = core.sd.load_state_dict_guess_config(
         dict(weights.state_dict),
         output_clip=False,
         output_model=False,
@@ -402,8 +398,8 @@ def _load_vae(weights: _Weights, device: str) -> comfy.sd.VAE:
 def _inference_dtype(detected: _Detected) -> tuple[torch.dtype, int]:
     """The dtype that ComfyUI would load the diffusion model in, and its number of parameters."""
     state_dict, prefix, config = detected.state_dict, detected.prefix, detected.config
-    num_parameters = comfy.utils.calculate_parameters(state_dict, prefix)
-    weight_dtype = None if config.quant_config is not None else comfy.utils.weight_dtype(state_dict, prefix)
+    num_parameters = core.utils.calculate_parameters(state_dict, prefix)
+    weight_dtype = None if config.quant_config is not None else core.utils.weight_dtype(state_dict, prefix)
     dtype = mm.unet_dtype(
         model_params=num_parameters,
         supported_dtypes=list(config.supported_inference_dtypes),
@@ -414,7 +410,7 @@ def _inference_dtype(detected: _Detected) -> tuple[torch.dtype, int]:
 
 def _build_diffusion_model(
     detected: _Detected, dtype: torch.dtype, model_options: dict[str, torch.device], disable_dynamic: bool
-) -> comfy.model_patcher.ModelPatcher:
+) -> ModelPatcher:
     """Build the diffusion model of the tensors of the file, memory-mapped where they are, in host memory.
 
     Only what is not stored in the dtype of the model is copied.
@@ -422,12 +418,9 @@ def _build_diffusion_model(
     config, device = detected.config, model_options["load_device"]
     cast_from = None if config.quant_config is not None else dtype
     manual_cast_dtype = mm.unet_manual_cast(cast_from, device, config.supported_inference_dtypes)
-    # ComfyUI before 0.27 takes no device here.
-    takes_device = "device" in inspect.signature(config.set_inference_dtype).parameters
-    config.set_inference_dtype(dtype, manual_cast_dtype, **({"device": device} if takes_device else {}))
+    core.set_inference_dtype(config, dtype, manual_cast_dtype, device)
     model = config.get_model(detected.state_dict, detected.prefix, device=_CPU)
-    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = patcher_class(model, **model_options)
+    patcher = core.patcher_class(disable_dynamic)(model, **model_options)
     with _tensors_as_built(patcher):
         model.load_model_weights(detected.state_dict, detected.prefix, assign=True)
     return patcher
@@ -438,7 +431,7 @@ def _build_text_encoder(
     clip_options: dict[str, torch.device],
     embedding_directory: list[str] | str | None,
     disable_dynamic: bool,
-) -> comfy.sd.CLIP | None:
+) -> core.sd.CLIP | None:
     """Build the text encoder of the file's own tensors; where the CPU may compute with it, of copies, as ComfyUI does.
 
     None where the file has none, or has it in the older scaled fp8, which ComfyUI's loader converts.
@@ -453,7 +446,7 @@ def _build_text_encoder(
     device = clip_options["load_device"]
     # ComfyUI computes a text encoder on the CPU when its device lacks a dtype of it, which is known when it is built.
     is_copied = device == _CPU or not all(mm.supports_cast(device, dtype) for dtype in _DTYPES)
-    clip = comfy.sd.CLIP(
+    clip = core.sd.CLIP(
         target,
         embedding_directory=embedding_directory,
         tokenizer_data=clip_state_dict,
@@ -472,7 +465,7 @@ def _build_text_encoder(
 
 
 @contextlib.contextmanager
-def _tensors_as_built(patcher: comfy.model_patcher.ModelPatcher) -> Iterator[None]:
+def _tensors_as_built(patcher: ModelPatcher) -> Iterator[None]:
     """Tensors that are assigned inside `with` get the dtypes and the memory formats that the model was built with:
     ComfyUI transposes some, and lets users ask for channels last. Not with DynamicVRAM, which casts as it goes."""
     built = {name: (tensor.dtype, _memory_format(tensor)) for name, tensor in _tensors_of(patcher.model)}

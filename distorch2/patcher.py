@@ -20,19 +20,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import comfy.lora
-import comfy.model_management as mm
 import torch
-from comfy.model_patcher import (
-    CallbacksMP,
-    ModelPatcher,
-    get_key_weight,
-    move_weight_functions,
-    wipe_lowvram_weight,
-)
-from comfy.patcher_extension import WrappersMP
-from comfy.weight_adapter import WeightAdapterBase
 
+from .comfyui import core
+from .comfyui.core import ModelPatcher, mm
 from .distribution import Distribution
 from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
 from .inventory import list_layers, own_tensors
@@ -82,20 +73,20 @@ class DistributedPatcher(ModelPatcher):
     """Serves a module's weights from the devices of a plan. Made by `take_over`."""
 
     @classmethod
-    def take_over(cls, core: ModelPatcher, plan: Plan, high_precision_loras: bool = True) -> DistributedPatcher:
-        """A patcher in the place of `core`, a freshly loaded one that nothing else uses.
+    def take_over(cls, fresh: ModelPatcher, plan: Plan, high_precision_loras: bool = True) -> DistributedPatcher:
+        """A patcher in the place of `fresh`, a freshly loaded one that nothing else uses.
 
         Every attribute is copied: what a loader set on its patcher is not lost. With `high_precision_loras` a weight
         that is stored in 8 bits or fewer is kept in the dtype of computation while it is patched.
         """
-        forget([core])
-        distributions = {plan.compute_device: Distribution(core.model, plan)}
-        setattr(core.model, _ATTRIBUTE, _Shared(plan, high_precision_loras, distributions))
-        patcher = cls(core.model, torch.device(plan.compute_device), _CPU)
+        forget([fresh])
+        distributions = {plan.compute_device: Distribution(fresh.model, plan)}
+        setattr(fresh.model, _ATTRIBUTE, _Shared(plan, high_precision_loras, distributions))
+        patcher = cls(fresh.model, torch.device(plan.compute_device), _CPU)
         own = {"load_device", "offload_device", "size"}
-        patcher.__dict__.update({name: value for name, value in vars(core).items() if name not in own})
-        patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _ATTRIBUTE)
-        patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _ATTRIBUTE, _explain)
+        patcher.__dict__.update({name: value for name, value in vars(fresh).items() if name not in own})
+        patcher.remove_wrappers_with_key(core.WrappersMP.APPLY_MODEL, _ATTRIBUTE)
+        patcher.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, _ATTRIBUTE, _around_forward)
         return patcher
 
     def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
@@ -156,7 +147,7 @@ class DistributedPatcher(ModelPatcher):
             self.model.model_loaded_weight_memory = self.loaded_size()
             self.model.model_offload_buffer_memory = 0
             self.model.current_weight_patches_uuid = self.patches_uuid
-            for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+            for callback in self.get_all_callbacks(core.CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
@@ -501,11 +492,11 @@ class DistributedPatcher(ModelPatcher):
             if dtype is None:
                 return super().patch_weight_to_device(key, device, return_weight=True, force_cast=force_cast)
             # As there, but not rounded to the dtype of the original in the end.
-            weight, _, convert = get_key_weight(self.model, key)
+            weight, _, convert = core.get_key_weight(self.model, key)
             lora_dtype = mm.lora_compute_dtype(device)
             full = mm.cast_to_device(weight, device or weight.device, lora_dtype, copy=True)
             full = full if convert is None else convert(full, inplace=True)
-            return comfy.lora.calculate_weight(self.patches[key], full, key).to(dtype)
+            return core.lora.calculate_weight(self.patches[key], full, key).to(dtype)
 
     def _back_up(self, key: str) -> None:
         """Before a weight is replaced: keep the original, and do not take the one in place for what it was."""
@@ -524,7 +515,7 @@ class DistributedPatcher(ModelPatcher):
         for name, module in self.model.named_modules():
             if not own_tensors(module):
                 continue
-            wipe_lowvram_weight(module)
+            core.wipe_lowvram_weight(module)
             # A quantised operation is not to quantise the input of a layer whose weight is not quantised any more.
             module.comfy_force_cast_weights = self.force_cast_weights or name in kept_in_full
             # Whoever computes with a weight that is streamed shall ask for it on the compute device.
@@ -536,7 +527,7 @@ class DistributedPatcher(ModelPatcher):
                 module.comfy_cast_weights = True
             module.weight_function.extend(self.weight_wrapper_patches.get(f"{name}.weight", []))
             module.bias_function.extend(self.weight_wrapper_patches.get(f"{name}.bias", []))
-            move_weight_functions(module, self.load_device)
+            core.move_weight_functions(module, self.load_device)
 
     def _owner(self, key: str) -> tuple[torch.nn.Module, str]:
         """The module that has the weight `key`, and the weight's name in it."""
@@ -584,15 +575,19 @@ class DistributedPatcher(ModelPatcher):
         return f"{devices} failed while {doing} {type(self.model).__name__} ({reason}); restart ComfyUI"
 
 
-def _explain(executor: Any, *arguments: Any, **options: Any) -> Any:
-    """A wrapper of the model's forward, which says what a plan has to do with it when there is no memory, and what is
-    left to do when a device is lost."""
-    try:
+def _around_forward(executor: Any, *arguments: Any, **options: Any) -> Any:
+    """A wrapper of the model's forward.
+
+    ComfyUI's compiler is kept out of a forward that is relayed. When there is no memory the error says what the plan
+    has to do with it, and when a device is lost, what is left to do.
+    """
+    patcher = getattr(executor.class_obj, "current_patcher", None)
+    if not isinstance(patcher, DistributedPatcher):
         return executor(*arguments, **options)
+    try:
+        with contextlib.nullcontext() if patcher.distribution.relay is None else core.without_compiler():
+            return executor(*arguments, **options)
     except RuntimeError as error:
-        patcher = getattr(executor.class_obj, "current_patcher", None)
-        if not isinstance(patcher, DistributedPatcher):
-            raise
         if is_device_lost(error):
             raise RuntimeError(patcher.device_lost_message("running", error)) from error
         if not is_out_of_memory(error):
@@ -635,6 +630,6 @@ def _same(left: Any, right: Any) -> bool:
         return len(left) == len(right) and all(map(_same, left, right))
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
-    if isinstance(left, WeightAdapterBase):
+    if isinstance(left, core.WeightAdapterBase):
         return _same(vars(left), vars(right))
     return isinstance(left, (bool, int, float, str, set)) and left == right

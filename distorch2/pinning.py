@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-import comfy.model_management as mm
 import torch
+
+from .comfyui.core import mm
 
 
 class PinnedSlabs:

@@ -22,6 +22,7 @@ import torch
 from .activations import Activations, Visit
 from .forwards import Forwards
 from .quantised import to_device
+from .slab import allocate
 from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Transfer, on_device
 
@@ -95,8 +96,14 @@ class StreamerOfUnits(Streamer):
     It has no staging buffer until one is called at home.
     """
 
-    def __init__(self, groups: Sequence[StreamedGroup], transfer: Transfer, staging_bytes: int) -> None:
-        super().__init__(groups, transfer, staging_bytes, is_lazy=True)
+    def __init__(
+        self,
+        groups: Sequence[StreamedGroup],
+        transfer: Transfer,
+        staging_bytes: int,
+        allocate_later: Callable[[int, torch.device], torch.Tensor] = allocate,
+    ) -> None:
+        super().__init__(groups, transfer, staging_bytes, allocate_later=allocate_later)
 
     def _serving(self, index: int, layer: StreamedLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         serve, group = super()._serving(index, layer, previous), self._groups[self._group_of[index]]
@@ -111,10 +118,17 @@ class StreamerOfUnits(Streamer):
 
 
 class Relay:
-    """Runs units on donors, from `attach` to `detach`."""
+    """Runs units on donors, from `attach` to `detach`, but for those that are called while `must_stay_at_home()`."""
 
-    def __init__(self, home: torch.device, units: Sequence[RelayedUnit], streamer: Streamer) -> None:
+    def __init__(
+        self,
+        home: torch.device,
+        units: Sequence[RelayedUnit],
+        streamer: Streamer,
+        must_stay_at_home: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.units = units
+        self._must_stay_at_home = must_stay_at_home
         self.streamer = streamer
         self.is_allowed = True
         """Set it to False to keep all units at home."""
@@ -150,6 +164,7 @@ class Relay:
                 and not unit.stays_at_home
                 and _device_of(arguments, options) == self.activations.home
                 and unit.is_there()
+                and not self._must_stay_at_home()
                 and not _has_patches_inside((*arguments, *options.values()))
             )
             if runs_there:

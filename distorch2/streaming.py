@@ -152,8 +152,10 @@ class Streamer:
     Meanwhile the forward of every layer's module is one that binds the weights around the module's own. A layer that
     is read and not called in the first pass is bound, from then on, while the module around it runs; `root` is the
     module in which the layers' names are looked up for that. `order` says in which order the layers run, as far as that
-    is known. The buffer is there from the start, unless `is_lazy`: then it comes with the first layer that runs, and
-    layers that are only read are not served.
+    is known.
+
+    The buffer is there from the start. With `allocate_later`, a function of bytes and device, it comes with the first
+    layer that runs, and layers that are only read are not served.
     """
 
     def __init__(
@@ -162,17 +164,19 @@ class Streamer:
         transfer: Transfer,
         staging_bytes: int,
         order: Sequence[int] | None = None,
-        is_lazy: bool = False,
+        allocate_later: Callable[[int, torch.device], torch.Tensor] | None = None,
         root: torch.nn.Module | None = None,
     ) -> None:
         self._groups = groups
         self._layers = [layer for group in groups for layer in group.layers]
         self._root = None if root is None else weakref.ref(root)
         self._watch: Watch | None = None
-        self._only_read: list[int] | None = [] if is_lazy else None  # numbers of layers; None until that is known
+        # Numbers of layers; None until they are known.
+        self._only_read: list[int] | None = [] if allocate_later else None
         self._transfer = transfer
         self._capacity = staging_bytes
-        self.staging = allocate(0 if is_lazy else staging_bytes, transfer.device)
+        self._allocate_later = allocate_later
+        self.staging = allocate(0 if allocate_later else staging_bytes, transfer.device)
         self._group_of = [index for index, group in enumerate(groups) for _ in group.layers]
         self._schedule = Schedule(self._group_of, [group.num_bytes for group in groups], staging_bytes, order)
         self._schedule_version = 0
@@ -327,8 +331,8 @@ class Streamer:
         """Where each group goes in the staging buffer, and the parameters of its layers there."""
         # A copy that is under way would write where another group is now.
         self._transfer.wait()
-        if self.staging.nbytes < self._capacity:
-            self.staging = allocate(self._capacity, self._transfer.device)
+        if self._allocate_later is not None and self.staging.nbytes < self._capacity:
+            self.staging = self._allocate_later(self._capacity, self._transfer.device)
         self._copies, self._inside = [], []
         for index, group in enumerate(self._groups):
             begin = self._schedule.offsets[index]
