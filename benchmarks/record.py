@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.metadata
 import json
+import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -59,6 +63,7 @@ def provenance() -> dict[str, Any]:
             "processor": _processor(),
             "python": platform.python_version(),
             **_torch_facts(),
+            **_comfyui_facts(),
         },
     }
 
@@ -76,6 +81,18 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def _comfyui_facts() -> dict[str, str]:
+    """Versions of the ComfyUI that COMFYUI_PATH names, and of its packages that a result may depend on."""
+    facts = {}
+    version_file = Path(os.environ.get("COMFYUI_PATH", ""), "comfyui_version.py")
+    if version_file.is_file():
+        facts["ComfyUI"] = re.findall(r'__version__ = "(.+)"', version_file.read_text())[0]
+    for package in ("comfy-aimdo", "comfy-kitchen"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            facts[package] = importlib.metadata.version(package)
+    return facts
 
 
 def _torch_facts() -> dict[str, Any]:

@@ -1,24 +1,28 @@
 """On one GPU: how long a step takes with part of the model on the CPU, against the link and ComfyUI's own ways.
 
-    python3 tools/host.py run benchmarks/streaming.py [FOLDER] [MODEL ...]
+    python3 tools/host.py run benchmarks/streaming.py [--folder FOLDER] [--models MODEL ...] [--percentages PERCENT ...]
+                                                      [--fast-disk] [--name NAME]
 
-Models of full size with random weights (Flux, SDXL, T5-XXL) are written to FOLDER (default /dev/shm; 36 GiB). A row
-is a percentage on the CPU, a case is a size of the images. A step is one forward among others of the same model, timed
-until its result is there; what it copies ahead for the next step goes on. Steps of the resident model and of ours take
-turns, five at a time, of which the first is not counted. The floor is the longer of the resident step and the copy of
-the streamed bytes at the speed of the link, which is measured before and after each case, and the faster counts. How
-fast the parts of packing can be is measured, too, to compare "read s" and "place s" with.
+Models of full size with random weights (Flux, SDXL, T5-XXL) are written to FOLDER (default /dev/shm; 36 GiB). A row is
+a percentage on the CPU, a case is a size of the images. The result is written to results/NAME.json. A step is one
+forward among others of the same model, timed until its result is there; what it copies ahead for the next step goes on.
+Steps of the resident model and of ours take turns, five at a time, of which the first is not counted. The floor is the
+longer of the resident step and the copy of the streamed bytes at the speed of the link, which is measured before and
+after each case, and the faster counts. How fast the parts of packing can be is measured, too, to compare "read s" and
+"place s" with.
 
 ComfyUI's own two ways to run a model that does not fit, classic and DynamicVRAM, then load it once for each row and run
 each case but the batch of two (for the time that it takes) on a GPU that has as much memory free as ours took for it by
-the driver's count; they decide themselves what they keep there. DynamicVRAM needs a process of its own. The forecast is
-that of `simulator.py` for the times of the layers in one recorded step.
+the driver's count; they decide themselves what they keep there. DynamicVRAM needs a process of its own, and with
+--fast-disk runs in one more, in which ComfyUI is started with its own --fast-disk. The forecast is that of
+`simulator.py` for the times of the layers in one recorded step.
 
 Each row is printed as soon as it is measured. Where matplotlib is installed, `plot.py` draws the results.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import importlib.util
@@ -49,6 +53,8 @@ from record import printed_by, write_results
 
 FILES_GIB = {"Flux": 22.2, "SDXL": 4.8, "T5-XXL": 8.9}
 PERCENTAGES = (0, 10, 25, 50, 75, 90, 100)
+MEASURE = "--measure"
+"""For a process of its own: with the arguments of `measure_all` as JSON."""
 OUT_OF_MEMORY = ("out of memory", "VRAM grow failed", "VBAR allocation failed")
 """What torch and DynamicVRAM say when they do not get by with so little."""
 TOLERATED_BYTES = 512 * 1024**2
@@ -202,7 +208,7 @@ def recorded_step(model, patcher, inputs, link_bytes_per_s: float) -> dict:
     }
 
 
-def measure(model, path: str) -> Iterator[dict]:
+def measure(model, path: str, percentages: list[int]) -> Iterator[dict]:
     """Resident, ours and classic, in this process. Yields the result so far: in each row before classic, and after."""
     import comfy.model_management as mm
     import models
@@ -221,7 +227,7 @@ def measure(model, path: str) -> Iterator[dict]:
     resident = resident_model(model, path)
     model_bytes = resident.model_size()
     expected = {case: warmed_up(model, resident, inputs[case]) for case in model.cases}
-    for percent in PERCENTAGES:
+    for percent in percentages:
         free_before = free_gpu_bytes()
         request = ComponentRequest(device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
         started = time.perf_counter()
@@ -279,12 +285,21 @@ def measure_dynamic(model, path: str, free_bytes: list[dict[str, int]]) -> Itera
         yield rows
 
 
-def measure_all(folder: Path, names: list[str], free_bytes: dict[str, list[dict[str, int]]] | None = None) -> None:
+def measure_all(
+    folder: Path,
+    names: list[str],
+    percentages: list[int],
+    free_bytes: dict[str, list[dict[str, int]]] | None = None,
+    fast_disk: bool = False,
+) -> None:
     """DynamicVRAM where `free_bytes` are given; else the others, for which it also writes the models' files.
 
     Prints what it has of all the models so far, as a JSON object, after each row.
     """
     start_comfyui(dynamic_vram=free_bytes is not None)
+    import comfy.cli_args
+
+    comfy.cli_args.args.fast_disk = fast_disk
     import models
     import torch
 
@@ -296,7 +311,7 @@ def measure_all(folder: Path, names: list[str], free_bytes: dict[str, list[dict[
         measured: Iterator
         if free_bytes is None:
             model.save(path)
-            measured = measure(model, str(path))
+            measured = measure(model, str(path), percentages)
         else:
             measured = measure_dynamic(model, str(path), free_bytes[name])
         with torch.inference_mode():
@@ -305,11 +320,9 @@ def measure_all(folder: Path, names: list[str], free_bytes: dict[str, list[dict[
                 print(json.dumps({"models": found}), flush=True)
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path, names: list[str], percentages: list[int], fast_disk: bool, result_name: str) -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # or half of the weights might come by way of another GPU
     require_gpus(1)
-    if unknown := [name for name in names if name not in FILES_GIB]:
-        sys.exit(f"unknown model {unknown[0]!r}; there are {', '.join(FILES_GIB)}")
     if not folder.is_dir():
         sys.exit(f"{folder} is not a folder; the models' files are written there")
     model_folder = folder / "distorch2_streaming"
@@ -322,21 +335,25 @@ def main(folder: Path, names: list[str]) -> None:
 
     def write() -> Path:
         results["minutes"] = round((time.monotonic() - started) / 60, 2)
-        return write_results("streaming", results)
+        return write_results(result_name, results)
 
     model_folder.mkdir()
     try:
-        for printed in printed_by([sys.executable, __file__, "--measure", model_folder, *names]):
+        arguments = json.dumps([str(model_folder), names, percentages])
+        for printed in printed_by([sys.executable, __file__, MEASURE, arguments]):
             results |= printed
             write()
         limited = {name: [row for row in model["rows"] if row["groups"]] for name, model in results["models"].items()}
         free_bytes = {name: [row["free bytes for ComfyUI"] for row in rows] for name, rows in limited.items()}
-        for printed in printed_by([sys.executable, __file__, "--dynamic", model_folder, json.dumps(free_bytes)]):
-            for name, dynamic_rows in printed.pop("models", {}).items():
-                for row, dynamic_row in zip(limited[name], dynamic_rows):
-                    row["DynamicVRAM at equal VRAM"] = dynamic_row  # of `results`, whose rows these are
-            results |= printed  # that it broke off, if it did
-            write()
+        for is_fast_disk in (False, True)[: 1 + fast_disk]:
+            arguments = json.dumps([str(model_folder), names, percentages, free_bytes, is_fast_disk])
+            title = "DynamicVRAM with --fast-disk at equal VRAM" if is_fast_disk else "DynamicVRAM at equal VRAM"
+            for printed in printed_by([sys.executable, __file__, MEASURE, arguments]):
+                for name, dynamic_rows in printed.pop("models", {}).items():
+                    for row, dynamic_row in zip(limited[name], dynamic_rows):
+                        row[title] = dynamic_row  # of `results`, whose rows these are
+                results |= printed  # that it broke off, if it did
+                write()
     finally:
         shutil.rmtree(model_folder)
     result_path = write()
@@ -347,10 +364,15 @@ def main(folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        measure_all(Path(sys.argv[2]), sys.argv[3:])
-    elif sys.argv[1:2] == ["--dynamic"]:
-        free_bytes_of = json.loads(sys.argv[3])
-        measure_all(Path(sys.argv[2]), list(free_bytes_of), free_bytes_of)
+    if sys.argv[1:2] == [MEASURE]:
+        model_files, *others = json.loads(sys.argv[2])
+        measure_all(Path(model_files), *others)
     else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"), sys.argv[2:] or list(FILES_GIB))
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+        parser.add_argument("--models", nargs="+", choices=list(FILES_GIB), default=list(FILES_GIB))
+        parser.add_argument("--percentages", nargs="+", type=int, default=list(PERCENTAGES))
+        parser.add_argument("--fast-disk", action="store_true")
+        parser.add_argument("--name", default="streaming")
+        options = parser.parse_args()
+        main(options.folder, options.models, options.percentages, options.fast_disk, options.name)
