@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import resident_model, saved_model, start_comfyui, step, steps_ms
+from harness import saved_model, start_comfyui, step, steps_ms, warmed_up
 from record import write_results
 
 NUM_FORWARDS = 8
@@ -88,15 +88,15 @@ def main(folder: Path) -> None:
         flux = models.FLUX
         found: dict[str, Any] = {"at": {}}
         with torch.inference_mode():
-            resident = resident_model(flux, str(path))
-            request = ComponentRequest("cuda:0", VirtualVram(11.1, "cpu"))
-            streamed = flux.distributed(str(path), request)
-            streamed.patch_model()
+            patchers = {}
+            for name, gib in (("resident", 0.0), ("half on the CPU", 11.1)):
+                patchers[name] = flux.distributed(str(path), ComponentRequest("cuda:0", VirtualVram(gib, "cpu")))
+                patchers[name].patch_model()
             for case in flux.cases:
                 inputs = flux.inputs(case)
-                expected = step(flux, resident, inputs)
+                expected = warmed_up(flux, patchers["resident"], inputs)
                 of_case: dict[str, Any] = {}
-                for name, patcher in (("resident", resident), ("half on the CPU", streamed)):
+                for name, patcher in patchers.items():
                     recorded = Recorded(flux)
                     outputs = [step(recorded, patcher, inputs) for _ in range(NUM_FORWARDS)]
                     of_case[name] = {

@@ -69,7 +69,12 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit, with a mark when the code differs from it; "unknown" outside a git checkout."""
+    """The commit, with a mark when the code differs from it; "unknown" outside a git checkout.
+
+    DISTORCH2_COMMIT names it where the code is a copy of a checkout.
+    """
+    if named := os.environ.get("DISTORCH2_COMMIT"):
+        return named
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty"]
     result = subprocess.run(describe, capture_output=True, text=True)
     return result.stdout.strip() if result.returncode == 0 else "unknown"
