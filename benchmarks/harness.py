@@ -20,12 +20,14 @@ TIMED_STEPS = _TURNS * _TIMED_STEPS_IN_A_TURN
 
 
 def start_comfyui(dynamic_vram: bool) -> None:
-    """Import ComfyUI as its main.py does, with or without DynamicVRAM.
+    """Import ComfyUI as its main.py does, with its choice of torch's allocator, with or without DynamicVRAM.
 
     The package is that of this checkout, or of the one that DISTORCH2_CHECKOUT names.
     """
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     sys.path.append(os.environ.get("DISTORCH2_CHECKOUT") or str(ROOT))
+    import cuda_malloc  # noqa: F401  before torch
+
     if dynamic_vram:
         import comfy_aimdo.control
 

@@ -11,13 +11,14 @@ of the link, measured in the same run. FOLDER (default /dev/shm) needs room for 
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from harness import link_gb_per_second, require_gpus, start_comfyui, step, steps_ms, warmed_up
-from record import ROOT, write_results
+from record import record_printed_by
 
 NUM_BLOCKS = 16
 HIDDEN, HEADS, HEAD, FFN, TIME, TIME_GRID = 5376, 56, 128, 14336, 64, 512
@@ -74,8 +75,7 @@ def inputs() -> Any:
     return [video, audio], torch.tensor([500.0], device="cuda"), text.bfloat16()
 
 
-def main(folder: Path) -> None:
-    require_gpus(1)
+def measure(path: Path) -> dict[str, Any]:
     start_comfyui(dynamic_vram=False)
     import comfy.model_management as mm
     import comfy.sd
@@ -86,7 +86,6 @@ def main(folder: Path) -> None:
     from distorch2.serving.reading import Watch
 
     torch.set_grad_enabled(False)
-    path = folder / "distorch2_reading.safetensors"
     stop = Watch.stop
     try:
         save(path)
@@ -131,14 +130,15 @@ def main(folder: Path) -> None:
                 row["floor ms"] = round(max(resident_ms, streamed_bytes / link / 1e6), 1)
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
-        write_results(
-            "reading",
-            {"model GiB": round(model_bytes / GIB, 2), "ComfyUI's own repeats its bits": is_steady, "rows": rows},
-        )
+        return {"model GiB": round(model_bytes / GIB, 2), "ComfyUI's own repeats its bits": is_steady, "rows": rows}
     finally:
         path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    sys.path.append(str(ROOT / "tools"))
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"))
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(Path(sys.argv[2]))))
+    else:
+        require_gpus(1)
+        file = Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm", "distorch2_reading.safetensors")
+        sys.exit(record_printed_by("reading", [sys.executable, __file__, "--measure", file]))
