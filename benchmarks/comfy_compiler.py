@@ -2,10 +2,12 @@
 
     python3 tools/host.py run benchmarks/comfy_compiler.py [FOLDER]
 
-Needs comfy-aimdo 0.5 or later. The Flux-sized model, half of it on the CPU, runs forwards as ComfyUI 0.34 and later run
-those of models that it compiles: recorded the first time, repeated from then on, block by block. Its output is compared
-with that of the resident model, and every break of the recording is counted. Resident and streamed forwards are timed
-with the compiler and without it. FOLDER (default /dev/shm) needs room for the model's file.
+Needs comfy-aimdo 0.5 or later. Models run forwards as ComfyUI 0.34 and later run those that it compiles: recorded the
+first time, repeated from then on. In the INT8 model of `reading.py` each block is a scope of its own, at whose end all
+is free that was allocated in it, as ComfyUI has it for MiniMax-H3; the Flux-sized model, whose blocks give new tensors
+to each other, is one scope. The output is compared with that of the resident model without the compiler, and the breaks
+of each forward's recording are counted. Resident and streamed forwards are timed with the compiler and without it.
+FOLDER (default /dev/shm) needs room for 30 GiB.
 """
 
 from __future__ import annotations
@@ -16,45 +18,65 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import reading
 from harness import saved_model, start_comfyui, step, steps_ms, warmed_up
-from record import record_printed_by
+from record import printed_by, write_results
 
 NUM_FORWARDS = 8
+PERCENT_ON_CPU = {"Flux": (0, 50), "MiniMax-H3, INT8": (0, 100)}
+
+
+class Flux:
+    """`scopes` are the modules before which a new scope begins, and the one before which none does any more."""
+
+    def __init__(self) -> None:
+        import models
+
+        self.inputs = models.FLUX.inputs("1024 px")
+
+    def step(self, patcher: Any, inputs: Any) -> Any:
+        return patcher.model.apply_model(**inputs)
+
+    def scopes(self, patcher: Any) -> tuple[Any, Any]:
+        return (), None
+
+
+class MiniMax(reading.Model):
+    def __init__(self) -> None:
+        self.inputs = reading.inputs()
+
+    def scopes(self, patcher: Any) -> tuple[Any, Any]:
+        module = patcher.model.diffusion_model
+        return module.blocks, module.final_layer
 
 
 class Recorded:
-    """A model of `models.py` whose forwards are recorded and repeated, each block in a scope of its own."""
+    """A model whose forwards are recorded and repeated."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, like: Any) -> None:
+        self._model, self._like = model, like
         self._graph: Any = None
         self.breaks: list[int] = []
         """Of each forward."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
     def step(self, patcher: Any, inputs: Any) -> Any:
         import comfy_aimdo.malloc_graph
         import torch
 
-        module = patcher.model.diffusion_model
         breaks = 0
 
-        def enter_block(block: torch.nn.Module, arguments: Any, options: Any) -> None:
-            nonlocal breaks
-            breaks += bool(self._graph.iterate("block"))
+        def enter(name: str | None) -> Any:
+            def hook(*_arguments: Any) -> None:
+                nonlocal breaks
+                breaks += bool(self._graph.iterate(name))
 
-        def leave_blocks(layer: torch.nn.Module, arguments: Any, options: Any) -> None:
-            nonlocal breaks
-            breaks += bool(self._graph.iterate(None))
+            return hook
 
-        hooks = [
-            block.register_forward_pre_hook(enter_block, with_kwargs=True)
-            for block in (*module.double_blocks, *module.single_blocks)
-        ]
-        hooks.append(module.final_layer.register_forward_pre_hook(leave_blocks, with_kwargs=True))
-        result = torch.empty_like(inputs["x"])  # what outlives the forward is allocated before it
+        blocks, last = self._model.scopes(patcher)
+        hooks = [block.register_forward_pre_hook(enter("block")) for block in blocks]
+        if last is not None:
+            hooks.append(last.register_forward_pre_hook(enter(None)))
+        result = torch.empty_like(self._like)  # what outlives a forward is allocated before it
         try:
             if self._graph is None:
                 self._graph = comfy_aimdo.malloc_graph.record(torch.cuda.current_stream())
@@ -74,45 +96,72 @@ class Recorded:
     def facts(self) -> dict[str, int]:
         """Bytes of the plan, and allocations that did not fit it, as the compiler counts them."""
         graph = self._graph
-        return {"plan bytes": graph.physical_bytes, "allocations outside the plan": graph.rogue_count}
+        return {
+            "plan bytes": graph.physical_bytes,
+            "peak bytes": graph.peak_used,
+            "allocations outside the plan": graph.rogue_count,
+        }
 
 
-def measure(path: str) -> dict[str, Any]:
+def measure(name: str, path: str) -> None:
+    """Prints what it has so far, as a JSON object, after each part of the model on the CPU."""
     start_comfyui(dynamic_vram=True)
-    import models
     import torch
 
-    from distorch2.plan import ComponentRequest, VirtualVram
+    from distorch2.loading import load_checkpoint
+    from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
-    flux, patchers = models.FLUX, {}
+    if name != "Flux":
+        reading.save(Path(path))
+    model: Any = Flux() if name == "Flux" else MiniMax()
     found: dict[str, Any] = {}
-    with torch.inference_mode():
-        for name, gib in (("resident", 0.0), ("half on the CPU", 11.1)):
-            patchers[name] = flux.distributed(path, ComponentRequest("cuda:0", VirtualVram(gib, "cpu")))
-            patchers[name].patch_model()
-        for case in flux.cases:
-            inputs = flux.inputs(case)
-            expected = warmed_up(flux, patchers["resident"], inputs)
-            for name, patcher in patchers.items():
-                recorded = Recorded(flux)
-                outputs = [step(recorded, patcher, inputs) for _ in range(NUM_FORWARDS)]
-                found.setdefault(case, {})[name] = {
-                    "bit-identical": all(torch.equal(output, expected) for output in outputs),
-                    "breaks by forward": recorded.breaks,
-                    **recorded.facts,
-                    "ms with it": round(statistics.median(steps_ms(recorded, patcher, inputs, 8)), 1),
-                    "ms without it": round(statistics.median(steps_ms(flux, patcher, inputs, 8)), 1),
-                }
-                if not recorded.facts["plan bytes"]:
-                    raise SystemExit("the compiler has served no allocation: torch allocates by itself here")
-                del recorded, outputs
-    return found
+    expected = None
+    for percent in PERCENT_ON_CPU[name]:
+        with torch.inference_mode():
+            gib = Path(path).stat().st_size / GIB * percent / 100
+            request = ComponentRequest("cuda:0", VirtualVram(gib, "cpu"))
+            patcher = load_checkpoint(path, request, request, "cuda:0")[0]
+            patcher.patch_model()
+            if expected is None:
+                expected = warmed_up(model, patcher, model.inputs)
+            recorded = Recorded(model, expected)
+            outputs = [step(recorded, patcher, model.inputs) for _ in range(NUM_FORWARDS)]
+            found[f"{percent}% on the CPU"] = {
+                "bit-identical": all(torch.equal(output, expected) for output in outputs),
+                "streamed groups": sum(group.is_streamed for group in patcher.distribution.plan.groups),
+                "layers only read": len(patcher.distribution.streamer.only_read),
+                "breaks by forward": recorded.breaks[:],
+                **recorded.facts,
+                "ms with it": round(statistics.median(steps_ms(recorded, patcher, model.inputs, 8)), 1),
+                "ms without it": round(statistics.median(steps_ms(model, patcher, model.inputs, 8)), 1),
+            }
+            if not recorded.facts["peak bytes"]:
+                raise SystemExit("the compiler has served no allocation: torch allocates by itself here")
+            del recorded, outputs, patcher
+        print(json.dumps(found), flush=True)
+
+
+def main(folder: Path) -> None:
+    results: dict[str, Any] = {}
+
+    def measured(name: str, path: Path) -> None:
+        for printed in printed_by([sys.executable, __file__, "--measure", name, path]):
+            results[name] = printed
+            write_results("comfy_compiler", results)
+
+    file = folder / "distorch2_reading.safetensors"
+    try:
+        measured("MiniMax-H3, INT8", file)
+    finally:
+        file.unlink(missing_ok=True)
+    with saved_model("Flux", folder) as file:
+        measured("Flux", file)
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measure(sys.argv[2])))
+        measure(sys.argv[2], sys.argv[3])
     else:
-        with saved_model("Flux", Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm")) as file:
-            sys.exit(record_printed_by("comfy_compiler", [sys.executable, __file__, "--measure", file]))
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"))
