@@ -112,8 +112,6 @@ def measure(name: str, path: str) -> None:
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
-    if name != "Flux":
-        reading.save(Path(path))
     model: Any = Flux() if name == "Flux" else MiniMax()
     found: dict[str, Any] = {}
     expected = None
@@ -150,11 +148,8 @@ def main(folder: Path) -> None:
             results[name] = printed
             write_results("comfy_compiler", results)
 
-    file = folder / "distorch2_reading.safetensors"
-    try:
+    with reading.saved(folder) as file:
         measured("MiniMax-H3, INT8", file)
-    finally:
-        file.unlink(missing_ok=True)
     with saved_model("Flux", folder) as file:
         measured("Flux", file)
     print(json.dumps(results, indent=2))

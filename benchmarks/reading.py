@@ -11,9 +11,12 @@ of the link, measured in the same run. FOLDER (default /dev/shm) needs room for 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,19 @@ def inputs() -> Any:
     return [video, audio], torch.tensor([500.0], device="cuda"), text.bfloat16()
 
 
+@contextlib.contextmanager
+def saved(folder: Path) -> Iterator[Path]:
+    """The file, for as long as it is needed. It is written in a process of its own, without DynamicVRAM: with it,
+    ComfyUI's modules have no weights before they are loaded."""
+    require_gpus(1)
+    path = folder / "distorch2_reading.safetensors"
+    try:
+        subprocess.run([sys.executable, __file__, "--save", path], check=True)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def measure(path: Path) -> dict[str, Any]:
     start_comfyui(dynamic_vram=False)
     import comfy.model_management as mm
@@ -87,58 +103,56 @@ def measure(path: Path) -> dict[str, Any]:
 
     torch.set_grad_enabled(False)
     stop = Watch.stop
-    try:
-        save(path)
-        model, arguments = Model(), inputs()
-        with torch.inference_mode():
-            core = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
-            mm.load_models_gpu([core])
-            expected = warmed_up(model, core, arguments)
-            is_steady = torch.equal(step(model, core, arguments), expected)
-            resident_ms = statistics.median(steps_ms(model, core, arguments, 8))
-            model_bytes = core.model_size()
-            mm.unload_all_models()
-            del core
-            rows = []
-            for percent in (50, 75, 100):
-                row: dict[str, Any] = {"percent on cpu": percent}
-                for name, method in (("before", lambda watch: (stop(watch), [])[1]), ("now", stop)):
-                    Watch.stop = method
-                    request = ComponentRequest("cuda:0", VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
-                    patcher = load_checkpoint(str(path), request, request, "cuda:0")[0]
-                    mm.load_models_gpu([patcher])
-                    outputs = [step(model, patcher, arguments) for _ in range(4)]
-                    times = steps_ms(model, patcher, arguments, 8)
-                    groups = [group for group in patcher.distribution.plan.groups if group.is_streamed]
-                    copies = patcher.distribution.transfer.copies
-                    step(model, patcher, arguments)
-                    row[name] = {
-                        "bit-identical": all(torch.equal(output, expected) for output in outputs),
-                        "ms": round(statistics.median(times), 1),
-                        "ms, each step": [round(each, 1) for each in times],
-                        "groups": len(groups),
-                        "groups copied in a step": patcher.distribution.transfer.copies - copies,
-                        "layers only read": len(patcher.distribution.streamer.only_read),
-                    }
-                    streamed_bytes = sum(group.slab_bytes for group in groups)
-                    mm.unload_all_models()
-                    del patcher, outputs
-                link = link_gb_per_second(page_locked=True)
-                row["streamed GiB"] = round(streamed_bytes / GIB, 2)
-                row["link GB/s"] = round(link, 1)
-                row["resident ms"] = round(resident_ms, 1)
-                row["floor ms"] = round(max(resident_ms, streamed_bytes / link / 1e6), 1)
-                rows.append(row)
-                print(row, file=sys.stderr, flush=True)
-        return {"model GiB": round(model_bytes / GIB, 2), "ComfyUI's own repeats its bits": is_steady, "rows": rows}
-    finally:
-        path.unlink(missing_ok=True)
+    model, arguments = Model(), inputs()
+    with torch.inference_mode():
+        core = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
+        mm.load_models_gpu([core])
+        expected = warmed_up(model, core, arguments)
+        is_steady = torch.equal(step(model, core, arguments), expected)
+        resident_ms = statistics.median(steps_ms(model, core, arguments, 8))
+        model_bytes = core.model_size()
+        mm.unload_all_models()
+        del core
+        rows = []
+        for percent in (50, 75, 100):
+            row: dict[str, Any] = {"percent on cpu": percent}
+            for name, method in (("before", lambda watch: (stop(watch), [])[1]), ("now", stop)):
+                Watch.stop = method
+                request = ComponentRequest("cuda:0", VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
+                patcher = load_checkpoint(str(path), request, request, "cuda:0")[0]
+                mm.load_models_gpu([patcher])
+                outputs = [step(model, patcher, arguments) for _ in range(4)]
+                times = steps_ms(model, patcher, arguments, 8)
+                groups = [group for group in patcher.distribution.plan.groups if group.is_streamed]
+                copies = patcher.distribution.transfer.copies
+                step(model, patcher, arguments)
+                row[name] = {
+                    "bit-identical": all(torch.equal(output, expected) for output in outputs),
+                    "ms": round(statistics.median(times), 1),
+                    "ms, each step": [round(each, 1) for each in times],
+                    "groups": len(groups),
+                    "groups copied in a step": patcher.distribution.transfer.copies - copies,
+                    "layers only read": len(patcher.distribution.streamer.only_read),
+                }
+                streamed_bytes = sum(group.slab_bytes for group in groups)
+                mm.unload_all_models()
+                del patcher, outputs
+            link = link_gb_per_second(page_locked=True)
+            row["streamed GiB"] = round(streamed_bytes / GIB, 2)
+            row["link GB/s"] = round(link, 1)
+            row["resident ms"] = round(resident_ms, 1)
+            row["floor ms"] = round(max(resident_ms, streamed_bytes / link / 1e6), 1)
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+    return {"model GiB": round(model_bytes / GIB, 2), "ComfyUI's own repeats its bits": is_steady, "rows": rows}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
+    if sys.argv[1:2] == ["--save"]:
+        start_comfyui(dynamic_vram=False)
+        save(Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measure(Path(sys.argv[2]))))
     else:
-        require_gpus(1)
-        file = Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm", "distorch2_reading.safetensors")
-        sys.exit(record_printed_by("reading", [sys.executable, __file__, "--measure", file]))
+        with saved(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm")) as file:
+            sys.exit(record_printed_by("reading", [sys.executable, __file__, "--measure", file]))

@@ -26,6 +26,7 @@ from .comfyui import core
 from .comfyui.core import ModelPatcher, mm
 from .distribution import Distribution
 from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
+from .forwards import drop_copied_forwards
 from .inventory import list_layers, own_tensors
 from .moving import Mover
 from .plan import GIB, Plan
@@ -311,6 +312,12 @@ class DistributedPatcher(ModelPatcher):
     def patch_cached_hook_weights(self, cached_weights, key, memory_counter) -> None:
         with self._on_compute_device(key):
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+
+    def add_object_patch(self, name: str, obj: Any) -> None:
+        """As ComfyUI's, which makes some of shallow copies of modules with another configuration."""
+        if isinstance(obj, torch.nn.Module):
+            drop_copied_forwards(obj)
+        super().add_object_patch(name, obj)
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         if self.hook_backup:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _OUTSIDE_OF_UNITS = {
     "dit", "double_block", "emb_patch", "forward_timestep_embed_patch", "input_block_patch",
     "input_block_patch_after_skip", "middle_block_after_patch", "noise_refiner", "output_block_patch", "post_input",
+    "single_block",
 }  # fmt: skip
 """Of ComfyUI's patches, those that its models call between units."""
 
@@ -208,8 +209,13 @@ def _device_of(arguments: Sequence[Any], options: Mapping[str, Any]) -> torch.de
 
 
 def _has_patches_inside(values: Sequence[Any]) -> bool:
-    """Whether ComfyUI is to run patches inside a unit that is called with these."""
+    """Whether ComfyUI is to run patches inside a unit that is called with these.
+
+    A function among them is one, too: a node's attention, say, which may have tensors of its own at home.
+    """
     for value in values:
+        if callable(value) and not isinstance(value, (torch.nn.Module, type)):
+            return True
         if isinstance(value, dict):
             for patches in (value.get("patches"), value.get("patches_replace")):
                 if patches and any(found and name not in _OUTSIDE_OF_UNITS for name, found in patches.items()):

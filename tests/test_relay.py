@@ -25,6 +25,7 @@ from unit_calls import recorded_units
 from distorch2.activations import Visit
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest, PlanError, VirtualVram
+from distorch2.relay import _has_patches_inside
 from distorch2.transfer import Crossing
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
@@ -223,6 +224,13 @@ def patched_as_on_the_cpu(checkpoints, kind, patch):
     patch(patched)
     assert same(sample(patched, clip), wanted)
     return model
+
+
+def test_what_runs_inside_a_unit():
+    """A patch between blocks does not, and neither does a module; a function does, or a patch that nobody knows."""
+    assert not _has_patches_inside([1, torch.zeros(1), torch.nn.Identity(), {"patches": {"single_block": [print]}}])
+    assert _has_patches_inside([{"patches": {"attn1_patch": [print]}}])
+    assert _has_patches_inside([torch.zeros(1), lambda query, key, value: value])
 
 
 def test_units_with_patches_inside_stay_at_home(checkpoints):

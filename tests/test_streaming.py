@@ -1,5 +1,6 @@
 """Weights on donors, in process: the same bits as ComfyUI's own loader, whatever lies where."""
 
+import copy
 import gc
 import weakref
 
@@ -487,6 +488,27 @@ def test_object_patches_of_streamed_layers(checkpoints, core_latents, patch, per
         gc.collect()
         assert torch.equal(sample(model, clip), plain)
         mm.unload_all_models()
+
+
+@pytest.mark.parametrize("percent", [0, 100])
+def test_a_shallow_copy_of_a_served_module_runs_itself(checkpoints, percent):
+    """ComfyUI makes such copies, with another configuration, for patches of a model's configuration."""
+
+    def configured(model):
+        copied = copy.copy(model.model.get_submodule(PATCHED))
+        copied._parameters = {**copied._parameters, "bias": None}
+        clone = model.clone()
+        clone.add_object_patch(PATCHED, copied)
+        return clone
+
+    core_model, core_clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
+    expected = sample(configured(core_model), core_clip)
+    model, clip, _ = on_donor(checkpoints, percent=percent)
+    plain = sample(model, clip)
+    assert not torch.equal(plain, expected)
+    clone = configured(model)
+    for run in (True, False, True):
+        assert torch.equal(sample(clone if run else model, clip), expected if run else plain)
 
 
 def test_a_layer_that_another_pack_replaces_is_moved_and_unloads(checkpoints):

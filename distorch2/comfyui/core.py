@@ -75,7 +75,16 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
 """Module of ComfyUI -> the names in it that the package uses."""
 
 PATCHER_ATTRIBUTES = (
-    *("add_wrapper_with_key", "apply_hooks", "backup", "cached_patcher_init", "clone", "current_hooks", "detach"),
+    *(
+        "add_object_patch",
+        "add_wrapper_with_key",
+        "apply_hooks",
+        "backup",
+        "cached_patcher_init",
+        "clone",
+        "current_hooks",
+        "detach",
+    ),
     *("eject_model", "force_cast_weights", "forced_hooks", "get_all_callbacks", "get_clone_model_override"),
     *("get_model_object", "hook_backup", "inject_model", "injections", "is_clip", "is_dynamic", "is_injected", "load"),
     *("load_device", "loaded_size", "model", "model_options", "model_patches_models", "model_size"),
