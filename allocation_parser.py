@@ -15,6 +15,7 @@ behind it sees a string again. Standard library only.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -29,6 +30,10 @@ UNITS = {
     "t": 1024**4, "tb": 1024**4,
 }  # fmt: skip
 OVERFLOW_DEVICE = "cpu"  # as in distorch2/plan.py, which this file may not import
+_ONE_CARD_ON_WINDOWS = (
+    "; on Windows newer ComfyUIs use the first NVIDIA card only, unless they are started with "
+    "--cuda-device all --disable-pinned-memory"
+)
 _UNINDEXED_DEVICES = ("cpu", "mps")
 
 _EXAMPLES = "use 50%, 2gb, 2gb*, * or a fraction from 0 to 1"
@@ -256,6 +261,8 @@ def _parse_device(text: str, start: int, end: int, devices: Collection[str] | No
         device = f"{name}:{index}"
     if devices is not None and device not in devices:
         message = f"unknown device {_quote(device)}; this machine has {', '.join(devices)}"
+        if name == "cuda" and index and "cuda:0" in devices and sys.platform == "win32":
+            message += _ONE_CARD_ON_WINDOWS
         raise AllocationError(message, text, start, end)
     return device
 

@@ -208,3 +208,14 @@ def test_a_lone_percentage_is_explained():
         "cuda:0,50% alone is a ratio of one and means the whole model; to keep a part: cuda:0,50%;cpu,*"
     )
     assert parse_allocation("cuda:0,100%").note == parse_allocation("cuda:0,50%;cpu,*").note == ""
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices"), [("win32", ("cpu", "cuda:0")), ("win32", ("cpu",)), ("linux", ("cpu", "cuda:0"))]
+)
+def test_a_missing_second_card_on_windows_is_explained(monkeypatch, platform, devices):
+    monkeypatch.setattr("sys.platform", platform)
+    with pytest.raises(AllocationError) as raised:
+        parse_allocation("cuda:0,50%;cuda:1,*" if len(devices) > 1 else "cuda:1,*", devices)
+    explained = "start" in str(raised.value) and "--cuda-device all --disable-pinned-memory" in str(raised.value)
+    assert explained == (platform == "win32" and len(devices) > 1)
