@@ -102,7 +102,7 @@ def measure(path: Path) -> dict[str, Any]:
     from distorch2.serving.reading import Watch
 
     torch.set_grad_enabled(False)
-    stop = Watch.stop
+    only_read_now = Watch.only_read
     model, arguments = Model(), inputs()
     with torch.inference_mode():
         core = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
@@ -116,8 +116,8 @@ def measure(path: Path) -> dict[str, Any]:
         rows = []
         for percent in (50, 75, 100):
             row: dict[str, Any] = {"percent on cpu": percent}
-            for name, method in (("before", lambda watch: (stop(watch), [])[1]), ("now", stop)):
-                Watch.stop = method
+            for name, only_read in (("before", property(lambda watch: [])), ("now", only_read_now)):
+                Watch.only_read = only_read
                 request = ComponentRequest("cuda:0", VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
                 patcher = load_checkpoint(str(path), request, request, "cuda:0")[0]
                 mm.load_models_gpu([patcher])

@@ -58,12 +58,12 @@ def drop_copied_forwards(module: torch.nn.Module) -> None:
     """Take away forwards that `module` and those in it have because they are shallow copies of modules on which they
     were set: they would run the originals."""
     for each in module.modules():
-        forward = vars(each).get("forward")
+        found = forward = vars(each).get("forward")
         while isinstance(forward, _SetForward) and forward.module() is not each:
             forward = forward.previous
-        if forward is None:
-            vars(each).pop("forward", None)
-        else:
+        if forward is None and found is not None:
+            del each.forward
+        elif forward is not found:
             each.forward = forward
 
 

@@ -170,9 +170,8 @@ class Streamer:
         self._groups = groups
         self._layers = [layer for group in groups for layer in group.layers]
         self._root = None if root is None else weakref.ref(root)
-        self._watch: Watch | None = None
-        # Numbers of layers; None until they are known.
-        self._only_read: list[int] | None = [] if allocate_later else None
+        self._watch = None if allocate_later else Watch(self._layers)  # until it has seen a whole pass
+        self._only_read: list[int] = []  # numbers of layers
         self._transfer = transfer
         self._capacity = staging_bytes
         self._allocate_later = allocate_later
@@ -192,22 +191,20 @@ class Streamer:
     @property
     def only_read(self) -> Sequence[str]:
         """Names of the layers that are read and not called, as far as that is known."""
-        return [self._layers[number].name for number in self._only_read or ()]
+        return [self._layers[number].name for number in self._only_read]
 
     def attach(self) -> None:
         for index, layer in enumerate(self._layers):
             if layer.is_alive:
                 self._forwards.set(layer.module, functools.partial(self._serving, index, layer))
-        if self._only_read is None:
-            self._watch = Watch(self._layers)
-        else:
-            self._serve_what_is_only_read(self._only_read)
+        if self._watch is not None:
+            self._watch.attach()
+        self._serve_what_is_only_read()
 
     def detach(self) -> None:
         self._transfer.wait()
         if self._watch is not None:
-            self._watch.stop()
-            self._watch = None
+            self._watch.detach()
         self._forwards.give_back()
 
     def forget_staged(self) -> None:
@@ -258,11 +255,22 @@ class Streamer:
         # A compiled model is to call it, and not to trace it: what it does differs from layer to layer.
         return torch.compiler.disable(serve)
 
-    def _serve_what_is_only_read(self, numbers: Sequence[int]) -> None:
-        """Have these layers bound while the modules around them run."""
+    def _learn_what_is_only_read(self, watch: Watch) -> None:
+        watch.detach()
+        self._watch, self._only_read = None, watch.only_read
+        if self._only_read:
+            logger.info(
+                "DisTorch2: %d streamed layers are read and not called; they are copied before the modules around them "
+                "run",
+                len(self._only_read),
+            )
+        self._serve_what_is_only_read()
+
+    def _serve_what_is_only_read(self) -> None:
+        """Have the layers that are only read bound while the modules around them run."""
         root = None if self._root is None else self._root()
         by_module: dict[torch.nn.Module, list[int]] = {}
-        for number in numbers:
+        for number in self._only_read:
             if root is not None and self._layers[number].is_alive:
                 for module in modules_around(root, self._layers[number].name):
                     by_module.setdefault(module, []).append(number)
@@ -311,14 +319,7 @@ class Streamer:
 
     def _fetch(self, groups: Sequence[int]) -> None:
         if self._watch is not None and self._schedule.num_passes:
-            self._only_read, self._watch = self._watch.stop(), None
-            if self._only_read:
-                logger.info(
-                    "DisTorch2: %d streamed layers are read and not called; they are copied before the modules around "
-                    "them run",
-                    len(self._only_read),
-                )
-                self._serve_what_is_only_read(self._only_read)
+            self._learn_what_is_only_read(self._watch)
         try:
             if self._schedule_version != self._schedule.version:
                 self._lay_out()

@@ -10,7 +10,6 @@ In the first pass a `Watch` notes which layers these are. From then on the modul
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -40,13 +39,13 @@ class _Watched(dict[str, Any]):
     is_read = is_called = False
 
     def __init__(self, layer: _Layer) -> None:
-        super().__init__(layer.module._parameters)
-        self._layer = layer
+        super().__init__()
+        self.layer = layer
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if value is not None:
-            if value is self._layer.outside.get(name):
+            if value is self.layer.outside.get(name):
                 self.is_read = True
             else:
                 self.is_called = True
@@ -60,23 +59,30 @@ class _Watched(dict[str, Any]):
 
 
 class Watch:
-    """Watches `layers` until `stop`. Reading a parameter takes longer meanwhile."""
+    """Watches `layers` from `attach` to `detach`, perhaps several times. Reading a parameter takes longer meanwhile."""
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
-        self._watched: list[tuple[int, weakref.ref[torch.nn.Module], _Watched]] = []
-        for number, layer in enumerate(layers):
-            if layer.is_alive:
-                watched = _Watched(layer)
-                vars(layer.module)["_parameters"] = watched
-                self._watched.append((number, weakref.ref(layer.module), watched))
+        self._watched = [_Watched(layer) for layer in layers]
 
-    def stop(self) -> list[int]:
-        """Give the modules plain parameters again. Returns the numbers of the layers that were only read."""
-        for _, reference, watched in self._watched:
-            module = reference()
-            if module is not None and module._parameters is watched:
-                vars(module)["_parameters"] = dict(watched)
-        return [number for number, _, watched in self._watched if watched.is_read and not watched.is_called]
+    def attach(self) -> None:
+        for watched in self._watched:
+            if watched.layer.is_alive:
+                module = watched.layer.module
+                watched.clear()
+                watched.update(module._parameters)
+                vars(module)["_parameters"] = watched
+
+    def detach(self) -> None:
+        """Give the modules plain parameters again."""
+        for watched in self._watched:
+            if watched.layer.is_alive and watched.layer.module._parameters is watched:
+                vars(watched.layer.module)["_parameters"] = dict(watched)
+            watched.clear()
+
+    @property
+    def only_read(self) -> list[int]:
+        """The numbers of the layers that were read and not called."""
+        return [number for number, watched in enumerate(self._watched) if watched.is_read and not watched.is_called]
 
 
 def modules_around(root: torch.nn.Module, layer_name: str) -> Iterator[torch.nn.Module]:
