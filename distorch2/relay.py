@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -211,10 +212,11 @@ def _device_of(arguments: Sequence[Any], options: Mapping[str, Any]) -> torch.de
 def _has_patches_inside(values: Sequence[Any]) -> bool:
     """Whether ComfyUI is to run patches inside a unit that is called with these.
 
-    A function among them is one, too: a node's attention, say, which may have tensors of its own at home.
+    A function among them is one, too, if it has something of its own: an attention that a node made, say. Text encoders
+    hand ComfyUI's own attention to their layers, which has nothing.
     """
     for value in values:
-        if callable(value) and not isinstance(value, (torch.nn.Module, type)):
+        if callable(value) and not isinstance(value, (torch.nn.Module, type)) and not _is_bare_function(value):
             return True
         if isinstance(value, dict):
             for patches in (value.get("patches"), value.get("patches_replace")):
@@ -223,6 +225,18 @@ def _has_patches_inside(values: Sequence[Any]) -> bool:
             if value.get("optimized_attention_override") is not None:
                 return True
     return False
+
+
+def _is_bare_function(value: Any, depth: int = 4) -> bool:
+    """Whether it is a function that holds nothing but such functions: a decorated one holds what it decorates."""
+    if isinstance(value, types.BuiltinFunctionType):
+        return not isinstance(value.__self__, torch.Tensor)
+    if not isinstance(value, types.FunctionType) or not depth:
+        return False
+    try:
+        return all(_is_bare_function(cell.cell_contents, depth - 1) for cell in value.__closure__ or ())
+    except ValueError:  # a cell is empty
+        return False
 
 
 def _has_functions(module: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import comfy.controlnet
 import comfy.hooks
@@ -10,6 +11,7 @@ import comfy.sd
 import pytest
 import safetensors.torch
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from computing import INFERENCE_BYTES, load, same, sim
 from computing import computing as computing
 from computing import expected as expected
@@ -230,7 +232,11 @@ def test_what_runs_inside_a_unit():
     """A patch between blocks does not, and neither does a module; a function does, or a patch that nobody knows."""
     assert not _has_patches_inside([1, torch.zeros(1), torch.nn.Identity(), {"patches": {"single_block": [print]}}])
     assert _has_patches_inside([{"patches": {"attn1_patch": [print]}}])
-    assert _has_patches_inside([torch.zeros(1), lambda query, key, value: value])
+    mask = torch.zeros(1)
+    assert _has_patches_inside([mask, lambda query, key, value: value + mask])
+    assert _has_patches_inside([functools.partial(torch.add, mask)])
+    assert _has_patches_inside([mask.add])
+    assert not _has_patches_inside([optimized_attention, torch.add, lambda query, key, value: value])
 
 
 def test_units_with_patches_inside_stay_at_home(checkpoints):
