@@ -51,7 +51,7 @@ def pytest_xdist_auto_num_workers():
 
 
 LONGEST_GROUPS = (f"test_server_with_donors {DEFAULT_VERSION}", "test_streaming", "test_compatibility", "test_lora")
-LONGEST_GROUPS += ("test_memory", "test_relay", "test_simulated_accelerators", "test_compiling", "test_front_end")
+LONGEST_GROUPS += ("test_front_end", "test_memory", "test_relay", "test_simulated_accelerators", "test_compiling")
 LONGEST_GROUPS += (f"test_server {DEFAULT_VERSION}", "test_server_with_donors")
 """They start first, so that none is left over at the end. Tests of one group run in one process, in their order."""
 
@@ -59,7 +59,7 @@ LONGEST_GROUPS += (f"test_server {DEFAULT_VERSION}", "test_server_with_donors")
 def group_of(node_id):
     """The file of a test; where a file starts a server for each version of ComfyUI, the version as well."""
     file = Path(node_id.partition("::")[0]).stem
-    version = re.search(r"\b\d+\.\d+\.\d+\b", node_id.partition("[")[2])
+    version = re.search(r"\b\d+\.\d+\.\d+\b( with newest packages)?", node_id.partition("[")[2])
     return f"{file} {version[0]}" if version else file
 
 

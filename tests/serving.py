@@ -7,13 +7,16 @@ from pathlib import Path
 
 from comfy_server import ComfyServer
 from conftest import COMFYUI_PATH, NUM_ACCELERATORS
-from host import DEFAULT_VERSION, SDISTS, fetch_comfyui
+from host import DEFAULT_VERSION, SDISTS, fetch_comfyui, fetch_newest
 from safetensors.torch import load_file
 from workflows import example, nodes_of_class, with_saved_latent, with_small_image
 
 # A ComfyUI of the user's own is tested as it is.
-VERSIONS = sorted(SDISTS) if "DISTORCH2_FETCHED_COMFYUI" in os.environ else ["given"]
+IS_FETCHED = "DISTORCH2_FETCHED_COMFYUI" in os.environ
+VERSIONS = sorted(SDISTS) if IS_FETCHED else ["given"]
 NEWEST = VERSIONS[-1]
+WITH_NEWEST_PACKAGES = f"{DEFAULT_VERSION} with newest packages"
+"""The default ComfyUI with later releases of the front end, comfy-kitchen and comfy-aimdo than those that it names."""
 ARGUMENTS = () if NUM_ACCELERATORS else ("--cpu",)
 DEVICES = ["cpu", *(f"cuda:{index}" for index in range(NUM_ACCELERATORS))]
 ACCELERATOR = DEVICES[min(1, NUM_ACCELERATORS)]
@@ -27,8 +30,25 @@ def start(version, base, checkpoints, arguments=(), environment=None):
         (folder / Path(checkpoints(kind)).name).symlink_to(checkpoints(kind))
     (base / "models" / "text_encoders").mkdir()
     (base / "models" / "text_encoders" / "clip_l.safetensors").symlink_to(checkpoints("clip_l"))
-    tree = COMFYUI_PATH if version in ("given", DEFAULT_VERSION) else fetch_comfyui(version, Path(sys.executable))
-    return ComfyServer(tree, base, arguments=(*ARGUMENTS, *arguments), environment=environment)
+    arguments = (*ARGUMENTS, *arguments)
+    if version == WITH_NEWEST_PACKAGES:
+        arguments += newest_front_end()
+        environment = with_newest_packages(environment or {})
+    is_default = version in ("given", DEFAULT_VERSION, WITH_NEWEST_PACKAGES)
+    tree = COMFYUI_PATH if is_default else fetch_comfyui(version, Path(sys.executable))
+    return ComfyServer(tree, base, arguments=arguments, environment=environment)
+
+
+def newest_front_end():
+    """ComfyUI's arguments for the newest front end."""
+    packages = fetch_newest(Path(sys.executable), "comfyui-frontend-package")
+    return "--front-end-root", str(packages / "comfyui_frontend_package" / "static")
+
+
+def with_newest_packages(environment):
+    """These variables, and a PYTHONPATH with the newest comfy-kitchen and comfy-aimdo before the installed ones."""
+    packages = fetch_newest(Path(sys.executable), "comfy-kitchen", "comfy-aimdo")
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))}
 
 
 def prompt_for(server, checkpoint, **widgets):

@@ -8,6 +8,7 @@ from comfy_server import ComfyServer
 from conftest import COMFYUI_PATH, NUM_ACCELERATORS, ROOT
 from host import find_browser
 from PIL import Image
+from serving import IS_FETCHED, newest_front_end
 from workflows import EXAMPLES, NODE_ID, example
 
 if find_browser() is None:
@@ -22,14 +23,18 @@ COMPUTE, DONOR = ("cuda:0", "cpu") if NUM_ACCELERATORS else ("cpu", "sim:0")
 CHECKPOINT = "sd3_no_clip_weights.safetensors"
 SCREENSHOTS = ROOT / ".host" / "screenshots"
 PACK_FOLDER = "distorch2_under_test"  # the front end looks for the help of a folder with a dot in the wrong place
+# A ComfyUI of the user's own is tested with the front end that it has.
+FRONT_ENDS = ["pinned", "newest"] if IS_FETCHED else ["pinned"]
 
 
-@pytest.fixture(scope="module")
-def server(checkpoints, tmp_path_factory):
+@pytest.fixture(scope="module", params=FRONT_ENDS)
+def server(request, checkpoints, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     (base / "models" / "checkpoints").mkdir(parents=True)
     (base / "models" / "checkpoints" / CHECKPOINT).symlink_to(checkpoints("sd3_no_clip_weights"))
     arguments = ["--cache-none"]
+    if request.param == "newest":
+        arguments += newest_front_end()
     if not NUM_ACCELERATORS:
         arguments.append("--cpu")
         (base / "custom_nodes").mkdir()
@@ -52,7 +57,7 @@ def front_end(request, browser, server):
 
 
 @pytest.fixture(autouse=True)
-def screenshot(request, front_end):
+def screenshot(request, server, front_end):  # `server` comes first, so that each server is started once
     yield
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "_", request.node.name).strip("_")
@@ -95,7 +100,7 @@ def test_the_templates_list_every_example(server, front_end, name):
         assert front_end.page.request.get(f"{server.url}/api/workflow_templates/{PACK_FOLDER}/{name}.{kind}").ok
 
 
-@pytest.mark.quick("classic")
+@pytest.mark.quick("pinned-classic")
 def test_a_dropped_example_set_up_by_hand_runs_and_its_export_gives_the_same_image(server, front_end):
     front_end.drop_file("two_cards_by_ratio.json", ui_file("two_cards_by_ratio"))
     assert front_end.export() == example("two_cards_by_ratio")

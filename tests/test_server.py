@@ -1,17 +1,32 @@
 """A real ComfyUI server with the pack in custom_nodes, over HTTP: every ComfyUI version of the supported range."""
 
 import math
+import re
 import shutil
 
 import pytest
 import torch
 from checkpoints import make_checkpoint
 from comfy_server import PromptRefused, error_of
-from serving import ACCELERATOR, DEVICES, NEWEST, VERSIONS, latent_of, prompt_for, start, with_text_encoder_of_its_own
+from host import NEWEST_PACKAGES
+from serving import (
+    ACCELERATOR,
+    DEVICES,
+    IS_FETCHED,
+    NEWEST,
+    VERSIONS,
+    WITH_NEWEST_PACKAGES,
+    latent_of,
+    prompt_for,
+    start,
+    with_text_encoder_of_its_own,
+)
 from workflows import NODE_ID, with_core_loader
 
+SERVERS = [*VERSIONS, WITH_NEWEST_PACKAGES] if IS_FETCHED else VERSIONS
 
-@pytest.fixture(scope="module", params=VERSIONS)
+
+@pytest.fixture(scope="module", params=SERVERS)
 def server(request, checkpoints, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     extra = base / "elsewhere"
@@ -89,6 +104,16 @@ def test_the_locale_file_names_and_explains_what_the_node_has(server):
         "inputs": {name: {"name": name, "tooltip": options["tooltip"]} for name, (_, options) in inputs.items()},
         "outputs": {str(i): {"name": name, "tooltip": tooltip} for i, (name, tooltip) in enumerate(outputs)},
     }
+
+
+if IS_FETCHED:
+
+    @pytest.mark.parametrize("server", [WITH_NEWEST_PACKAGES], indirect=True)
+    def test_the_newest_packages_are_those_that_the_server_has(server):
+        for name in ("comfy-kitchen", "comfy-aimdo"):
+            assert f"{name} version: {NEWEST_PACKAGES[name]}\n" in server.log
+        (web_root,) = re.findall(r"web root: (.*)", server.log)
+        assert f"comfyui-frontend-package=={NEWEST_PACKAGES['comfyui-frontend-package']}" in web_root
 
 
 @pytest.mark.parametrize(

