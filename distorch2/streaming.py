@@ -150,9 +150,8 @@ class Streamer:
     """Streams groups through a staging buffer of `staging_bytes` on the compute device, from `attach` to `detach`.
 
     Meanwhile the forward of every layer's module is one that binds the weights around the module's own. A layer that
-    is read and not called in the first pass is bound, from then on, while the module around it runs; `root` is the
-    module in which the layers' names are looked up for that. `order` says in which order the layers run, as far as that
-    is known.
+    was only read in the first passes is bound while the module around it runs, which is looked up in `root`. `order`
+    says in which order the layers run, as far as that is known.
 
     The buffer is there from the start. With `allocate_later`, a function of bytes and device, it comes with the first
     layer that runs, and layers that are only read are not served.
@@ -280,8 +279,10 @@ class Streamer:
     def _binding(
         self, around: weakref.ref[torch.nn.Module], numbers: Sequence[int], previous: Callable[..., Any] | None
     ) -> Callable[..., Any]:
-        """A forward for a module that reads the weights of layers. Meanwhile they have copies of their own, since the
-        staging buffer is needed for the layers that the module calls."""
+        """A forward for a module that reads the weights of layers.
+
+        These get copies, since the staging buffer is needed for the layers that the module calls meanwhile.
+        """
 
         def serve(*arguments: Any, **options: Any) -> Any:
             bound: list[StreamedLayer] = []

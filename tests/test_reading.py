@@ -272,3 +272,4 @@ def test_the_modules_that_may_read_a_layer():
     found = list(modules_around(root, "model.0.list.0.0"))
     assert [id(module) for module in found] == [id(mlp), id(reader)]
     assert list(modules_around(root, "model")) == []
+    assert list(modules_around(root, "model.1.missing.0")) == []

@@ -74,37 +74,31 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
 }
 """Module of ComfyUI -> the names in it that the package uses."""
 
-PATCHER_ATTRIBUTES = (
-    *(
-        "add_object_patch",
-        "add_wrapper_with_key",
-        "apply_hooks",
-        "backup",
-        "cached_patcher_init",
-        "clone",
-        "current_hooks",
-        "detach",
-    ),
-    *("eject_model", "force_cast_weights", "forced_hooks", "get_all_callbacks", "get_clone_model_override"),
-    *("get_model_object", "hook_backup", "inject_model", "injections", "is_clip", "is_dynamic", "is_injected", "load"),
-    *("load_device", "loaded_size", "model", "model_options", "model_patches_models", "model_size"),
-    *("model_state_dict_for_saving", "object_patches", "object_patches_backup", "offload_device", "parent"),
-    *("partially_load", "partially_unload", "patch_cached_hook_weights", "patch_hook_weight_to_device"),
-    *("patch_model", "patch_weight_to_device", "patches", "patches_uuid", "remove_additional_models"),
-    *("remove_wrappers_with_key", "size", "unpatch_hooks", "unpatch_model", "use_ejected"),
-    "weight_wrapper_patches",
+PATCHER_ATTRIBUTES = tuple(
+    """
+    add_object_patch add_wrapper_with_key apply_hooks backup cached_patcher_init clone current_hooks detach
+    eject_model force_cast_weights forced_hooks get_all_callbacks get_clone_model_override get_model_object
+    hook_backup inject_model injections is_clip is_dynamic is_injected load load_device loaded_size model
+    model_options model_patches_models model_size model_state_dict_for_saving object_patches object_patches_backup
+    offload_device parent partially_load partially_unload patch_cached_hook_weights patch_hook_weight_to_device
+    patch_model patch_weight_to_device patches patches_uuid remove_additional_models remove_wrappers_with_key size
+    unpatch_hooks unpatch_model use_ejected weight_wrapper_patches
+    """.split()
 )
 """Attributes and methods of a patcher that the package reads, calls or overrides."""
 
 MODEL_ATTRIBUTES = (
-    *("current_weight_patches_uuid", "lowvram_patch_counter", "model_loaded_weight_memory"),
-    *("model_lowvram", "model_offload_buffer_memory"),
+    "current_weight_patches_uuid",
+    "lowvram_patch_counter",
+    "model_loaded_weight_memory",
+    "model_lowvram",
+    "model_offload_buffer_memory",
 )
 """Attributes that a patcher gives to its model, which the package keeps right."""
 
 
 def missing() -> list[str]:
-    """What this ComfyUI lacks of all that."""
+    """The names above that this ComfyUI lacks."""
     names = [
         f"{module}.{name}"
         for module, names in NEEDED.items()

@@ -4,7 +4,8 @@ ComfyUI computes some layers in one kernel with what comes before them: an INT8 
 front of it (`comfy.ops.linear_input_act`), the norms of queries and keys with the rotation. Nothing that is set on
 the forward of such a layer ever runs.
 
-In the first pass a `Watch` notes which layers these are. From then on the module around the layer serves it.
+In the first passes a `Watch` notes which layers these are. From then on they are bound while the module around them
+runs.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class _Watched(dict[str, Any]):
 
 
 class Watch:
-    """Watches `layers` from `attach` to `detach`, perhaps several times. Reading a parameter takes longer meanwhile."""
+    """Watches `layers` from `attach` to `detach`, as often as needed. Reading a parameter takes longer meanwhile."""
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
         self._watched = [_Watched(layer) for layer in layers]
@@ -89,11 +90,14 @@ def modules_around(root: torch.nn.Module, layer_name: str) -> Iterator[torch.nn.
     """The modules that may read the weights of a layer, the innermost first.
 
     That is the first module around the layer that computes something itself. A `Sequential` may be called or only be
-    indexed, so the search goes on behind it.
+    indexed, so the search goes on outside it.
     """
     parts = layer_name.split(".")[:-1]
     while parts:
-        module = root.get_submodule(".".join(parts))
+        try:
+            module = root.get_submodule(".".join(parts))
+        except AttributeError:  # an object patch has taken the place of a module around
+            return
         if type(module).forward is not torch.nn.Module.forward:
             yield module
             if type(module) is not torch.nn.Sequential:
