@@ -227,16 +227,19 @@ def _has_patches_inside(values: Sequence[Any]) -> bool:
     return False
 
 
-def _is_bare_function(value: Any, depth: int = 4) -> bool:
-    """Whether it is a function that holds nothing but such functions: a decorated one holds what it decorates."""
+def _is_bare_function(value: Any, seen: tuple[Any, ...] = ()) -> bool:
+    """Whether it is a function that holds nothing but such functions: a decorated one holds what it decorates, and
+    perhaps itself."""
     if isinstance(value, types.BuiltinFunctionType):
         return not isinstance(value.__self__, torch.Tensor)
-    if not isinstance(value, types.FunctionType) or not depth:
+    if not isinstance(value, types.FunctionType):
         return False
     try:
-        return all(_is_bare_function(cell.cell_contents, depth - 1) for cell in value.__closure__ or ())
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
     except ValueError:  # a cell is empty
         return False
+    seen = (*seen, value)
+    return all(any(each is other for other in seen) or _is_bare_function(each, seen) for each in held)
 
 
 def _has_functions(module: Any) -> bool:

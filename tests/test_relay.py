@@ -238,6 +238,18 @@ def test_what_runs_inside_a_unit():
     assert _has_patches_inside([mask.add])
     assert not _has_patches_inside([optimized_attention, torch.add, lambda query, key, value: value])
 
+    def holds_itself():
+        return holds_itself
+
+    def holds_a_tensor_by_another():
+        return holds_itself, holds_the_mask
+
+    def holds_the_mask():
+        return mask
+
+    assert not _has_patches_inside([holds_itself])
+    assert _has_patches_inside([holds_a_tensor_by_another])
+
 
 def test_units_with_patches_inside_stay_at_home(checkpoints):
     model = patched_as_on_the_cpu(checkpoints, "sd15_blocks_no_clip", louder_values)
