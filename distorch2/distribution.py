@@ -61,6 +61,7 @@ class Distribution:
         ]
         self._streamed: list[str] = []  # names of the layers that `streamer` has, by number
         self._order = LearntOrder()
+        self._only_read: set[str] = set()  # names of layers
         self._limits: dict[torch.device, float] = {}
         self._is_interrupted = False
         self._module = weakref.ref(module)
@@ -288,6 +289,10 @@ class Distribution:
     def _lay_out_again(self, group: StreamedGroup) -> None:
         self._is_interrupted |= self.is_placed
         self._stop_serving()
+        names = {layer.name for layer in group.living}
+        if self._only_read & names:  # of another dtype, they may be called, in another order
+            self._only_read -= names
+            self._order = LearntOrder()
         key = next(key for key, each in self.groups.items() if each is group)
         self._pack({key: {layer.name: layer.module for layer in group.living}}, {key: group.slab.device})
         if not self._is_interrupted:  # the model is not placed
@@ -319,7 +324,9 @@ class Distribution:
         self._streamed = [layer.name for group in groups for layer in group.layers]
         order = self._order.of(self._streamed, (placement.layer.name for placement in self.plan.placements))
         relay = self._make_relay() if self.plan.relayed_units else None
-        make = functools.partial(Streamer, groups, self.transfer, order=order, root=self._root)
+        make = functools.partial(
+            Streamer, groups, self.transfer, order=order, root=self._root, only_read=self._only_read
+        )
         self.streamer, self.relay = _with_staging_buffer(make, groups, self.plan.staging_bytes), relay
         self.lookup = Lookup(tables, self.device)
         self._attach()
@@ -372,6 +379,7 @@ class Distribution:
     def _stop_serving(self) -> None:
         if self.streamer is not None and self.streamer.order is not None:
             self._order.note(self._streamed[number] for number in self.streamer.order)
+            self._only_read.update(self.streamer.only_read)
         self._detach()
         self.streamer = self.relay = self.lookup = self.transfer.detour = None
 

@@ -51,11 +51,6 @@ class Schedule:
         """The layers of a pass, those that have run where the first has not ended, None where there are none."""
         return (self._seen or None) if self._is_learning else self._order
 
-    @property
-    def num_passes(self) -> int:
-        """How many passes have followed the order, the present one not counted."""
-        return 0 if self._is_learning else max(self._now, 0) // max(len(self._order), 1)
-
     def _expect(self, order: Iterable[int]) -> None:
         """Expect layers in this order from now on. Nothing counts as staged then.
 

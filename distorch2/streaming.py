@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,7 +151,7 @@ class Streamer:
 
     Meanwhile the forward of every layer's module is one that binds the weights around the module's own. A layer that
     was only read in the first passes is bound while the module around it runs, which is looked up in `root`. `order`
-    says in which order the layers run, as far as that is known.
+    says in which order the layers run, and `only_read` which are only read, as far as that is known.
 
     The buffer is there from the start. With `allocate_later`, a function of bytes and device, it comes with the first
     layer that runs, and layers that are only read are not served.
@@ -165,12 +165,13 @@ class Streamer:
         order: Sequence[int] | None = None,
         allocate_later: Callable[[int, torch.device], torch.Tensor] | None = None,
         root: torch.nn.Module | None = None,
+        only_read: Collection[str] = (),
     ) -> None:
         self._groups = groups
         self._layers = [layer for group in groups for layer in group.layers]
         self._root = None if root is None else weakref.ref(root)
         self._watch = None if allocate_later else Watch(self._layers)  # until it has seen a whole pass
-        self._only_read: list[int] = []  # numbers of layers
+        self._only_read = [number for number, layer in enumerate(self._layers) if layer.name in only_read]
         self._transfer = transfer
         self._capacity = staging_bytes
         self._allocate_later = allocate_later
@@ -190,7 +191,8 @@ class Streamer:
     @property
     def only_read(self) -> Sequence[str]:
         """Names of the layers that are read and not called, as far as that is known."""
-        return [self._layers[number].name for number in self._only_read]
+        noted = self._watch.only_read if self._watch is not None else ()
+        return [self._layers[number].name for number in sorted({*self._only_read, *noted})]
 
     def attach(self) -> None:
         for index, layer in enumerate(self._layers):
@@ -198,7 +200,7 @@ class Streamer:
                 self._forwards.set(layer.module, functools.partial(self._serving, index, layer))
         if self._watch is not None:
             self._watch.attach()
-        self._serve_what_is_only_read()
+        self._serve_what_is_only_read(self._only_read)
 
     def detach(self) -> None:
         self._transfer.wait()
@@ -256,20 +258,22 @@ class Streamer:
 
     def _learn_what_is_only_read(self, watch: Watch) -> None:
         watch.detach()
-        self._watch, self._only_read = None, watch.only_read
-        if self._only_read:
+        self._watch = None
+        new = [number for number in watch.only_read if number not in self._only_read]
+        if new:
             logger.info(
                 "DisTorch2: %d streamed layers are read and not called; they are copied before the modules around them "
                 "run",
-                len(self._only_read),
+                len(new),
             )
-        self._serve_what_is_only_read()
+        self._only_read += new
+        self._serve_what_is_only_read(new)
 
-    def _serve_what_is_only_read(self) -> None:
-        """Have the layers that are only read bound while the modules around them run."""
+    def _serve_what_is_only_read(self, numbers: Sequence[int]) -> None:
+        """Have these layers bound while the modules around them run."""
         root = None if self._root is None else self._root()
         by_module: dict[torch.nn.Module, list[int]] = {}
-        for number in self._only_read:
+        for number in numbers:
             if root is not None and self._layers[number].is_alive:
                 for module in modules_around(root, self._layers[number].name):
                     by_module.setdefault(module, []).append(number)
@@ -319,7 +323,7 @@ class Streamer:
         return copies
 
     def _fetch(self, groups: Sequence[int]) -> None:
-        if self._watch is not None and self._schedule.num_passes:
+        if self._watch is not None and self._watch.has_seen_a_pass:
             self._learn_what_is_only_read(self._watch)
         try:
             if self._schedule_version != self._schedule.version:

@@ -28,7 +28,7 @@ from distorch2.distribution import Distribution
 from distorch2.inventory import list_layers
 from distorch2.loading import load_checkpoint
 from distorch2.plan import Placement, Plan
-from distorch2.serving.reading import _Watched, modules_around
+from distorch2.serving.reading import Watch, _Watched, modules_around
 
 try:
     import comfy.ldm.minimax.model
@@ -111,11 +111,16 @@ def test_every_format_gives_comfyuis_bits_and_every_group_is_copied_once_a_pass(
         assert only_read == {"attn.q_norm", "attn.k_norm", *filter(None, [READ_BY_FORMAT.get(format_name)])}
 
 
+@pytest.mark.parametrize("is_unloaded", [False, True])
 @pytest.mark.parametrize("percent", [50, 100])
-def test_once_it_is_known_nothing_is_read_from_a_donor(checkpoints, percent, monkeypatch):
+def test_once_it_is_known_nothing_is_read_from_a_donor(checkpoints, percent, is_unloaded, monkeypatch):
+    """A text encoder may be unloaded after every pass."""
     model = on_donor(checkpoints, "minimax_h3_int8", percent)[0]
-    for _ in range(3):
+    for _ in range(1 if is_unloaded else 3):
         output(model)
+    if is_unloaded:
+        mm.unload_all_models()
+        mm.load_models_gpu([model])
     read, cast = [], comfy.ops.cast_bias_weight
 
     def watched(layer, *arguments, **options):
@@ -125,7 +130,8 @@ def test_once_it_is_known_nothing_is_read_from_a_donor(checkpoints, percent, mon
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", watched)
     output(model)
     assert len(read) == 40
-    assert set(read) == {(torch.device(COMPUTE), dict)}
+    assert {device for device, _ in read} == {torch.device(COMPUTE)}
+    assert is_unloaded or {kind for _, kind in read} == {dict}
 
 
 def test_what_is_noted_is_kept_while_forwards_are_taken_back(checkpoints):
@@ -174,6 +180,25 @@ def test_a_lora_gives_the_same_bits_before_with_and_after(checkpoints):
             assert same(output(patcher), wanted)
 
 
+def test_a_layer_that_a_lora_makes_one_that_is_called_is_copied_once_a_pass(checkpoints):
+    """Its patched weight is kept in full precision, with which ComfyUI calls the layer."""
+
+    def patched(percent):
+        model = load_checkpoint(checkpoints("minimax_h3_int8"), partly_on_donor(percent), RESIDENT, COMPUTE)[0]
+        for _ in range(4):
+            output(model)  # without it first: then the layer is only read
+        return lora_for(model)
+
+    expected = output(patched(0))
+    clone = patched(100)
+    for _ in range(6):
+        assert same(output(clone), expected)
+    assert not [name for name in clone.distribution.streamer.only_read if name.endswith("fc2")]
+    copies = clone.distribution.transfer.copies
+    assert same(output(clone), expected)
+    assert clone.distribution.transfer.copies - copies == len(groups_of(clone))
+
+
 def test_letting_go_gives_back_what_was_there(checkpoints):
     model = on_donor(checkpoints, "minimax_h3_int8", 100)[0]
     for num_passes in (0, 1, 3):  # watched, and bound around
@@ -193,7 +218,7 @@ def test_copies_of_a_watched_module_have_plain_parameters(checkpoints):
     copied = copy.deepcopy(layer)
     assert type(copied._parameters) is dict
     assert torch.equal(copied.weight.cpu(), layer.weight.cpu())
-    watched = _Watched(types.SimpleNamespace(outside={}))
+    watched = _Watched(types.SimpleNamespace(outside={}), Watch([]))
     watched["weight"] = 1
     unpickled = pickle.loads(pickle.dumps(watched))
     assert type(unpickled) is dict

@@ -4,8 +4,8 @@ ComfyUI computes some layers in one kernel with what comes before them: an INT8 
 front of it (`comfy.ops.linear_input_act`), the norms of queries and keys with the rotation. Nothing that is set on
 the forward of such a layer ever runs.
 
-In the first passes a `Watch` notes which layers these are. From then on they are bound while the module around them
-runs.
+In the first pass, and a part of the second, a `Watch` notes which layers these are. From then on they are bound while
+the module around them runs.
 """
 
 from __future__ import annotations
@@ -37,19 +37,22 @@ class _Watched(dict[str, Any]):
     was called.
     """
 
-    is_read = is_called = False
+    num_uses = 0
+    """In a row they count as one: code looks a weight up several times for one use."""
+    is_called = False
 
-    def __init__(self, layer: _Layer) -> None:
+    def __init__(self, layer: _Layer, watch: Watch) -> None:
         super().__init__()
         self.layer = layer
+        self._watch = watch
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if value is not None:
-            if value is self.layer.outside.get(name):
-                self.is_read = True
-            else:
-                self.is_called = True
+            self.is_called |= value is not self.layer.outside.get(name)
+            if self._watch.last_used is not self:
+                self._watch.last_used = self
+                self.num_uses += 1
         return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
@@ -62,8 +65,10 @@ class _Watched(dict[str, Any]):
 class Watch:
     """Watches `layers` from `attach` to `detach`, as often as needed. Reading a parameter takes longer meanwhile."""
 
+    last_used: _Watched | None = None
+
     def __init__(self, layers: Sequence[_Layer]) -> None:
-        self._watched = [_Watched(layer) for layer in layers]
+        self._watched = [_Watched(layer, self) for layer in layers]
 
     def attach(self) -> None:
         for watched in self._watched:
@@ -81,9 +86,16 @@ class Watch:
             watched.clear()
 
     @property
+    def has_seen_a_pass(self) -> bool:
+        """Whether most of the layers that are used at all were used twice. Some may come once in a run, or often in
+        one pass."""
+        uses = [watched.num_uses for watched in self._watched if watched.num_uses]
+        return sum(num > 1 for num in uses) > len(uses) // 2
+
+    @property
     def only_read(self) -> list[int]:
         """The numbers of the layers that were read and not called."""
-        return [number for number, watched in enumerate(self._watched) if watched.is_read and not watched.is_called]
+        return [number for number, watched in enumerate(self._watched) if watched.num_uses and not watched.is_called]
 
 
 def modules_around(root: torch.nn.Module, layer_name: str) -> Iterator[torch.nn.Module]:
