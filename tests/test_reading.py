@@ -1,9 +1,11 @@
 """Layers whose weights the module around them reads, without calling the layer."""
 
 import copy
+import gc
 import json
 import pickle
 import types
+import weakref
 
 import comfy.model_management as mm
 import comfy.ops
@@ -28,7 +30,7 @@ from distorch2.distribution import Distribution
 from distorch2.inventory import list_layers
 from distorch2.loading import load_checkpoint
 from distorch2.plan import Placement, Plan
-from distorch2.serving.reading import Watch, _Watched, modules_around
+from distorch2.serving.reading import _Watched, modules_around
 
 try:
     import comfy.ldm.minimax.model
@@ -210,6 +212,22 @@ def test_letting_go_gives_back_what_was_there(checkpoints):
             assert type(module._parameters) is dict
 
 
+def test_a_dropped_model_that_is_watched_is_let_go_at_once(checkpoints):
+    model = on_donor(checkpoints, "minimax_h3_int8", 100)[0]
+    gc.collect()
+    gc.disable()
+    try:
+        output(model)
+        mm.unload_all_models()
+        mm.load_models_gpu([model])
+        layer = weakref.ref(model.distribution.streamer._layers[0])
+        mm.current_loaded_models.clear()
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
 def test_copies_of_a_watched_module_have_plain_parameters(checkpoints):
     model = on_donor(checkpoints, "minimax_h3_int8", 100)[0]
     mm.load_models_gpu([model])
@@ -218,7 +236,7 @@ def test_copies_of_a_watched_module_have_plain_parameters(checkpoints):
     copied = copy.deepcopy(layer)
     assert type(copied._parameters) is dict
     assert torch.equal(copied.weight.cpu(), layer.weight.cpu())
-    watched = _Watched(types.SimpleNamespace(outside={}), Watch([]))
+    watched = _Watched(types.SimpleNamespace(outside={}), [])
     watched["weight"] = 1
     unpickled = pickle.loads(pickle.dumps(watched))
     assert type(unpickled) is dict

@@ -41,17 +41,17 @@ class _Watched(dict[str, Any]):
     """In a row they count as one: code looks a weight up several times for one use."""
     is_called = False
 
-    def __init__(self, layer: _Layer, watch: Watch) -> None:
+    def __init__(self, layer: _Layer, last_used: list[int]) -> None:
         super().__init__()
         self.layer = layer
-        self._watch = watch
+        self._last_used = last_used  # one id, not the object: a cycle would keep weights alive
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if value is not None:
             self.is_called |= value is not self.layer.outside.get(name)
-            if self._watch.last_used is not self:
-                self._watch.last_used = self
+            if self._last_used != [id(self)]:
+                self._last_used[:] = [id(self)]
                 self.num_uses += 1
         return value
 
@@ -65,10 +65,9 @@ class _Watched(dict[str, Any]):
 class Watch:
     """Watches `layers` from `attach` to `detach`, as often as needed. Reading a parameter takes longer meanwhile."""
 
-    last_used: _Watched | None = None
-
     def __init__(self, layers: Sequence[_Layer]) -> None:
-        self._watched = [_Watched(layer, self) for layer in layers]
+        last_used: list[int] = []
+        self._watched = [_Watched(layer, last_used) for layer in layers]
 
     def attach(self) -> None:
         for watched in self._watched:
