@@ -128,7 +128,7 @@ def measure(name: str, path: str) -> None:
             found[f"{percent}% on the CPU"] = {
                 "bit-identical": all(torch.equal(output, expected) for output in outputs),
                 "streamed groups": sum(group.is_streamed for group in patcher.distribution.plan.groups),
-                "layers only read": len(patcher.distribution.streamer.only_read),
+                "layers only read": len(patcher.distribution.reading.only_read),
                 "breaks by forward": recorded.breaks[:],
                 **recorded.facts,
                 "ms with it": round(statistics.median(steps_ms(recorded, patcher, model.inputs, 8)), 1),

@@ -4,7 +4,7 @@
 
 A model of MiniMax-H3's kind and width with 16 of its 50 blocks, random INT8 weights (about 6 GiB), a part of it on the
 CPU. ComfyUI computes the second layer of each feed forward, a fifth of a block, together with the activation before it.
-"Before" is the same code with what it has learnt of such layers thrown away, as the package was before. Each step is
+"Before" is the same code without what serves such layers, as the package was before. Each step is
 one forward of the blocks. The floor is the longer of the resident step and the copy of the streamed bytes at the speed
 of the link, measured in the same run. FOLDER (default /dev/shm) needs room for the file.
 """
@@ -99,10 +99,10 @@ def measure(path: Path) -> dict[str, Any]:
 
     from distorch2.loading import load_checkpoint
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
-    from distorch2.serving.reading import Watch
+    from distorch2.serving.reading import Reading
 
     torch.set_grad_enabled(False)
-    only_read_now = Watch.only_read
+    attach = Reading.attach
     model, arguments = Model(), inputs()
     with torch.inference_mode():
         core = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
@@ -116,8 +116,8 @@ def measure(path: Path) -> dict[str, Any]:
         rows = []
         for percent in (50, 75, 100):
             row: dict[str, Any] = {"percent on cpu": percent}
-            for name, only_read in (("before", property(lambda watch: [])), ("now", only_read_now)):
-                Watch.only_read = only_read
+            for name, method in (("before", lambda reading: None), ("now", attach)):
+                Reading.attach = method
                 request = ComponentRequest("cuda:0", VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
                 patcher = load_checkpoint(str(path), request, request, "cuda:0")[0]
                 mm.load_models_gpu([patcher])
@@ -132,7 +132,7 @@ def measure(path: Path) -> dict[str, Any]:
                     "ms, each step": [round(each, 1) for each in times],
                     "groups": len(groups),
                     "groups copied in a step": patcher.distribution.transfer.copies - copies,
-                    "layers only read": len(patcher.distribution.streamer.only_read),
+                    "layers only read": len(patcher.distribution.reading.only_read),
                 }
                 streamed_bytes = sum(group.slab_bytes for group in groups)
                 mm.unload_all_models()

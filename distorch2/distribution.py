@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
 import weakref
@@ -26,6 +25,7 @@ from .plan import GIB, Group, Plan
 from .quantised import as_parameter, plain_tensors, to_device
 from .relay import Relay, RelayedUnit, StreamerOfUnits
 from .schedule import LearntOrder
+from .serving.reading import Reading
 from .slab import allocate
 from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Transfer
@@ -50,6 +50,7 @@ class Distribution:
         self.device = torch.device(plan.compute_device)
         self.groups: dict[Group, StreamedGroup] = {}
         self.streamer: Streamer | None = None
+        self.reading: Reading | None = None
         self.relay: Relay | None = None
         self.lookup: Lookup | None = None
         self.transfer = Transfer(self.device)
@@ -324,10 +325,8 @@ class Distribution:
         self._streamed = [layer.name for group in groups for layer in group.layers]
         order = self._order.of(self._streamed, (placement.layer.name for placement in self.plan.placements))
         relay = self._make_relay() if self.plan.relayed_units else None
-        make = functools.partial(
-            Streamer, groups, self.transfer, order=order, root=self._root, only_read=self._only_read
-        )
-        self.streamer, self.relay = _with_staging_buffer(make, groups, self.plan.staging_bytes), relay
+        self.streamer, self.relay = _with_staging_buffer(groups, self.transfer, self.plan.staging_bytes, order), relay
+        self.reading = Reading(self._root, self.streamer, self._only_read)
         self.lookup = Lookup(tables, self.device)
         self._attach()
         self._is_interrupted = False
@@ -348,12 +347,12 @@ class Distribution:
         return Relay(self.device, units, streamer, core.is_compiler_active)
 
     def _attach(self) -> None:
-        for server in (self.lookup, self.streamer, self.relay):
+        for server in (self.lookup, self.streamer, self.reading, self.relay):
             if server is not None:
                 server.attach()
 
     def _detach(self) -> None:
-        for server in (self.relay, self.streamer, self.lookup):
+        for server in (self.relay, self.reading, self.streamer, self.lookup):
             if server is not None:
                 server.detach()
 
@@ -379,9 +378,10 @@ class Distribution:
     def _stop_serving(self) -> None:
         if self.streamer is not None and self.streamer.order is not None:
             self._order.note(self._streamed[number] for number in self.streamer.order)
-            self._only_read.update(self.streamer.only_read)
+        if self.reading is not None:
+            self._only_read.update(self.reading.only_read)
         self._detach()
-        self.streamer = self.relay = self.lookup = self.transfer.detour = None
+        self.streamer = self.reading = self.relay = self.lookup = self.transfer.detour = None
 
     def _log_evicted(self, plan_before: Plan) -> None:
         before, now = (sum(group.num_bytes for group in plan.evicted) for plan in (plan_before, self.plan))
@@ -420,18 +420,20 @@ def _there_or_on_host(make: Callable[[torch.device], _T], device: torch.device) 
         return make(_CPU)
 
 
-def _with_staging_buffer(make: Callable[[int], Streamer], groups: Sequence[StreamedGroup], num_bytes: int) -> Streamer:
+def _with_staging_buffer(
+    groups: Sequence[StreamedGroup], transfer: Transfer, num_bytes: int, order: Sequence[int] | None
+) -> Streamer:
     """With a smaller buffer where there is no memory for `num_bytes`: the largest group has to fit."""
     smallest = max((group.num_bytes for group in groups), default=0)
     num_bytes = max(num_bytes, smallest)
     while True:
         try:
-            return make(num_bytes)
+            return Streamer(groups, transfer, num_bytes, order)
         except RuntimeError as error:
             if num_bytes <= smallest or not is_out_of_memory(error):
                 raise
             num_bytes = max(smallest, num_bytes // 2)
-            logger.warning("DisTorch2: the compute device is full; streaming through %d MiB", num_bytes >> 20)
+            logger.warning("DisTorch2: %s is full; streaming through %d MiB", transfer.device, num_bytes >> 20)
 
 
 def _allocate_outside_compiler(num_bytes: int, device: torch.device) -> torch.Tensor:

@@ -55,16 +55,16 @@ def _identity(value: Any) -> Any:
 
 
 def drop_copied_forwards(module: torch.nn.Module) -> None:
-    """Take away forwards that `module` and those in it have because they are shallow copies of modules on which they
-    were set: they would run the originals."""
+    """Take such forwards from `module` and the modules in it as were set on others.
+
+    A shallow copy of a module has the forward that was set on the original, and would run the original.
+    """
     for each in module.modules():
-        found = forward = vars(each).get("forward")
-        while isinstance(forward, _SetForward) and forward.module() is not each:
-            forward = forward.previous
-        if forward is None and found is not None:
-            del each.forward
-        elif forward is not found:
-            each.forward = forward
+        present = own = vars(each).get("forward")
+        while isinstance(own, _SetForward) and own.module() is not each:
+            own = own.previous
+        if own is not present:
+            _give(each, own)
 
 
 class Forwards:
@@ -85,15 +85,24 @@ class Forwards:
         self._set.append(weakref.ref(forward))
         module.forward = forward
 
-    def give_back(self) -> None:
-        """Every module has the forward that it had, unless another has been set since."""
-        for reference in self._set:
+    def give_back(self, only: torch.nn.Module | None = None) -> None:
+        """Every module, or `only` one, has the forward that it had, unless another has been set since."""
+        kept = []
+        for reference in reversed(self._set):  # the last that was set on a module is the first to be taken off
             forward = reference()
             module = forward.module() if forward is not None else None
-            if forward is None or module is None or vars(module).get("forward") is not forward:
+            if forward is None or module is None:
                 continue
-            if forward.previous is None:
-                del module.forward
-            else:
-                module.forward = forward.previous
-        self._set.clear()
+            if only is not None and module is not only:
+                kept.append(reference)
+            elif vars(module).get("forward") is forward:
+                _give(module, forward.previous)
+        self._set = kept[::-1]
+
+
+def _give(module: torch.nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Set a forward, None for that of the module's class."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward

@@ -337,11 +337,11 @@ def _load_model_and_clip(
     dtype, num_parameters = _inference_dtype(detected)
     first_device = mm.unet_inital_load_device(num_parameters, dtype)
     model = clip = None
-    # ComfyUI's loader makes both where it copies no weights, and where the CPU computes with the diffusion model: there
-    # it may copy, since the weights stay in host memory and the file may be replaced meanwhile. But it must not put the
-    # diffusion model on its default GPU, whatever device it is asked to load it on.
-    copies = not core.loaders_keep_the_mapping(disable_dynamic) and unet_device != "cpu"
-    if copies or first_device != _CPU:
+    # Built here is what ComfyUI's loader would copy, or would put on its default GPU, whatever device it is asked for.
+    # Where the CPU computes with the diffusion model it may copy: the weights stay in host memory, and the file may be
+    # replaced meanwhile.
+    would_copy = unet_device != "cpu" and not core.loaders_keep_the_mapping(disable_dynamic)
+    if would_copy or first_device != _CPU:
         if with_model:
             model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
         if with_clip:  # after the diffusion model, of whose weights the config may learn about the text encoder

@@ -167,7 +167,7 @@ class Relay:
                 and _device_of(arguments, options) == self.activations.home
                 and unit.is_there()
                 and not self._must_stay_at_home()
-                and not _has_patches_inside((*arguments, *options.values()))
+                and not _brings_tensors_along((*arguments, *options.values()))
             )
             if runs_there:
                 try:
@@ -209,14 +209,14 @@ def _device_of(arguments: Sequence[Any], options: Mapping[str, Any]) -> torch.de
     return None
 
 
-def _has_patches_inside(values: Sequence[Any]) -> bool:
-    """Whether ComfyUI is to run patches inside a unit that is called with these.
+def _brings_tensors_along(values: Sequence[Any]) -> bool:
+    """Whether something that may have tensors at home runs inside a unit that is called with these.
 
-    A function among them is one, too, if it has something of its own: an attention that a node made, say. Text encoders
-    hand ComfyUI's own attention to their layers, which has nothing.
+    ComfyUI's patches may, and so may a function, such as an attention that a node made. ComfyUI's own attention, which
+    text encoders hand to their layers, has none.
     """
     for value in values:
-        if callable(value) and not isinstance(value, (torch.nn.Module, type)) and not _is_bare_function(value):
+        if callable(value) and not isinstance(value, (torch.nn.Module, type)) and not _holds_nothing(value):
             return True
         if isinstance(value, dict):
             for patches in (value.get("patches"), value.get("patches_replace")):
@@ -227,19 +227,23 @@ def _has_patches_inside(values: Sequence[Any]) -> bool:
     return False
 
 
-def _is_bare_function(value: Any, seen: tuple[Any, ...] = ()) -> bool:
-    """Whether it is a function that holds nothing but such functions: a decorated one holds what it decorates, and
-    perhaps itself."""
+def _holds_nothing(value: Any, seen: tuple[Any, ...] = ()) -> bool:
+    """Whether a function can have no tensor of its own: it has none in what it closes over, nor in its defaults.
+
+    ComfyUI's attention is decorated, so it closes over the function that is decorated, and over itself.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)) or any(value is each for each in seen):
+        return True
     if isinstance(value, types.BuiltinFunctionType):
-        return not isinstance(value.__self__, torch.Tensor)
+        return value.__self__ is None or isinstance(value.__self__, (types.ModuleType, type))
     if not isinstance(value, types.FunctionType):
         return False
     try:
         held = [cell.cell_contents for cell in value.__closure__ or ()]
     except ValueError:  # a cell is empty
         return False
-    seen = (*seen, value)
-    return all(any(each is other for other in seen) or _is_bare_function(each, seen) for each in held)
+    held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return all(_holds_nothing(each, (*seen, value)) for each in held)
 
 
 def _has_functions(module: Any) -> bool:

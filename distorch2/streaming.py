@@ -7,9 +7,8 @@ layer's parameters are views into its group's slab, so that state dicts, patches
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +16,8 @@ import torch
 from .forwards import Forwards
 from .quantised import is_quantised, to_device
 from .schedule import Schedule
-from .serving.reading import Watch, modules_around
 from .slab import SlabLayout, allocate
 from .transfer import Copy, Transfer
-
-logger = logging.getLogger(__name__)
 
 
 class StreamedLayer:
@@ -149,12 +145,9 @@ class StreamedGroup:
 class Streamer:
     """Streams groups through a staging buffer of `staging_bytes` on the compute device, from `attach` to `detach`.
 
-    Meanwhile the forward of every layer's module is one that binds the weights around the module's own. A layer that
-    was only read in the first passes is bound while the module around it runs, which is looked up in `root`. `order`
-    says in which order the layers run, and `only_read` which are only read, as far as that is known.
-
-    The buffer is there from the start. With `allocate_later`, a function of bytes and device, it comes with the first
-    layer that runs, and layers that are only read are not served.
+    Meanwhile the forward of every layer's module is one that binds the weights around the module's own. `order` says in
+    which order the layers run, as far as that is known. The buffer is there from the start. With `allocate_later`, a
+    function of bytes and device, it comes with the first layer that runs.
     """
 
     def __init__(
@@ -164,14 +157,9 @@ class Streamer:
         staging_bytes: int,
         order: Sequence[int] | None = None,
         allocate_later: Callable[[int, torch.device], torch.Tensor] | None = None,
-        root: torch.nn.Module | None = None,
-        only_read: Collection[str] = (),
     ) -> None:
         self._groups = groups
-        self._layers = [layer for group in groups for layer in group.layers]
-        self._root = None if root is None else weakref.ref(root)
-        self._watch = None if allocate_later else Watch(self._layers)  # until it has seen a whole pass
-        self._only_read = [number for number, layer in enumerate(self._layers) if layer.name in only_read]
+        self.layers = [layer for group in groups for layer in group.layers]
         self._transfer = transfer
         self._capacity = staging_bytes
         self._allocate_later = allocate_later
@@ -188,24 +176,13 @@ class Streamer:
         """In which order the layers run, by their numbers in `groups`, as far as that is known; None before any has."""
         return self._schedule.order
 
-    @property
-    def only_read(self) -> Sequence[str]:
-        """Names of the layers that are read and not called, as far as that is known."""
-        noted = self._watch.only_read if self._watch is not None else ()
-        return [self._layers[number].name for number in sorted({*self._only_read, *noted})]
-
     def attach(self) -> None:
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             if layer.is_alive:
                 self._forwards.set(layer.module, functools.partial(self._serving, index, layer))
-        if self._watch is not None:
-            self._watch.attach()
-        self._serve_what_is_only_read(self._only_read)
 
     def detach(self) -> None:
         self._transfer.wait()
-        if self._watch is not None:
-            self._watch.detach()
         self._forwards.give_back()
 
     def forget_staged(self) -> None:
@@ -227,10 +204,10 @@ class Streamer:
 
         def serve(*arguments: Any, **options: Any) -> Any:
             module = layer.module
+            parameters = module._parameters
             is_for_backward = torch.is_grad_enabled()
             if not is_for_backward and (to_fetch := schedule.enter(index)):
                 self._fetch(to_fetch)
-            parameters = module._parameters  # which is another object after the first pass
             inside: Mapping[str, torch.nn.Parameter | None]
             outside: Mapping[str, torch.nn.Parameter | None]
             if not is_for_backward and layer.is_bound():
@@ -256,63 +233,11 @@ class Streamer:
         # A compiled model is to call it, and not to trace it: what it does differs from layer to layer.
         return torch.compiler.disable(serve)
 
-    def _learn_what_is_only_read(self, watch: Watch) -> None:
-        watch.detach()
-        self._watch = None
-        new = [number for number in watch.only_read if number not in self._only_read]
-        if new:
-            logger.info(
-                "DisTorch2: %d streamed layers are read and not called; they are copied before the modules around them "
-                "run",
-                len(new),
-            )
-        self._only_read += new
-        self._serve_what_is_only_read(new)
-
-    def _serve_what_is_only_read(self, numbers: Sequence[int]) -> None:
-        """Have these layers bound while the modules around them run."""
-        root = None if self._root is None else self._root()
-        by_module: dict[torch.nn.Module, list[int]] = {}
-        for number in numbers:
-            if root is not None and self._layers[number].is_alive:
-                for module in modules_around(root, self._layers[number].name):
-                    by_module.setdefault(module, []).append(number)
-        for module, of_module in by_module.items():
-            self._forwards.set(module, functools.partial(self._binding, weakref.ref(module), of_module))
-
-    def _binding(
-        self, around: weakref.ref[torch.nn.Module], numbers: Sequence[int], previous: Callable[..., Any] | None
-    ) -> Callable[..., Any]:
-        """A forward for a module that reads the weights of layers.
-
-        These get copies, since the staging buffer is needed for the layers that the module calls meanwhile.
-        """
-
-        def serve(*arguments: Any, **options: Any) -> Any:
-            bound: list[StreamedLayer] = []
-            try:
-                for number in numbers:
-                    layer = self._layers[number]
-                    if layer.is_alive and layer.is_bound():
-                        inside = self._copied(number)
-                        bound.append(layer)
-                        layer.module._parameters.update(inside)
-                if previous is None:
-                    module: Any = around()
-                    return type(module).forward(module, *arguments, **options)
-                return previous(*arguments, **options)
-            finally:
-                for layer in bound:
-                    layer.module._parameters.update(layer.outside)
-
-        return torch.compiler.disable(serve)
-
-    def _copied(self, number: int) -> Mapping[str, torch.nn.Parameter | None]:
-        """Copies on the compute device of a layer's parameters, by way of the staging buffer."""
-        device = self._transfer.device
+    def copied(self, number: int) -> Mapping[str, torch.nn.Parameter | None]:
+        """Copies on the compute device of a layer's parameters, which came by way of the staging buffer."""
+        layer, device = self.layers[number], self._transfer.device
         if torch.is_grad_enabled():
-            outside = self._layers[number].outside
-            return {name: copied_by_host(parameter, device) for name, parameter in outside.items()}
+            return {name: copied_by_host(parameter, device) for name, parameter in layer.outside.items()}
         if to_fetch := self._schedule.enter(number):
             self._fetch(to_fetch)
         self._transfer.use(self._copies[self._group_of[number]])
@@ -323,8 +248,6 @@ class Streamer:
         return copies
 
     def _fetch(self, groups: Sequence[int]) -> None:
-        if self._watch is not None and self._watch.has_seen_a_pass:
-            self._learn_what_is_only_read(self._watch)
         try:
             if self._schedule_version != self._schedule.version:
                 self._lay_out()

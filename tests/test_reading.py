@@ -3,8 +3,6 @@
 import copy
 import gc
 import json
-import pickle
-import types
 import weakref
 
 import comfy.model_management as mm
@@ -27,10 +25,11 @@ from placing import (
 from sampling import core_load
 
 from distorch2.distribution import Distribution
+from distorch2.forwards import Forwards
 from distorch2.inventory import list_layers
 from distorch2.loading import load_checkpoint
 from distorch2.plan import Placement, Plan
-from distorch2.serving.reading import _Watched, modules_around
+from distorch2.serving.reading import modules_around
 
 try:
     import comfy.ldm.minimax.model
@@ -108,7 +107,7 @@ def test_every_format_gives_comfyuis_bits_and_every_group_is_copied_once_a_pass(
     assert groups_of(model)
     assert model.distribution.transfer.copies - copies == 3 * len(groups_of(model))
 
-    only_read = {name.partition("blocks.0.")[2] for name in model.distribution.streamer.only_read if "ks.0." in name}
+    only_read = {name.partition("blocks.0.")[2] for name in model.distribution.reading.only_read if "ks.0." in name}
     if percent == 100:  # small layers are streamed too
         assert only_read == {"attn.q_norm", "attn.k_norm", *filter(None, [READ_BY_FORMAT.get(format_name)])}
 
@@ -143,7 +142,7 @@ def test_what_is_noted_is_kept_while_forwards_are_taken_back(checkpoints):
         output(model)
         with model.distribution.unserved():
             assert all(type(module._parameters) is dict for module in model.model.modules())
-    assert len(model.distribution.streamer.only_read) == 10
+    assert len(model.distribution.reading.only_read) == 10
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, mm.InterruptProcessingException])
@@ -195,7 +194,7 @@ def test_a_layer_that_a_lora_makes_one_that_is_called_is_copied_once_a_pass(chec
     clone = patched(100)
     for _ in range(6):
         assert same(output(clone), expected)
-    assert not [name for name in clone.distribution.streamer.only_read if name.endswith("fc2")]
+    assert not [name for name in clone.distribution.reading.only_read if name.endswith("fc2")]
     copies = clone.distribution.transfer.copies
     assert same(output(clone), expected)
     assert clone.distribution.transfer.copies - copies == len(groups_of(clone))
@@ -207,9 +206,80 @@ def test_letting_go_gives_back_what_was_there(checkpoints):
         for _ in range(num_passes):
             output(model)
         model.detach()
-        for module in model.model.diffusion_model.modules():
+        for module in model.model.modules():
             assert "forward" not in vars(module)
             assert type(module._parameters) is dict
+
+
+@pytest.mark.parametrize("kind", ["minimax_h3", "minimax_h3_int8"])
+def test_a_lora_that_is_there_from_the_start_changes_nothing(checkpoints, kind):
+    """Patching looks weights up, too."""
+    plain, patched = (on_donor(checkpoints, kind, 100)[0] for _ in range(2))
+    for _ in range(3):
+        output(plain)
+    expected = plain.distribution.reading.only_read
+    clone = lora_for(patched)
+    for _ in range(3):
+        output(clone)
+    assert expected
+    assert clone.distribution.reading.only_read == expected
+
+
+def test_what_a_module_reads_in_addition_is_learnt_and_all_is_given_back(reader, monkeypatch):
+    module, distribution = reader
+    x, forward = torch.ones(1, 64, device=COMPUTE), Reader.forward
+
+    def reads_more(self, x):
+        return torch.nn.functional.linear(forward(self, x), self.unused.weight.to(COMPUTE))
+
+    with torch.no_grad():
+        module(x)
+        plan = distribution.plan
+        distribution.release({})
+        monkeypatch.setattr(Reader, "forward", reads_more)
+        distribution.place(plan)
+        for _ in range(3):
+            module(x)
+    assert set(distribution.reading.only_read) == {f"{i}.{name}" for i in (0, 1) for name in ("rows.0", "unused")}
+    streamer = weakref.ref(distribution.streamer)
+    distribution.release({})
+    assert not any("forward" in vars(child) for child in module.modules())
+    assert streamer() is None
+
+
+def test_forwards_that_were_set_twice_are_both_taken_off():
+    forwards, layers = Forwards(), [torch.nn.Linear(1, 1) for _ in range(2)]
+    for name in ("first", "second"):
+        for layer in layers:
+            forwards.set(layer, lambda previous, name=name: lambda: name)
+    assert [layer.forward() for layer in layers] == ["second", "second"]
+    forwards.give_back(layers[0])
+    assert ["forward" in vars(layer) for layer in layers] == [False, True]
+    forwards.give_back()
+    assert ["forward" in vars(layer) for layer in layers] == [False, False]
+
+
+def test_a_run_that_breaks_off_decides_nothing(reader, monkeypatch):
+    module, distribution = reader
+    with monkeypatch.context() as patches, torch.no_grad():
+        patches.setattr(torch.nn.functional, "linear", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            module(torch.ones(1, 64, device=COMPUTE))
+    assert distribution.reading.only_read == []
+    assert all(type(layer._parameters) is dict for layer in module.modules())
+    with torch.no_grad():
+        for _ in range(2):
+            module(torch.ones(1, 64, device=COMPUTE))
+    assert distribution.reading.only_read == ["0.rows.0", "1.rows.0"]
+
+
+def test_a_module_of_which_all_layers_are_called_is_left_alone(checkpoints):
+    model = on_donor(checkpoints, "minimax_h3_int8", 100)[0]
+    output(model)
+    with_forward = {name for name, module in model.model.named_modules() if "forward" in vars(module)}
+    streamed = {item.layer.name for item in model.distribution.plan.streamed}
+    around = {name.rpartition(".")[0] for name in model.distribution.reading.only_read}
+    assert with_forward == streamed | around
 
 
 def test_a_dropped_model_that_is_watched_is_let_go_at_once(checkpoints):
@@ -220,7 +290,7 @@ def test_a_dropped_model_that_is_watched_is_let_go_at_once(checkpoints):
         output(model)
         mm.unload_all_models()
         mm.load_models_gpu([model])
-        layer = weakref.ref(model.distribution.streamer._layers[0])
+        layer = weakref.ref(model.distribution.streamer.layers[0])
         mm.current_loaded_models.clear()
         del model
         assert layer() is None
@@ -228,19 +298,19 @@ def test_a_dropped_model_that_is_watched_is_let_go_at_once(checkpoints):
         gc.enable()
 
 
-def test_copies_of_a_watched_module_have_plain_parameters(checkpoints):
+@pytest.mark.parametrize("num_passes", [0, 1, 3])
+def test_copies_have_plain_parameters_of_their_own(checkpoints, num_passes):
     model = on_donor(checkpoints, "minimax_h3_int8", 100)[0]
     mm.load_models_gpu([model])
-    layer = model.model.diffusion_model.final_layer.norm
-    assert type(layer._parameters) is not dict
-    copied = copy.deepcopy(layer)
-    assert type(copied._parameters) is dict
-    assert torch.equal(copied.weight.cpu(), layer.weight.cpu())
-    watched = _Watched(types.SimpleNamespace(outside={}), [])
-    watched["weight"] = 1
-    unpickled = pickle.loads(pickle.dumps(watched))
-    assert type(unpickled) is dict
-    assert unpickled == {"weight": 1}
+    for _ in range(num_passes):
+        output(model)
+    layer = model.model.diffusion_model.blocks[0].attn.q_norm
+    deep, shallow = copy.deepcopy(layer), copy.copy(layer)
+    output(model)
+    mm.unload_all_models()
+    for copied in (deep, shallow):
+        assert type(copied._parameters) is dict
+        assert torch.equal(copied.weight.cpu(), layer.weight.cpu())
 
 
 # --- one module of each kind
@@ -286,7 +356,7 @@ def test_a_layer_that_is_not_used_is_not_streamed(reader):
     with torch.no_grad():
         for _ in range(5):
             module(x)
-        assert distribution.streamer.only_read == ["0.rows.0", "1.rows.0"]
+        assert distribution.reading.only_read == ["0.rows.0", "1.rows.0"]
         copies = distribution.transfer.copies
         module(x)
     assert distribution.transfer.copies - copies == 4  # of six groups, the two that are not used left out

@@ -27,7 +27,7 @@ from unit_calls import recorded_units
 from distorch2.activations import Visit
 from distorch2.loading import load_checkpoint
 from distorch2.plan import ComponentRequest, PlanError, VirtualVram
-from distorch2.relay import _has_patches_inside
+from distorch2.relay import _brings_tensors_along
 from distorch2.transfer import Crossing
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
@@ -230,13 +230,18 @@ def patched_as_on_the_cpu(checkpoints, kind, patch):
 
 def test_what_runs_inside_a_unit():
     """A patch between blocks does not, and neither does a module; a function does, or a patch that nobody knows."""
-    assert not _has_patches_inside([1, torch.zeros(1), torch.nn.Identity(), {"patches": {"single_block": [print]}}])
-    assert _has_patches_inside([{"patches": {"attn1_patch": [print]}}])
+    assert not _brings_tensors_along([1, torch.zeros(1), torch.nn.Identity(), {"patches": {"single_block": [print]}}])
+    assert _brings_tensors_along([{"patches": {"attn1_patch": [print]}}])
     mask = torch.zeros(1)
-    assert _has_patches_inside([mask, lambda query, key, value: value + mask])
-    assert _has_patches_inside([functools.partial(torch.add, mask)])
-    assert _has_patches_inside([mask.add])
-    assert not _has_patches_inside([optimized_attention, torch.add, lambda query, key, value: value])
+    assert _brings_tensors_along([mask, lambda query, key, value: value + mask])
+    assert _brings_tensors_along([functools.partial(torch.add, mask)])
+    assert _brings_tensors_along([mask.add])
+    assert _brings_tensors_along([[mask].append])
+    assert _brings_tensors_along([lambda query, key, value, mask=mask: value])
+    assert _brings_tensors_along([lambda query, *, mask=mask: query])
+    scale = 0.5
+    assert not _brings_tensors_along([lambda query, key, value, heads=8, mask=None: value * scale])
+    assert not _brings_tensors_along([optimized_attention, torch.add, lambda query, key, value: value])
 
     def holds_itself():
         return holds_itself
@@ -247,8 +252,8 @@ def test_what_runs_inside_a_unit():
     def holds_the_mask():
         return mask
 
-    assert not _has_patches_inside([holds_itself])
-    assert _has_patches_inside([holds_a_tensor_by_another])
+    assert not _brings_tensors_along([holds_itself])
+    assert _brings_tensors_along([holds_a_tensor_by_another])
 
 
 def test_units_with_patches_inside_stay_at_home(checkpoints):

@@ -22,8 +22,8 @@ PURE = [
 ]
 COMFYUI_MODULES = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution", "comfyui_version"}
 # Each may import those after it, and none before it.
-LAYERS = ["loading", "patcher", "distribution", "detour", "donor_share", "failures", "relay", "lookup", "streaming"]
-LAYERS += ["reading", "forwards", "schedule", "activations", "moving", "inventory", "pinning", "slab", "quantised"]
+LAYERS = ["loading", "patcher", "distribution", "detour", "donor_share", "failures", "relay", "lookup", "reading"]
+LAYERS += ["streaming", "forwards", "schedule", "activations", "moving", "inventory", "pinning", "slab", "quantised"]
 LAYERS += ["transfer", "report", "planner", "plan", "checkpoint_file", "core", "__init__"]
 
 

@@ -78,10 +78,10 @@ PATCHER_ATTRIBUTES = tuple(
     """
     add_object_patch add_wrapper_with_key apply_hooks backup cached_patcher_init clone current_hooks detach
     eject_model force_cast_weights forced_hooks get_all_callbacks get_clone_model_override get_model_object
-    hook_backup inject_model injections is_clip is_dynamic is_injected load load_device loaded_size model
+    hook_backup inject_model injections is_dynamic is_injected load load_device loaded_size model
     model_options model_patches_models model_size model_state_dict_for_saving object_patches object_patches_backup
     offload_device parent partially_load partially_unload patch_cached_hook_weights patch_hook_weight_to_device
-    patch_model patch_weight_to_device patches patches_uuid remove_additional_models remove_wrappers_with_key size
+    patch_model patch_weight_to_device patches patches_uuid remove_additional_models remove_wrappers_with_key
     unpatch_hooks unpatch_model use_ejected weight_wrapper_patches
     """.split()
 )
@@ -139,7 +139,7 @@ def patcher_class(disable_dynamic: bool) -> type[ModelPatcher]:
     return ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
 
 
-def loaders_keep_the_mapping(disable_dynamic: bool = False) -> bool:
+def loaders_keep_the_mapping(disable_dynamic: bool) -> bool:
     """Whether ComfyUI's loaders build models of the file's own tensors, memory-mapped, and put them on no device."""
     return patcher_class(disable_dynamic) is not ModelPatcher
 

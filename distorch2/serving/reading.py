@@ -2,23 +2,30 @@
 
 ComfyUI computes some layers in one kernel with what comes before them: an INT8 linear layer with the activation in
 front of it (`comfy.ops.linear_input_act`), the norms of queries and keys with the rotation. Nothing that is set on
-the forward of such a layer ever runs.
-
-In the first pass, and a part of the second, a `Watch` notes which layers these are. From then on they are bound while
-the module around them runs.
+the forward of such a layer ever runs. So the module around it serves it: while it runs, the layer has a copy of its
+weights, which came ahead by way of the staging buffer.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from ..forwards import Forwards
+
+logger = logging.getLogger(__name__)
+
 
 class _Layer(Protocol):
     """A streamed layer. `outside` are the parameters that its module has outside its forward."""
+
+    name: str
+    outside: dict[str, torch.nn.Parameter]
 
     @property
     def is_alive(self) -> bool: ...
@@ -26,8 +33,14 @@ class _Layer(Protocol):
     @property
     def module(self) -> torch.nn.Module: ...
 
+    def is_bound(self) -> bool: ...
+
+
+class _Streamer(Protocol):
     @property
-    def outside(self) -> Mapping[str, torch.nn.Parameter]: ...
+    def layers(self) -> Sequence[_Layer]: ...
+
+    def copied(self, number: int) -> Mapping[str, torch.nn.Parameter | None]: ...
 
 
 class _Watched(dict[str, Any]):
@@ -37,64 +50,127 @@ class _Watched(dict[str, Any]):
     was called.
     """
 
-    num_uses = 0
-    """In a row they count as one: code looks a weight up several times for one use."""
-    is_called = False
+    is_read = is_called = False
 
-    def __init__(self, layer: _Layer, last_used: list[int]) -> None:
-        super().__init__()
-        self.layer = layer
-        self._last_used = last_used  # one id, not the object: a cycle would keep weights alive
+    def __init__(self, layer: _Layer) -> None:
+        super().__init__(layer.module._parameters)
+        self._outside = layer.outside
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if value is not None:
-            self.is_called |= value is not self.layer.outside.get(name)
-            if self._last_used != [id(self)]:
-                self._last_used[:] = [id(self)]
-                self.num_uses += 1
+            if value is self._outside.get(name):
+                self.is_read = True
+            else:
+                self.is_called = True
         return value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        return copy.deepcopy(dict(self), memo)
 
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)
+class Reading:
+    """Serves those layers of `streamer` that are only read, from `attach` to `detach`.
 
+    Which ones these are is seen in the first run of the module around a layer. `known` are names of layers of which it
+    is known already. The modules are looked up in `root`.
+    """
 
-class Watch:
-    """Watches `layers` from `attach` to `detach`, as often as needed. Reading a parameter takes longer meanwhile."""
+    def __init__(self, root: torch.nn.Module, streamer: _Streamer, known: Collection[str] = ()) -> None:
+        self._root = weakref.ref(root)
+        self._streamer = streamer
+        self._only_read = {number for number, layer in enumerate(streamer.layers) if layer.name in known}
+        self._undecided = set(range(len(streamer.layers))) - self._only_read
+        self._forwards = Forwards()
+        self._has_logged = False
 
-    def __init__(self, layers: Sequence[_Layer]) -> None:
-        last_used: list[int] = []
-        self._watched = [_Watched(layer, last_used) for layer in layers]
+    @property
+    def only_read(self) -> list[str]:
+        """Names of the layers that are read and not called, as far as that is known."""
+        return [self._streamer.layers[number].name for number in sorted(self._only_read)]
 
     def attach(self) -> None:
-        for watched in self._watched:
-            if watched.layer.is_alive:
-                module = watched.layer.module
-                watched.clear()
-                watched.update(module._parameters)
-                vars(module)["_parameters"] = watched
+        root, by_module = self._root(), dict[torch.nn.Module, list[int]]()
+        for number in sorted(self._only_read | self._undecided):
+            layer = self._streamer.layers[number]
+            if root is not None and layer.is_alive:
+                for module in modules_around(root, layer.name):
+                    by_module.setdefault(module, []).append(number)
+        for module, numbers in by_module.items():
+            self._forwards.set(module, functools.partial(self._serving, weakref.ref(module), numbers))
 
     def detach(self) -> None:
-        """Give the modules plain parameters again."""
-        for watched in self._watched:
-            if watched.layer.is_alive and watched.layer.module._parameters is watched:
-                vars(watched.layer.module)["_parameters"] = dict(watched)
-            watched.clear()
+        self._forwards.give_back()
 
-    @property
-    def has_seen_a_pass(self) -> bool:
-        """Whether most of the layers that are used at all were used twice. Some may come once in a run, or often in
-        one pass."""
-        uses = [watched.num_uses for watched in self._watched if watched.num_uses]
-        return sum(num > 1 for num in uses) > len(uses) // 2
+    def _serving(
+        self, around: weakref.ref[torch.nn.Module], numbers: Sequence[int], previous: Callable[..., Any] | None
+    ) -> Callable[..., Any]:
+        layers = self._streamer.layers
 
-    @property
-    def only_read(self) -> list[int]:
-        """The numbers of the layers that were read and not called."""
-        return [number for number, watched in enumerate(self._watched) if watched.num_uses and not watched.is_called]
+        def serve(*arguments: Any, **options: Any) -> Any:
+            module: Any = around()
+            bound: list[tuple[_Layer, Mapping[str, Any]]] = []
+            watched: list[tuple[int, dict[str, Any], _Watched]] = []
+            try:
+                for number in numbers:
+                    layer = layers[number]
+                    if not (layer.is_alive and layer.is_bound()):
+                        continue
+                    if number in self._only_read:
+                        inside = self._streamer.copied(number)
+                        bound.append((layer, inside))
+                        layer.module._parameters.update(inside)
+                    elif number in self._undecided and not isinstance(layer.module._parameters, _Watched):
+                        watched.append((number, layer.module._parameters, _Watched(layer)))
+                        vars(layer.module)["_parameters"] = watched[-1][2]
+                if bound:
+                    self._log_once()
+                if previous is None:
+                    result = type(module).forward(module, *arguments, **options)
+                else:
+                    result = previous(*arguments, **options)
+            finally:
+                for number, own, seen in watched:
+                    _put_back(layers[number].module, own, seen)
+                for layer, inside in bound:
+                    _restore(layer, inside)
+            self._decide(module, numbers, [(number, seen) for number, _, seen in watched])
+            return result
+
+        # A compiled model is to call it, and not to trace it.
+        return torch.compiler.disable(serve)
+
+    def _decide(self, module: torch.nn.Module, numbers: Sequence[int], watched: Sequence[tuple[int, _Watched]]) -> None:
+        """After a whole run of the module around. It is left alone when nothing in it is only read."""
+        for number, seen in watched:
+            self._undecided.discard(number)
+            if seen.is_read and not seen.is_called:
+                self._only_read.add(number)
+        if self._only_read.isdisjoint(numbers) and self._undecided.isdisjoint(numbers):
+            self._forwards.give_back(module)
+
+    def _log_once(self) -> None:
+        """When the first is served: by then a pass has seen the others."""
+        if not self._has_logged:
+            self._has_logged = True
+            logger.info(
+                "DisTorch2: %d streamed layers are read and not called; they are copied before the modules around them "
+                "run",
+                len(self._only_read),
+            )
+
+
+def _put_back(module: torch.nn.Module, own: dict[str, Any], seen: _Watched) -> None:
+    """Give a module its own parameters again, with what was written meanwhile."""
+    own.clear()
+    own.update(seen)
+    if module._parameters is seen:
+        vars(module)["_parameters"] = own
+
+
+def _restore(layer: _Layer, inside: Mapping[str, Any]) -> None:
+    """Give a layer the parameters that it has outside, unless it was given others meanwhile."""
+    parameters = layer.module._parameters
+    for name, parameter in inside.items():
+        if parameters.get(name) is parameter:
+            parameters[name] = layer.outside[name]
 
 
 def modules_around(root: torch.nn.Module, layer_name: str) -> Iterator[torch.nn.Module]:
@@ -109,6 +185,7 @@ def modules_around(root: torch.nn.Module, layer_name: str) -> Iterator[torch.nn.
             module = root.get_submodule(".".join(parts))
         except AttributeError:  # an object patch has taken the place of a module around
             return
+        module = getattr(module, "_orig_mod", module)  # of one that is compiled
         if type(module).forward is not torch.nn.Module.forward:
             yield module
             if type(module) is not torch.nn.Sequential:
