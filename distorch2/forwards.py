@@ -20,6 +20,13 @@ class _SetForward(functools.partial):
 
     module: weakref.ref[torch.nn.Module]
     previous: Callable[..., Any] | None
+    is_given_back = False
+
+    def give_back(self) -> None:
+        """Call the previous forward from now on: somebody may have kept this one, to put it back later."""
+        self.is_given_back = True
+        called = self.previous or _OwnForward(self.module())
+        self.__setstate__((called, (), {}, vars(self)))  # type: ignore[attr-defined] # nothing else changes a partial
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.previous is not None:
@@ -79,14 +86,17 @@ class Forwards:
 
     def set(self, module: torch.nn.Module, make: Callable[[Callable[..., Any] | None], Callable[..., Any]]) -> None:
         """`make` is given the forward that was set on the module before, None where it has that of its class."""
-        previous = vars(module).get("forward")
+        previous = _still_set(vars(module).get("forward"))
         forward = _SetForward(make(previous))
         forward.module, forward.previous = weakref.ref(module), previous
         self._set.append(weakref.ref(forward))
         module.forward = forward
 
     def give_back(self, only: torch.nn.Module | None = None) -> None:
-        """Every module, or `only` one, has the forward that it had, unless another has been set since."""
+        """Every module, or `only` one, has the forward that it had.
+
+        If somebody has set another since, that one stays, and runs the forward that there was before.
+        """
         kept = []
         for reference in reversed(self._set):  # the last that was set on a module is the first to be taken off
             forward = reference()
@@ -95,9 +105,17 @@ class Forwards:
                 continue
             if only is not None and module is not only:
                 kept.append(reference)
-            elif vars(module).get("forward") is forward:
-                _give(module, forward.previous)
+                continue
+            if vars(module).get("forward") is forward:
+                _give(module, _still_set(forward.previous))
+            forward.give_back()
         self._set = kept[::-1]
+
+
+def _still_set(forward: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    while isinstance(forward, _SetForward) and forward.is_given_back:
+        forward = forward.previous
+    return forward
 
 
 def _give(module: torch.nn.Module, forward: Callable[..., Any] | None) -> None:

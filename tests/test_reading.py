@@ -58,7 +58,8 @@ def output(patcher):
     mm.load_models_gpu([patcher])
     generator = torch.Generator().manual_seed(1)
     shapes = ((1, 24, 2, 4, 4), (1, 32, 2, 5), (1, 7, 256))
-    video, audio, text = (torch.randn(shape, generator=generator).to(patcher.load_device) for shape in shapes)
+    dtype = patcher.model.get_dtype_inference()
+    video, audio, text = (torch.randn(shape, generator=generator).to(patcher.load_device, dtype) for shape in shapes)
     timestep = torch.tensor([500.0], device=patcher.load_device)
     return [part.cpu() for part in patcher.model.diffusion_model([video, audio], timestep, text)]
 
@@ -386,3 +387,70 @@ def test_the_modules_that_may_read_a_layer():
     assert [id(module) for module in found] == [id(mlp), id(reader)]
     assert list(modules_around(root, "model")) == []
     assert list(modules_around(root, "model.1.missing.0")) == []
+
+
+def test_a_forward_that_lay_on_ours_while_it_was_given_back_puts_nothing_of_ours_back(reader, monkeypatch):
+    """ComfyUI's injections and gradient checkpointing put back the forward that they found."""
+    module, distribution = reader
+    plan, x, streamers = distribution.plan, torch.ones(1, 64, device=COMPUTE), []
+    with torch.no_grad():
+        for _ in range(3):
+            streamers.append(weakref.ref(distribution.streamer))
+            for child in (module[1], module[1].unused):  # one is given back while it runs, one with the rest
+                monkeypatch.setattr(child, "forward", lambda *arguments, found=child.forward: found(*arguments))
+            module(x)
+            module(x)
+            distribution.release({})
+            monkeypatch.undo()
+            assert torch.equal(module[1](x), Reader.forward(module[1], x))
+            distribution.place(plan)
+        distribution.release({})
+    assert not any(streamer() for streamer in streamers)
+
+
+def test_a_layer_that_is_replaced_in_the_first_run(reader, monkeypatch):
+    module, _ = reader
+
+    def replaces(self, x, forward=Reader.forward):
+        self.unused = torch.nn.Identity()
+        return forward(self, x)
+
+    monkeypatch.setattr(Reader, "forward", replaces)
+    with torch.no_grad():
+        module(torch.ones(1, 64, device=COMPUTE))
+    assert all(type(layer._parameters) is dict for layer in module.modules())
+
+
+def test_a_copy_that_is_made_in_the_first_run_has_parameters_of_its_own(reader, monkeypatch):
+    module, _ = reader
+    made = []
+
+    def copies(self, x, forward=Reader.forward):
+        made.append(copy.deepcopy(self.unused))
+        return forward(self, x)
+
+    monkeypatch.setattr(Reader, "forward", copies)
+    with torch.no_grad():
+        module(torch.ones(1, 64, device=COMPUTE))
+    assert [type(each._parameters) for each in made] == [dict, dict]
+    assert torch.equal(made[0].weight.cpu(), module[0].unused.weight.cpu())
+
+
+def test_a_layer_that_is_not_used_at_first_is_learnt_when_it_is(reader, monkeypatch):
+    module, distribution = reader
+    x, forward = torch.ones(1, 64, device=COMPUTE), Reader.forward
+    with torch.no_grad():
+        module(x)
+        monkeypatch.setattr(Reader, "forward", lambda self, x: forward(self, x) + self.unused.weight.to(COMPUTE).sum())
+        module(x)
+    assert "0.unused" in distribution.reading.only_read
+
+
+def test_what_is_called_while_training_only_is_learnt_afterwards(checkpoints, monkeypatch):
+    model = on_donor(checkpoints, "minimax_h3_int8", 100)[0]
+    with monkeypatch.context() as patches:
+        patches.setattr(mm, "in_training", True)
+        output(model)
+    assert model.distribution.reading.only_read == []
+    output(model)
+    assert len(model.distribution.reading.only_read) == 10

@@ -40,6 +40,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
         "get_all_torch_devices",
         "get_free_memory",
         "get_total_memory",
+        "in_training",
         "is_device_cuda",
         "is_oom",
         "lora_compute_dtype",

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..comfyui.core import mm
 from ..forwards import Forwards
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,20 @@ class _Watched(dict[str, Any]):
     def __init__(self, layer: _Layer) -> None:
         super().__init__(layer.module._parameters)
         self._outside = layer.outside
+        self._own = layer.module._parameters
+        vars(layer.module)["_parameters"] = self
+
+    def end(self, module: torch.nn.Module) -> None:
+        """Give the module its own dict again, with what was written meanwhile."""
+        for name in self._own.keys() - self.keys():
+            del self._own[name]
+        self._own.update(self)
+        if module._parameters is self:
+            vars(module)["_parameters"] = self._own
+
+    def __reduce__(self) -> Any:
+        """A copy of the module has a dict of its own."""
+        return dict, (dict(self),)
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
@@ -69,8 +84,9 @@ class _Watched(dict[str, Any]):
 class Reading:
     """Serves those layers of `streamer` that are only read, from `attach` to `detach`.
 
-    Which ones these are is seen in the first run of the module around a layer. `known` are names of layers of which it
-    is known already. The modules are looked up in `root`.
+    Which ones these are is seen in the first run of the module around that uses a layer, training apart, where ComfyUI
+    calls layers that it reads otherwise. `known` are names of layers of which it is known already. The modules are
+    looked up in `root`.
     """
 
     def __init__(self, root: torch.nn.Module, streamer: _Streamer, known: Collection[str] = ()) -> None:
@@ -98,6 +114,10 @@ class Reading:
 
     def detach(self) -> None:
         self._forwards.give_back()
+        for layer in self._streamer.layers:
+            module = layer.module if layer.is_alive else None
+            if module is not None and isinstance(module._parameters, _Watched):
+                module._parameters.end(module)
 
     def _serving(
         self, around: weakref.ref[torch.nn.Module], numbers: Sequence[int], previous: Callable[..., Any] | None
@@ -106,8 +126,8 @@ class Reading:
 
         def serve(*arguments: Any, **options: Any) -> Any:
             module: Any = around()
-            bound: list[tuple[_Layer, Mapping[str, Any]]] = []
-            watched: list[tuple[int, dict[str, Any], _Watched]] = []
+            bound: list[tuple[_Layer, torch.nn.Module, Mapping[str, Any]]] = []
+            watched: list[tuple[int, torch.nn.Module, _Watched]] = []
             try:
                 for number in numbers:
                     layer = layers[number]
@@ -115,11 +135,10 @@ class Reading:
                         continue
                     if number in self._only_read:
                         inside = self._streamer.copied(number)
-                        bound.append((layer, inside))
+                        bound.append((layer, layer.module, inside))
                         layer.module._parameters.update(inside)
-                    elif number in self._undecided and not isinstance(layer.module._parameters, _Watched):
-                        watched.append((number, layer.module._parameters, _Watched(layer)))
-                        vars(layer.module)["_parameters"] = watched[-1][2]
+                    elif number in self._undecided and not mm.in_training and type(layer.module._parameters) is dict:
+                        watched.append((number, layer.module, _Watched(layer)))
                 if bound:
                     self._log_once()
                 if previous is None:
@@ -127,10 +146,10 @@ class Reading:
                 else:
                     result = previous(*arguments, **options)
             finally:
-                for number, own, seen in watched:
-                    _put_back(layers[number].module, own, seen)
-                for layer, inside in bound:
-                    _restore(layer, inside)
+                for _, of_layer, seen in watched:
+                    seen.end(of_layer)
+                for layer, of_layer, inside in bound:
+                    _restore(layer, of_layer, inside)
             self._decide(module, numbers, [(number, seen) for number, _, seen in watched])
             return result
 
@@ -138,9 +157,10 @@ class Reading:
         return torch.compiler.disable(serve)
 
     def _decide(self, module: torch.nn.Module, numbers: Sequence[int], watched: Sequence[tuple[int, _Watched]]) -> None:
-        """After a whole run of the module around. It is left alone when nothing in it is only read."""
+        """After a whole run of the module around. It is left alone once nothing in it is only read."""
         for number, seen in watched:
-            self._undecided.discard(number)
+            if seen.is_read or seen.is_called:
+                self._undecided.discard(number)
             if seen.is_read and not seen.is_called:
                 self._only_read.add(number)
         if self._only_read.isdisjoint(numbers) and self._undecided.isdisjoint(numbers):
@@ -157,17 +177,9 @@ class Reading:
             )
 
 
-def _put_back(module: torch.nn.Module, own: dict[str, Any], seen: _Watched) -> None:
-    """Give a module its own parameters again, with what was written meanwhile."""
-    own.clear()
-    own.update(seen)
-    if module._parameters is seen:
-        vars(module)["_parameters"] = own
-
-
-def _restore(layer: _Layer, inside: Mapping[str, Any]) -> None:
-    """Give a layer the parameters that it has outside, unless it was given others meanwhile."""
-    parameters = layer.module._parameters
+def _restore(layer: _Layer, module: torch.nn.Module, inside: Mapping[str, Any]) -> None:
+    """Give a layer's module the parameters that it has outside, unless it was given others meanwhile."""
+    parameters = module._parameters
     for name, parameter in inside.items():
         if parameters.get(name) is parameter:
             parameters[name] = layer.outside[name]
