@@ -43,6 +43,12 @@ def inference_mode():
         assert sim.used_bytes == [0, 0]
 
 
+@pytest.fixture
+def built_on_the_host(monkeypatch):
+    """Where ComfyUI builds its models: with more memory free on a GPU than on the host it would build them there."""
+    monkeypatch.setattr(mm, "unet_inital_load_device", lambda parameters, dtype: torch.device("cpu"))
+
+
 def partly_on_donor(percent):
     return ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},{100 - percent}%;{DONOR},*"), "stream")
 

@@ -38,6 +38,7 @@ from placing import (
     COMPUTE,
     HAS_SIMULATED,
     RESIDENT,
+    built_on_the_host,  # noqa: F401
     devices_known_to_comfyui,  # noqa: F401
     inference_mode,  # noqa: F401
     lora_for,
@@ -401,6 +402,7 @@ def test_a_patched_model(checkpoints, core, kind, patch):
         assert_gone_after_unloading(model)
 
 
+@pytest.mark.usefixtures("built_on_the_host")  # so that ComfyUI's model is loaded in the test, and calls back
 def test_wrappers_and_callbacks_of_every_kind(checkpoints):
     wrapped = [
         WrappersMP.OUTER_SAMPLE,

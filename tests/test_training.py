@@ -5,6 +5,7 @@ import comfy_extras.nodes_train as train_nodes
 import pytest
 import torch
 from placing import (
+    built_on_the_host,  # noqa: F401
     devices_known_to_comfyui,  # noqa: F401
     inference_mode,  # noqa: F401
     on_donor,
@@ -54,11 +55,8 @@ def trained(model, bypass, checkpointing, offloading):
 @pytest.mark.parametrize("offloading", [False, True], ids=["", "offloading"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("bypass", [False, True], ids=["", "bypass"])
-def test_a_lora_trained_on_a_split_model_is_that_of_the_whole_one(
-    checkpoints, bypass, checkpointing, offloading, monkeypatch
-):
-    # ComfyUI draws the LoRA's first weights on the device where it built the model.
-    monkeypatch.setattr(mm, "unet_inital_load_device", lambda parameters, dtype: torch.device("cpu"))
+@pytest.mark.usefixtures("built_on_the_host")  # where the LoRA's first weights are drawn, then
+def test_a_lora_trained_on_a_split_model_is_that_of_the_whole_one(checkpoints, bypass, checkpointing, offloading):
     expected, losses = trained(core_load(checkpoints(KIND))[0], bypass, checkpointing, offloading)
     assert len(losses) == STEPS
     assert any(tensor.abs().sum() > 0 for name, tensor in expected.items() if "up" in name or "diff" in name)
