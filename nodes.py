@@ -1,32 +1,35 @@
-"""The nodes: widgets -> request -> loading. No policy here."""
+"""The pack's own nodes: widgets -> request -> loading. No policy here."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import comfy.model_management
 import folder_paths
+import torch
 from comfy_api.v0_0_2 import io
 
 from . import device_utils
 from .allocation_parser import AllocationError, parse_allocation
-from .distorch2.loading import load_components
+from .distorch2 import loading
+from .distorch2.comfyui import whole
 from .distorch2.plan import AUTO, DONOR_MODES, ComponentRequest, VirtualVram
-
-NODE_ID = "CheckpointLoaderAdvancedDisTorch2MultiGPU"
-DISPLAY_NAME = "Load Checkpoint (DisTorch2)"
 
 
 class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
     """Loads a checkpoint with its diffusion model, text encoder and VAE on the devices that the user names."""
 
+    TITLE = "Load Checkpoint (DisTorch2)"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        devices = list(_selectable_devices())
+        devices = list(selectable_devices())
         accelerator = device_utils.first_accelerator(devices)
         return io.Schema(
-            node_id=NODE_ID,
-            display_name=DISPLAY_NAME,
+            node_id="CheckpointLoaderAdvancedDisTorch2MultiGPU",
+            display_name=cls.TITLE,
             category="multigpu/distorch_2",
             description="Loads a checkpoint and keeps each part of it on the devices that you name.",
             search_aliases=["distorch", "multigpu", "virtual vram", "load checkpoint", "offload", "donor device"],
@@ -36,9 +39,9 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                     options=folder_paths.get_filename_list("checkpoints"),
                     tooltip="The checkpoint to load.",
                 ),
-                *_component_inputs("unet", "diffusion model", accelerator, 4.0, devices),
-                *_component_inputs(
-                    "clip",
+                *_placement_inputs("unet_", "diffusion model", accelerator, 4.0, devices),
+                *_placement_inputs(
+                    "clip_",
                     "text encoder",
                     "cpu",
                     2.0,
@@ -48,17 +51,9 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                 io.Combo.Input(
                     "vae_device", options=devices, default=accelerator, tooltip="Where the whole VAE lies and computes."
                 ),
-                _expert_input("unet", "diffusion model"),
-                _expert_input("clip", "text encoder"),
-                io.Boolean.Input(
-                    "high_precision_loras",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="For checkpoints in fp8 or smaller: a weight that a LoRA changes is kept in the precision "
-                    "of computation, and takes two to four times its memory. Off: it is rounded to fp8 again, as "
-                    "ComfyUI does. The image can change visibly between the two.",
-                ),
+                _expert_input("unet_", "diffusion model"),
+                _expert_input("clip_", "text encoder"),
+                _high_precision_input(),
                 io.Boolean.Input(
                     "eject_models",
                     default=False,
@@ -66,16 +61,7 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                     advanced=True,
                     tooltip="Unload all other models from the diffusion model's compute device first.",
                 ),
-                io.Combo.Input(
-                    "donor_mode",
-                    options=list(DONOR_MODES),
-                    default=AUTO,
-                    optional=True,
-                    advanced=True,
-                    tooltip="What happens with weights on a donor. stream: they are copied to the compute device when "
-                    "they are needed. relay: the donor runs its blocks of the model itself, and only the image's data "
-                    "travels. auto: accelerators of the compute device's kind relay, and the others are streamed from.",
-                ),
+                _donor_mode_input(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The diffusion model."),
@@ -88,18 +74,10 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
     def validate_inputs(
         cls, unet_expert_mode_allocations: str | None = "", clip_expert_mode_allocations: str | None = ""
     ) -> bool | str:
-        mistakes = []
-        # None is a linked input, which has no value before the prompt runs.
-        for name, text in (
-            ("unet_expert_mode_allocations", unet_expert_mode_allocations),
-            ("clip_expert_mode_allocations", clip_expert_mode_allocations),
-        ):
-            try:
-                if text is not None and text.strip():
-                    parse_allocation(text, _selectable_devices())
-            except AllocationError as error:
-                mistakes.append(f"{name}: {error}")
-        return "\n".join(mistakes) or True
+        return mistakes_in(
+            unet_expert_mode_allocations=unet_expert_mode_allocations,
+            clip_expert_mode_allocations=clip_expert_mode_allocations,
+        )
 
     @classmethod
     def fingerprint_inputs(cls, ckpt_name: str | None, **_widgets: object) -> tuple[int, int] | None:
@@ -127,12 +105,12 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
         eject_models: bool = False,
         donor_mode: str = AUTO,
     ) -> io.NodeOutput:
-        loaded = load_components(
+        loaded = loading.load_components(
             folder_paths.get_full_path_or_raise("checkpoints", ckpt_name),
-            _request(
+            request_for(
                 unet_compute_device, unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations, donor_mode
             ),
-            _request(
+            request_for(
                 clip_compute_device, clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations, donor_mode
             ),
             vae_device,
@@ -144,18 +122,156 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
         return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui={"distorch2_placement": [loaded.report]})
 
 
-def _component_inputs(
+class DistributeModelDisTorch2(io.ComfyNode):
+    """Keeps the weights of a diffusion model from any loader where the user says."""
+
+    TITLE = "Distribute Model (DisTorch2)"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _distribute_schema(
+            cls,
+            "diffusion model",
+            io.Model,
+            device_utils.first_accelerator(selectable_devices()),
+            4.0,
+        )
+
+    @classmethod
+    def validate_inputs(cls, expert_mode_allocations: str | None = "") -> bool | str:
+        return mistakes_in(expert_mode_allocations=expert_mode_allocations)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        compute_device: str,
+        virtual_vram_gb: float,
+        donor_device: str,
+        expert_mode_allocations: str = "",
+        high_precision_loras: bool = True,
+        donor_mode: str = AUTO,
+    ) -> io.NodeOutput:
+        request = request_for(compute_device, virtual_vram_gb, donor_device, expert_mode_allocations, donor_mode)
+        distributed = loading.distribute(model, request, high_precision_loras)
+        return io.NodeOutput(distributed, ui=placement_of({loading.DIFFUSION_MODEL: distributed}))
+
+
+class DistributeCLIPDisTorch2(io.ComfyNode):
+    """Keeps the weights of a text encoder from any loader where the user says."""
+
+    TITLE = "Distribute CLIP (DisTorch2)"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _distribute_schema(cls, "text encoder", io.Clip, "cpu", 2.0)
+
+    @classmethod
+    def validate_inputs(cls, expert_mode_allocations: str | None = "") -> bool | str:
+        return mistakes_in(expert_mode_allocations=expert_mode_allocations)
+
+    @classmethod
+    def execute(
+        cls,
+        clip: Any,
+        compute_device: str,
+        virtual_vram_gb: float,
+        donor_device: str,
+        expert_mode_allocations: str = "",
+        high_precision_loras: bool = True,
+        donor_mode: str = AUTO,
+    ) -> io.NodeOutput:
+        request = request_for(compute_device, virtual_vram_gb, donor_device, expert_mode_allocations, donor_mode)
+        distributed = loading.distribute_clip(clip, request, high_precision_loras)
+        return io.NodeOutput(distributed, ui=placement_of({loading.TEXT_ENCODER: distributed.patcher}))
+
+
+class _Place(io.ComfyNode):
+    """Puts a whole model on a device."""
+
+    NAME: str
+    WHAT: str
+    INPUT: str
+    TYPE: Any
+    PLACE: Callable[[Any, torch.device], Any]
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        devices = list(selectable_devices())
+        return io.Schema(
+            node_id=cls.__name__,
+            display_name=cls.TITLE,
+            category="multigpu/distorch_2",
+            description=f"Puts {cls.WHAT} on a device of its own, as a whole. The one that comes in stays where it is.",
+            search_aliases=["distorch", "multigpu", "select device", f"{cls.NAME} device"],
+            inputs=[
+                cls.TYPE.Input(cls.INPUT, tooltip=f"{cls.WHAT.capitalize()} from any loader."),
+                io.Combo.Input(
+                    "device",
+                    options=devices,
+                    default=device_utils.first_accelerator(devices),
+                    tooltip="Where all of it lies and computes.",
+                ),
+            ],
+            outputs=[cls.TYPE.Output(tooltip="The same, on that device.")],
+        )
+
+    @classmethod
+    def execute(cls, device: str, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(cls.PLACE(inputs[cls.INPUT], torch.device(device)))
+
+
+class PlaceVAEDisTorch2(_Place):
+    TITLE = "Place VAE (DisTorch2)"
+    NAME, WHAT, INPUT, TYPE = "VAE", "a VAE", "vae", io.Vae
+    PLACE = staticmethod(whole.place_vae)
+
+
+class PlaceControlNetDisTorch2(_Place):
+    TITLE = "Place ControlNet (DisTorch2)"
+    NAME, WHAT, INPUT, TYPE = "ControlNet", "a ControlNet", "control_net", io.ControlNet
+    PLACE = staticmethod(whole.place_control_net)
+
+
+class PlaceCLIPVisionDisTorch2(_Place):
+    TITLE = "Place CLIP Vision (DisTorch2)"
+    NAME, WHAT, INPUT, TYPE = "CLIP Vision", "a CLIP vision model", "clip_vision", io.ClipVision
+    PLACE = staticmethod(whole.place_clip_vision)
+
+
+def _distribute_schema(node: Any, component: str, kind: Any, compute_device: str, gb: float) -> io.Schema:
+    devices = list(selectable_devices())
+    name = "model" if kind is io.Model else "clip"
+    return io.Schema(
+        node_id=node.__name__,
+        display_name=node.TITLE,
+        category="multigpu/distorch_2",
+        description=f"Keeps the weights of a {component} from any loader on the devices that you name. LoRAs may come "
+        "before it or after it.",
+        search_aliases=["distorch", "multigpu", "virtual vram", "offload", "donor device", "gguf"],
+        inputs=[
+            kind.Input(name, tooltip=f"A {component} from any loader. The one that comes in stays usable as it is."),
+            *_placement_inputs("", component, compute_device, gb, devices),
+            _expert_input("", component),
+            _high_precision_input(),
+            _donor_mode_input(),
+        ],
+        outputs=[kind.Output(tooltip=f"The {component}, distributed.")],
+    )
+
+
+def _placement_inputs(
     prefix: str, component: str, compute_device: str, gb: float, devices: list[str], advice: str = ""
 ) -> list[io.Input]:
     return [
         io.Combo.Input(
-            f"{prefix}_compute_device",
+            f"{prefix}compute_device",
             options=devices,
             default=compute_device,
             tooltip=f"Where the {component} computes. {advice}".rstrip(),
         ),
         io.Float.Input(
-            f"{prefix}_virtual_vram_gb",
+            f"{prefix}virtual_vram_gb",
             default=gb,
             min=0.0,
             max=128.0,
@@ -163,7 +279,7 @@ def _component_inputs(
             tooltip=f"How many GB of the {component} to keep on the donor instead of the compute device, 0 to 128.",
         ),
         io.Combo.Input(
-            f"{prefix}_donor_device",
+            f"{prefix}donor_device",
             options=devices,
             default="cpu",
             tooltip="Where that part is kept. The same as the compute device: everything stays there.",
@@ -173,7 +289,7 @@ def _component_inputs(
 
 def _expert_input(prefix: str, component: str) -> io.Input:
     return io.String.Input(
-        f"{prefix}_expert_mode_allocations",
+        f"{prefix}expert_mode_allocations",
         default="",
         optional=True,
         advanced=True,
@@ -182,19 +298,72 @@ def _expert_input(prefix: str, component: str) -> io.Input:
     )
 
 
-def _selectable_devices() -> tuple[str, ...]:
+def _high_precision_input() -> io.Input:
+    return io.Boolean.Input(
+        "high_precision_loras",
+        default=True,
+        optional=True,
+        advanced=True,
+        tooltip="For weights in fp8 or smaller: one that a LoRA changes is kept in the precision of computation, and "
+        "takes two to four times its memory. Off: it is rounded to fp8 again, as ComfyUI does. The image can change "
+        "visibly between the two.",
+    )
+
+
+def _donor_mode_input() -> io.Input:
+    return io.Combo.Input(
+        "donor_mode",
+        options=list(DONOR_MODES),
+        default=AUTO,
+        optional=True,
+        advanced=True,
+        tooltip="What happens with weights on a donor. stream: they are copied to the compute device when "
+        "they are needed. relay: the donor runs its blocks of the model itself, and only the image's data "
+        "travels. auto: accelerators of the compute device's kind relay, and the others are streamed from.",
+    )
+
+
+def selectable_devices() -> tuple[str, ...]:
     """The devices to choose from: those that ComfyUI manages, which with --cpu are no accelerators."""
     managed = {str(device) for device in comfy.model_management.get_all_torch_devices()}
     return tuple(name for name in device_utils.list_devices() if name == device_utils.HOST_DEVICE or name in managed)
 
 
-def _request(
-    compute_device: str, virtual_vram_gb: float, donor_device: str, expert_text: str, donor_mode: str
+def mistakes_in(**allocations: str | None) -> bool | str:
+    """What is wrong with allocation strings, by the name of their inputs; True where nothing is.
+
+    None is a linked input, which has no value before the prompt runs.
+    """
+    mistakes = []
+    for name, text in allocations.items():
+        try:
+            if text is not None and text.strip():
+                parse_allocation(text, selectable_devices())
+        except AllocationError as error:
+            mistakes.append(f"{name}: {error}")
+    return "\n".join(mistakes) or True
+
+
+def request_for(
+    compute_device: str, virtual_vram_gb: float, donor_device: str, expert_text: str = "", donor_mode: str = AUTO
 ) -> ComponentRequest:
     if expert_text.strip():
-        return ComponentRequest(compute_device, parse_allocation(expert_text, _selectable_devices()), donor_mode)
+        return ComponentRequest(compute_device, parse_allocation(expert_text, selectable_devices()), donor_mode)
     return ComponentRequest(compute_device, VirtualVram(virtual_vram_gb, donor_device), donor_mode)
 
 
-NODE_CLASS_MAPPINGS = {NODE_ID: CheckpointLoaderAdvancedDisTorch2MultiGPU}
-NODE_DISPLAY_NAME_MAPPINGS = {NODE_ID: DISPLAY_NAME}
+def placement_of(patchers: Mapping[str, Any], notes: Iterable[str] = ()) -> dict[str, list[str]]:
+    """What web/distorch2.js shows on a node: where the components' weights lie, by component."""
+    plans = {component: patcher.distribution.asked for component, patcher in patchers.items()}
+    names = ", ".join(type(patcher.model).__name__ for patcher in patchers.values())
+    return {"distorch2_placement": [loading.report_of(names, plans, notes)]}
+
+
+NODES = (
+    CheckpointLoaderAdvancedDisTorch2MultiGPU,
+    DistributeModelDisTorch2,
+    DistributeCLIPDisTorch2,
+    PlaceVAEDisTorch2,
+    PlaceControlNetDisTorch2,
+    PlaceCLIPVisionDisTorch2,
+)

@@ -10,7 +10,6 @@ option for the device, so it is called once for each. The file is read once.
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import logging
 import os
@@ -21,13 +20,13 @@ from typing import Any
 import torch
 
 from .checkpoint_file import CheckpointError, check_file
-from .comfyui import core
+from .comfyui import core, modules
 from .comfyui.core import ModelPatcher, mm
-from .inventory import list_layers
+from .inventory import list_layers, own_tensors
 from .patcher import DistributedPatcher, forget
 from .plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError
 from .planner import make_plan, relaying_donors
-from .quantised import is_quantised
+from .quantised import can_be_taken_apart, is_quantised
 from .report import render_table, rows_of_plan
 
 logger = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ def load_components(
     memory = _memory_of([unet, clip], vae_device)
     check_file(ckpt_path)
     if eject_models:
-        mm.free_memory(_EVERYTHING, torch.device(unet.compute_device))
+        eject(unet.compute_device)
     weights = _read(ckpt_path)
     patchers: dict[str, ModelPatcher] = {}
     try:
@@ -141,55 +140,142 @@ def load_components(
     for component, patcher in patchers.items():
         arguments = (component, ckpt_path, plans[component].compute_device, embedding_directory)
         patcher.cached_patcher_init = (reload_component, arguments)
-    report = _report(os.path.basename(ckpt_path), plans)
-    logger.info(report)
+    absent = [f"no {component} in this file" for component in (TEXT_ENCODER, VAE) if component not in plans]
+    report = report_of(os.path.basename(ckpt_path), plans, absent)
     return LoadedCheckpoint(patchers[DIFFUSION_MODEL], text_encoder, vae, report)
 
 
 def distribute(
-    patcher: ModelPatcher, request: ComponentRequest, high_precision_loras: bool = True
+    patcher: ModelPatcher, request: ComponentRequest, high_precision_loras: bool = True, is_new: bool = False
 ) -> DistributedPatcher:
     """A patcher like `patcher`, which any loader may have made, with its patches, but with its weights as requested.
 
-    `high_precision_loras` is as for `load_checkpoint`.
+    `high_precision_loras` is as for `load_checkpoint`. `is_new` says that nothing else uses the model, so that its own
+    module can be served.
 
-    The model is loaded again by the factory that its loader left in `cached_patcher_init`, and `patcher` stays as it
-    is. A model without one is taken over, and `patcher` is not to be used any more. For a text encoder both
-    `clip.patcher` and `clip.cond_stage_model` (the new patcher's `model`) have to be set.
+    Otherwise `patcher` stays usable: a module is made that shares the weights of its own, or with DynamicVRAM one that
+    is loaded again by the factory that the loader left in `cached_patcher_init`. The next patcher of the same module
+    gets that one as well. A patcher that is distributed gets the new plan for a clone. For a text encoder see
+    `distribute_clip`.
 
-    Raises `PlanError` for a request that this machine cannot serve, and when a model that cannot be loaded again is in
-    use by other patchers.
+    Raises `PlanError` for a request that this machine cannot serve, and for a model that cannot be served.
     """
     memory = _memory_of([request])
-    if patcher.injections:
-        raise PlanError("a model with injections (a bypass LoRA, say) cannot be distributed; inject afterwards")
-    if patcher.cached_patcher_init is not None:
-        factory, arguments, *index = patcher.cached_patcher_init
-        fresh = factory(*arguments)
-        for position in index:
-            fresh = fresh[position]
-        forget([fresh])
-        taken = patcher.clone(model_override=fresh.get_clone_model_override())
-        # What belongs to the module of `patcher`.
-        taken.parent = None
-        taken.hook_backup, taken.current_hooks, taken.is_injected = {}, None, False
-        taken.remove_additional_models("multigpu")
+    _refuse_what_cannot_be_served(patcher)
+    if isinstance(patcher, DistributedPatcher):
+        plan = make_plan(DistributedPatcher.layers_of(patcher.model), request, memory)
+        distributed = patcher.planned(plan, high_precision_loras)
     else:
-        _refuse_shared(patcher)
         taken = patcher
-    plan = make_plan(list_layers(taken.model), request, memory)
-    return DistributedPatcher.take_over(taken, plan, high_precision_loras)
+        if is_new:
+            forget([patcher])
+        else:
+            module, state = modules.sharing(patcher)
+            taken = patcher.clone(model_override=(module, state))
+            # What belongs to the module of `patcher`.
+            taken.parent = None
+            taken.hook_backup, taken.current_hooks, taken.is_injected = {}, None, False
+            taken.remove_additional_models("multigpu")
+        plan = make_plan(DistributedPatcher.layers_of(taken.model), request, memory)
+        distributed = DistributedPatcher.take_over(taken, plan, high_precision_loras)
+    if distributed.load_device != patcher.load_device and hasattr(patcher.model, "manual_cast_dtype"):
+        dtype = mm.unet_manual_cast(patcher.model_dtype(), distributed.load_device)
+        if dtype is not None:  # the device that the loader chose computes in another one
+            distributed.set_model_compute_dtype(dtype)
+    return distributed
 
 
-def _refuse_shared(patcher: ModelPatcher) -> None:
-    """Another patcher would go on to patch and move the weights in its own way."""
-    gc.collect()
-    patchers = (item for item in gc.get_objects() if issubclass(type(item), ModelPatcher))
-    if any(other is not patcher and other.model is patcher.model for other in patchers):
-        raise PlanError(
-            f"this {type(patcher.model).__name__} is in use by other nodes, and its loader does not say how to load it "
-            "again; distribute what the loader returned, before anything else uses it"
+def eject(device: str) -> None:
+    """Unload all models from a device."""
+    mm.free_memory(_EVERYTHING, torch.device(device))
+
+
+def distribute_clip(
+    clip: core.sd.CLIP, request: ComponentRequest, high_precision_loras: bool = True, is_new: bool = False
+) -> core.sd.CLIP:
+    """`distribute` for a text encoder as ComfyUI's nodes pass it on: one like `clip`, with its weights as requested."""
+    patcher = distribute(clip.patcher, request, high_precision_loras, is_new)
+    distributed = clip.clone()
+    distributed.patcher, distributed.cond_stage_model = patcher, patcher.model
+    return distributed
+
+
+def load_diffusion_model(
+    path: str,
+    request: ComponentRequest,
+    high_precision_loras: bool = True,
+    model_options: Mapping[str, Any] | None = None,
+) -> DistributedPatcher:
+    """Load a file that holds a diffusion model alone. `model_options` are as ComfyUI's loader has them (`dtype`, say).
+
+    Raises as `load_checkpoint`.
+    """
+    _memory_of([request])
+    check_file(path)
+    devices = {"load_device": torch.device(request.compute_device), "offload_device": _CPU}
+    try:
+        patcher = core.sd.load_diffusion_model(path, model_options={**(model_options or {}), **devices})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _not_a_checkpoint(path) from error
+    return distribute(patcher, request, high_precision_loras, is_new=True)
+
+
+def load_text_encoder(
+    paths: Sequence[str],
+    clip_type: str,
+    request: ComponentRequest,
+    high_precision_loras: bool = True,
+    embedding_directory: list[str] | str | None = None,
+) -> core.sd.CLIP:
+    """Load a text encoder of one file or several. `clip_type` is a name of ComfyUI's `CLIPType` in any case, as its
+    nodes have it: `flux`, `wan` and so on.
+
+    Raises as `load_checkpoint`, and `ValueError` for another type.
+    """
+    _memory_of([request])
+    for path in paths:
+        check_file(path)
+    types = core.sd.CLIPType.__members__
+    if clip_type.upper() not in types:
+        raise ValueError(f"there is no text encoder type {clip_type!r}; use {', '.join(map(str.lower, types))}")
+    devices = {"load_device": torch.device(request.compute_device), "offload_device": _CPU, "initial_device": _CPU}
+    try:
+        clip = core.sd.load_clip(
+            list(paths),
+            embedding_directory=embedding_directory,
+            clip_type=types[clip_type.upper()],
+            model_options=devices,
         )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{', '.join(paths)}: no text encoder that ComfyUI {core.version} knows ({error})"
+        ) from error
+    return distribute_clip(clip, request, high_precision_loras, is_new=True)
+
+
+def _refuse_what_cannot_be_served(patcher: ModelPatcher) -> None:
+    name = type(patcher.model).__name__
+    if patcher.injections:
+        raise PlanError(f"{name} has injections (a bypass LoRA, say), which cannot be distributed; inject afterwards")
+    if own := core.overridden_loading(type(patcher)):
+        raise PlanError(
+            f"{name} comes from a loader that moves its weights in its own way ({type(patcher).__name__} has its own "
+            f"{', '.join(own)}); use that loader's settings, or load the model with another one"
+        )
+    for child_name, child in patcher.model.named_modules():
+        for tensor in own_tensors(child).values():
+            if not can_be_taken_apart(tensor):
+                raise PlanError(
+                    f"{name} has weights of the class {type(tensor).__name__} ({child_name}), whose bytes DisTorch2 "
+                    "does not know; load the model in another format"
+                )
+
+
+def report_of(title: str, plans: Mapping[str, Plan], notes: Iterable[str] = ()) -> str:
+    """The table of what lies where, by component, with more notes below it. It is logged, too."""
+    report = _report(title, plans, notes)
+    logger.info(report)
+    return report
 
 
 def reload_component(
@@ -489,12 +575,11 @@ def _tensors_of(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     return itertools.chain(module.named_parameters(), module.named_buffers())
 
 
-def _report(filename: str, plans: Mapping[str, Plan]) -> str:
+def _report(title: str, plans: Mapping[str, Plan], more_notes: Iterable[str]) -> str:
     rows = [row for component, plan in plans.items() for row in rows_of_plan(component, plan)]
     notes = [f"{component}: {note}" for component, plan in plans.items() for note in plan.notes]
     notes += [note for component, plan in plans.items() for note in _notes_on_speed(component, plan)]
-    notes += [f"no {component} in this file" for component in (TEXT_ENCODER, VAE) if component not in plans]
-    return render_table(f"DisTorch2: {filename}", rows, notes)
+    return render_table(f"DisTorch2: {title}", rows, [*notes, *more_notes])
 
 
 def _notes_on_speed(component: str, plan: Plan) -> Iterator[str]:

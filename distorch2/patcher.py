@@ -13,9 +13,9 @@ patches are set, and what they brought is placed as well; then weights are patch
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,8 +29,17 @@ from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
 from .forwards import drop_copied_forwards
 from .inventory import list_layers, own_tensors
 from .moving import Mover
-from .plan import GIB, Plan
-from .quantised import as_parameter, is_quantised, plain_tensors, to_device
+from .plan import GIB, Layer, Plan
+from .quantised import (
+    as_parameter,
+    carries_patches,
+    carry,
+    is_gguf,
+    is_quantised,
+    plain_tensors,
+    rebuilder,
+    to_device,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,23 +47,36 @@ _CPU = torch.device("cpu")
 _ATTRIBUTE = "distorch2"
 
 
-@dataclass
-class _Shared:
-    """What all patchers of a module share; the module holds it. A copy of the module gets its own, without
-    distributions."""
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What was asked for a patcher and its clones. Others of the same module may be planned in another way."""
 
-    asked: Plan | None
-    """What was planned first, None for a module of which nothing is known."""
+    plan: Plan | None = None
+    """None where nothing was: everything on the compute device."""
     high_precision_loras: bool = True
-    distributions: dict[str, Distribution] = field(default_factory=dict)
-    """By compute device."""
+
+
+@dataclass(eq=False)
+class _Shared:
+    """What all patchers of a module share; the module holds it. A copy of the module gets one of its own."""
+
+    layers: Sequence[Layer]
+    """As they were before any was patched."""
+    distributions: weakref.WeakKeyDictionary[Wanted, dict[str, Distribution]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    """By compute device, for each plan that a patcher still has."""
+    placed: Distribution | None = None
+    """The one that has the weights, or had them last."""
+    carried: dict[str, list[tuple]] = field(default_factory=dict)
+    """Weights that have their patches with them, by key, with the patches."""
     has_logged_compilation: bool = False
 
     def __deepcopy__(self, memo: object) -> _Shared:
-        return _Shared(self.asked, self.high_precision_loras)
+        return _Shared(self.layers)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Shared, (self.asked, self.high_precision_loras)
+        return _Shared, (self.layers,)
 
 
 class _Backup(NamedTuple):
@@ -71,21 +93,22 @@ class _Backup(NamedTuple):
 
 
 class DistributedPatcher(ModelPatcher):
-    """Serves a module's weights from the devices of a plan. Made by `take_over`."""
+    """Serves a module's weights from the devices of a plan. Made by `take_over`, or by `planned` of another."""
+
+    wanted = Wanted()
 
     @classmethod
     def take_over(cls, fresh: ModelPatcher, plan: Plan, high_precision_loras: bool = True) -> DistributedPatcher:
-        """A patcher in the place of `fresh`, a freshly loaded one that nothing else uses.
+        """A patcher in the place of `fresh`, of whose module there are no other patchers than of this class.
 
         Every attribute is copied: what a loader set on its patcher is not lost. With `high_precision_loras` a weight
         that is stored in 8 bits or fewer is kept in the dtype of computation while it is patched.
         """
         forget([fresh])
-        distributions = {plan.compute_device: Distribution(fresh.model, plan)}
-        setattr(fresh.model, _ATTRIBUTE, _Shared(plan, high_precision_loras, distributions))
         patcher = cls(fresh.model, torch.device(plan.compute_device), _CPU)
         own = {"load_device", "offload_device", "size"}
         patcher.__dict__.update({name: value for name, value in vars(fresh).items() if name not in own})
+        patcher.wanted = Wanted(plan, high_precision_loras)
         patcher.remove_wrappers_with_key(core.WrappersMP.APPLY_MODEL, _ATTRIBUTE)
         patcher.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, _ATTRIBUTE, _around_forward)
         return patcher
@@ -93,13 +116,27 @@ class DistributedPatcher(ModelPatcher):
     def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
         """As ComfyUI's; one with a module of its own is split and serves LoRAs in the same way."""
         clone = super().clone(*arguments, **options)
-        if clone.model is not self.model:
-            setattr(clone.model, _ATTRIBUTE, copy.deepcopy(self._shared))
+        clone.wanted = self.wanted
+        return clone
+
+    def planned(self, plan: Plan, high_precision_loras: bool = True) -> DistributedPatcher:
+        """A clone with another plan. The module has the weights as planned for the patcher that was loaded last."""
+        clone = self.clone()
+        clone.load_device = torch.device(plan.compute_device)
+        clone.wanted = Wanted(plan, high_precision_loras)
         return clone
 
     @property
     def _shared(self) -> _Shared:
-        return self.model.__dict__.setdefault(_ATTRIBUTE, _Shared(None))
+        self.layers_of(self.model)
+        return vars(self.model)[_ATTRIBUTE]
+
+    @staticmethod
+    def layers_of(module: torch.nn.Module) -> Sequence[Layer]:
+        """The layers of a module, as they are without patches."""
+        if _ATTRIBUTE not in vars(module):
+            setattr(module, _ATTRIBUTE, _Shared(list_layers(module)))
+        return vars(module)[_ATTRIBUTE].layers
 
     @property
     def distribution(self) -> Distribution:
@@ -108,13 +145,17 @@ class DistributedPatcher(ModelPatcher):
         ComfyUI makes clones for another device by setting `load_device`, some with a module of their own. Another
         accelerator keeps as much as the one that was planned for; the host, where that is another, keeps everything.
         """
-        device, shared = str(self.load_device), self._shared
-        if device not in shared.distributions:
-            layers, asked = list_layers(self.model), shared.asked
-            is_split = asked is not None and (device == asked.compute_device or self.load_device.type != "cpu")
-            plan = asked.exchanged(device, layers) if asked and is_split else Plan.all_on(device, layers)
-            shared.distributions[device] = Distribution(self.model, plan)
-        return shared.distributions[device]
+        device, shared, asked = str(self.load_device), self._shared, self.wanted.plan
+        distributions = shared.distributions.setdefault(self.wanted, {})
+        if device not in distributions:
+            if asked is not None and device == asked.compute_device:
+                plan = asked
+            elif asked is not None and self.load_device.type != "cpu":
+                plan = asked.exchanged(device, shared.layers)
+            else:
+                plan = Plan.all_on(device, shared.layers)
+            distributions[device] = Distribution(self.model, plan)
+        return distributions[device]
 
     def model_size(self) -> int:
         """Bytes that the model needs on its compute device: resident layers, patched, and staging buffers."""
@@ -294,6 +335,10 @@ class DistributedPatcher(ModelPatcher):
         force_cast: bool = False,
     ) -> Any:
         """As ComfyUI's, but always from the original weight, since the one in place may be patched already."""
+        if carries_patches(self._original(key)):
+            if not return_weight:
+                self._carry({**self._shared.carried, key: list(self.patches.get(key, ()))})
+            return self._original(key)
         if return_weight or key not in self.patches:
             return self._patched(key, self._original(key), device_to, force_cast)
         layer_name, name = _split(key)
@@ -347,12 +392,27 @@ class DistributedPatcher(ModelPatcher):
         All of it, if `anew`.
         """
         wanted = {key: list(self.patches[key]) for key in self.patches if self._is_patched_by_comfyui(key)}
+        carried = {key: patches for key, patches in wanted.items() if carries_patches(self._original(key))}
+        self._carry(carried)
+        wanted = {key: patches for key, patches in wanted.items() if key not in carried}
         changed = [
             key
             for key in dict.fromkeys([*self.backup, *wanted])
             if anew or not (key in wanted and self._is_in_place(key, wanted[key]))
         ]
         self._change_weights(changed, wanted)
+
+    def _carry(self, wanted: Mapping[str, list[tuple]]) -> None:
+        """Give the weights that carry their patches these, by key, and no others: their data stays as it is."""
+        carried = self._shared.carried
+        changed = [key for key in {*carried, *wanted} if not _same(carried.get(key), wanted.get(key))]
+        if changed:
+            self.model.current_weight_patches_uuid = None
+        for key in changed:
+            module, name = self._owner(key)
+            patches = wanted.get(key)
+            carry(getattr(module, name), [(patches, key)] if patches else [])
+        self._shared.carried = dict(wanted)
 
     def _unpatch_weights(self, keys: Collection[str]) -> None:
         self._change_weights(keys, {})
@@ -417,6 +477,7 @@ class DistributedPatcher(ModelPatcher):
         }
 
     def _forget_patches(self) -> None:
+        self._carry({})
         self.model.current_weight_patches_uuid = None
         self.backup.clear()
         for module in self.model.modules():
@@ -434,12 +495,12 @@ class DistributedPatcher(ModelPatcher):
             yield
 
     def _place(self, compute_bytes: float = math.inf, is_cancellable: bool = True) -> None:
-        """Place the weights as planned for this device, and not for another any more."""
+        """Place the weights as planned for this patcher, and not for another any more."""
         self.unpatch_hooks()  # before weights move
-        here = self.distribution  # which a module for another device does not have before it is asked for
-        for distribution in self._shared.distributions.values():
-            if distribution is not here and distribution.is_placed:
-                self._release(distribution)
+        here, placed = self.distribution, self._shared.placed
+        if placed is not None and placed is not here and placed.is_placed:
+            self._release(placed)
+        self._shared.placed = here
         here.place(self._plan().within(compute_bytes, here.plan), is_cancellable)
         self._check_compilation()
 
@@ -464,10 +525,10 @@ class DistributedPatcher(ModelPatcher):
 
     def _kept_dtype(self, key: str) -> torch.dtype | None:
         """The dtype to keep the patched weight in, if not that of the original."""
-        if key not in self.patches or not self._shared.high_precision_loras or not self._is_patched_by_comfyui(key):
+        if key not in self.patches or not self.wanted.high_precision_loras or not self._is_patched_by_comfyui(key):
             return None
         original = self._original(key)
-        if not is_quantised(original) and original.dtype.itemsize > 1:
+        if is_gguf(original) or (not is_quantised(original) and original.dtype.itemsize > 1):
             return None
         return self._compute_dtype
 
@@ -494,6 +555,10 @@ class DistributedPatcher(ModelPatcher):
         in_place, weight = getattr(module, name), original
         if device is not None and is_quantised(weight):
             weight = to_device(weight, device)  # before ComfyUI takes it there in full precision
+        if is_gguf(weight) and key in self.patches:  # as ComfyUI-GGUF: computed in full precision
+            (plain,) = plain_tensors(weight)
+            full = mm.cast_to_device(plain, device or plain.device, torch.float32, copy=True)
+            return rebuilder(weight)([core.lora.calculate_weight(self.patches[key], full, key).to(plain.dtype)])
         dtype = self._kept_dtype(key)
         with contextlib.nullcontext() if weight is in_place else self._bound_to(key, weight):
             if dtype is None:

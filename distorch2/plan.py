@@ -51,11 +51,12 @@ class Allocation(Protocol):
 class VirtualVram:
     """Keep `gb` GiB of the model on `donor_device` and the rest on the compute device.
 
-    Raises `PlanError` when `gb` is negative or not finite.
+    With `more_donors` each of the donors keeps an equal part. Raises `PlanError` when `gb` is negative or not finite.
     """
 
     gb: float
     donor_device: str
+    more_donors: tuple[str, ...] = ()
     note = ""
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class VirtualVram:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        return (self.donor_device,)
+        return (self.donor_device, *self.more_donors)
 
     def shares(
         self, model_bytes: int, compute_device: str, device_total_bytes: Mapping[str, int]
@@ -72,7 +73,9 @@ class VirtualVram:
         if self.donor_device == compute_device:
             return ((compute_device, model_bytes),)
         donated = int(min(self.gb * GIB, model_bytes))
-        return (compute_device, model_bytes - donated), (self.donor_device, donated)
+        parts, rest = divmod(donated, len(self.devices))
+        donors = ((donor, parts + (rest if donor == self.donor_device else 0)) for donor in self.devices)
+        return ((compute_device, model_bytes - donated), *donors)
 
 
 AUTO, STREAM, RELAY = DONOR_MODES = ("auto", "stream", "relay")

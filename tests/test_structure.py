@@ -11,7 +11,7 @@ from conftest import ROOT
 pytestmark = pytest.mark.quick
 
 SHIPPED = [*ROOT.glob("*.py"), *(ROOT / "distorch2").rglob("*.py")]
-MAY_IMPORT_COMFYUI = {"nodes.py", "core.py"}
+MAY_IMPORT_COMFYUI = {"nodes.py", "drop_in_nodes.py", "core.py"}
 PURE = [
     "allocation_parser",
     "distorch2.plan",
@@ -22,7 +22,21 @@ PURE = [
 ]
 COMFYUI_MODULES = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution", "comfyui_version"}
 # Each may import those after it, and none before it.
-LAYERS = ["loading", "patcher", "distribution", "detour", "donor_share", "failures", "relay", "lookup", "reading"]
+LAYERS = [
+    "drop_in_nodes",
+    "nodes",
+    "loading",
+    "whole",
+    "modules",
+    "patcher",
+    "distribution",
+    "detour",
+    "donor_share",
+    "failures",
+    "relay",
+    "lookup",
+    "reading",
+]
 LAYERS += ["streaming", "forwards", "schedule", "activations", "moving", "inventory", "pinning", "slab", "quantised"]
 LAYERS += ["transfer", "report", "planner", "plan", "checkpoint_file", "core", "__init__"]
 

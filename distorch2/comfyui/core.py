@@ -62,7 +62,15 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
         "wipe_lowvram_weight",
     ),
     "comfy.patcher_extension": ("WrappersMP",),
-    "comfy.sd": ("CLIP", "VAE", "load_diffusion_model_state_dict", "load_state_dict_guess_config"),
+    "comfy.sd": (
+        "CLIP",
+        "CLIPType",
+        "VAE",
+        "load_clip",
+        "load_diffusion_model",
+        "load_diffusion_model_state_dict",
+        "load_state_dict_guess_config",
+    ),
     "comfy.utils": (
         "calculate_parameters",
         "convert_old_quants",
@@ -120,6 +128,10 @@ if _missing := missing():
         f"{', '.join(_missing)}; update ComfyUI or DisTorch2"
     )
 
+_PACKAGE = __name__.rpartition(".comfyui.")[0]
+_GGUF_PATCHER = "GGUFModelPatcher"
+_METHODS_THAT_MOVE_WEIGHTS = ("load", "patch_model", "unpatch_model", "partially_load", "partially_unload", "detach")
+
 # ruff: disable[E402, F401]  they may be missing, and others import them from here
 from comfy.model_patcher import CallbacksMP, ModelPatcher, get_key_weight, move_weight_functions, wipe_lowvram_weight
 from comfy.patcher_extension import WrappersMP
@@ -138,6 +150,14 @@ version: str = comfyui_version.__version__
 def patcher_class(disable_dynamic: bool) -> type[ModelPatcher]:
     """The class of the patchers that ComfyUI's loaders make: with DynamicVRAM one that leaves weights in the file."""
     return ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+
+
+def overridden_loading(kind: type[ModelPatcher]) -> list[str]:
+    """Which methods that move weights a class of patchers from elsewhere has of its own; none of ComfyUI-GGUF's count,
+    which is known."""
+    own = [each for each in kind.__mro__ if not each.__module__.startswith("comfy.") and each is not object]
+    foreign = [each for each in own if each.__name__ != _GGUF_PATCHER and not each.__module__.startswith(_PACKAGE)]
+    return [name for name in _METHODS_THAT_MOVE_WEIGHTS if any(name in vars(each) for each in foreign)]
 
 
 def loaders_keep_the_mapping(disable_dynamic: bool) -> bool:

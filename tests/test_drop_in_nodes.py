@@ -1,0 +1,209 @@
+"""The nodes with the names of ComfyUI-MultiGPU's, over HTTP; `multigpu_nodes.txt` lists what that pack registers."""
+
+import json
+import re
+
+import pytest
+import safetensors.torch
+import torch
+from checkpoints import SD_VAE, sd3_vae
+from comfy_server import PromptRefused
+from conftest import NUM_ACCELERATORS, ROOT
+from serving import DEVICES, NEWEST, VERSIONS, latent_of, prompt_for, start
+from workflows import NODE_ID, nodes_of_class
+
+NODES_WITH_MORE = {
+    f"{name}CLIPLoader{end}" for name in ("Triple", "Quadruple") for end in ("DisTorch2MultiGPU", "MultiGPU")
+}
+"""With that pack they have no inputs for devices since ComfyUI's loaders are nodes of another kind; ours have them."""
+OTHER_PACK = """
+class DeviceSelectorMultiGPU:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+    RETURN_TYPES, FUNCTION, CATEGORY = ("INT",), "run", "other"
+    def run(self):
+        return (1,)
+NODE_CLASS_MAPPINGS = {"DeviceSelectorMultiGPU": DeviceSelectorMultiGPU, "UNETLoaderMultiGPU": DeviceSelectorMultiGPU}
+"""
+donor = "sim:0" if NUM_ACCELERATORS == 0 else "cpu"
+compute = DEVICES[-1]
+
+
+def described(described_text):
+    """Name -> (category, outputs, {"required": inputs, "optional": inputs}), of lines as in `multigpu_nodes.txt`."""
+    nodes = {}
+    for line in described_text.splitlines():
+        if match := re.fullmatch(r"(\w+) \((.*)\) -> (.*)", line):
+            nodes[match[1]] = (match[2], match[3].split(", "), {"required": [], "optional": []})
+            last = nodes[match[1]]
+        else:
+            kind, *inputs = line.split()
+            last[2][kind] += inputs
+    return nodes
+
+
+def input_text(name, kind, options):
+    """As the lines have it."""
+    if isinstance(kind, list):
+        kind, options = "COMBO", {**options, "options": kind}
+    text = f"{name}:{kind}"
+    devices = [*DEVICES, "sim:0", "sim:1"]
+    if options.get("options") == devices:
+        options = {**options, "default": "cpu"} if "default" in options else options  # it depends on the machine
+    if "default" in options and (
+        options.get("options") == devices or kind != "COMBO" or options["options"][0] == "default"
+    ):
+        text += f"={json.dumps(options['default'])}"
+    if "min" in options:
+        text += f"[{options['min']}..{options['max']}]"
+    return text + ("{devices}" if options.get("options") == devices else "")
+
+
+def info_text(info):
+    return {
+        kind: [
+            input_text(name, *(described if len(described) > 1 else (*described, {})))
+            for name, described in info["input"].get(kind, {}).items()
+        ]
+        for kind in ("required", "optional")
+    }
+
+
+EXPECTED = described((ROOT / "tests" / "multigpu_nodes.txt").read_text())
+OF_CORE = sorted(name for name in EXPECTED if "GGUF" not in name and name != NODE_ID)
+
+
+@pytest.fixture(scope="module", params=[VERSIONS[0], NEWEST])
+def server(request, checkpoints, tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes").mkdir()
+    if NUM_ACCELERATORS == 0:
+        (base / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
+    models = base / "models"
+    for folder in ("diffusion_models", "vae"):
+        (models / folder).mkdir(parents=True)
+    (models / "diffusion_models" / "sd3.safetensors").symlink_to(checkpoints("diffusion_only"))
+    vae = {name.removeprefix(SD_VAE): tensor for name, tensor in sd3_vae(0).items()}
+    safetensors.torch.save_file(vae, models / "vae" / "sd3.safetensors")
+    with start(request.param, base, checkpoints) as running:
+        yield running
+
+
+def test_every_node_has_the_inputs_that_saved_workflows_expect(server):
+    object_info = server.get("/object_info")
+    assert {name for name in object_info if "MultiGPU" in name and "MultiGPU_" not in name} == {*OF_CORE, NODE_ID}
+    for name in OF_CORE:
+        category, outputs, inputs = EXPECTED[name]
+        info, found = object_info[name], info_text(object_info[name])
+        assert info["output"] == outputs, name
+        if name in NODES_WITH_MORE:
+            assert found["required"] == inputs["required"], name
+            assert found["optional"], name
+        else:
+            assert (info["category"], found) == (category, inputs), name
+        assert info["description"] and info["search_aliases"], name
+        assert info["display_name"] != name
+        own = [options for _, *options in info["input"].get("optional", {}).values()]
+        assert all(options[0]["tooltip"] for options in own), name
+
+
+def separate_files(server, loaders):
+    """The example with separate loaders of the diffusion model, the text encoder and the VAE."""
+    prompt = prompt_for(server, "sd3.safetensors")
+    (ours,) = nodes_of_class(prompt, NODE_ID)
+    del prompt[ours]
+    for index, (class_type, inputs) in enumerate(loaders):
+        prompt[f"loader{index}"] = {"class_type": class_type, "inputs": inputs}
+        for node in prompt.values():
+            for name, value in node["inputs"].items():
+                if value == [ours, index]:
+                    node["inputs"][name] = [f"loader{index}", 0]
+    return prompt
+
+
+UNET = {"unet_name": "sd3.safetensors", "weight_dtype": "default"}
+CLIP = {"clip_name": "clip_l.safetensors", "type": "sd3"}
+DUAL_CLIP = {"clip_name1": "clip_l.safetensors", "clip_name2": "clip_l.safetensors", "type": "sd3"}
+VAE = {"vae_name": "sd3.safetensors"}
+SPLIT = {"virtual_vram_gb": 4.0, "donor_device": donor, "expert_mode_allocations": "", "eject_models": False}
+CORE = [("UNETLoader", UNET), ("CLIPLoader", CLIP), ("VAELoader", VAE)]
+
+
+def split(device_input, **more):
+    return {device_input: compute, **SPLIT, **more}
+
+
+SEPARATE = {
+    "split": [
+        ("UNETLoaderDisTorch2MultiGPU", {**UNET, **split("compute_device")}),
+        ("CLIPLoaderDisTorch2MultiGPU", {**CLIP, **split("device")}),
+        ("VAELoaderDisTorch2MultiGPU", {**VAE, **split("compute_device")}),
+    ],
+    "expert string": [
+        (
+            "UNETLoaderDisTorch2MultiGPU",
+            {**UNET, **split("compute_device", expert_mode_allocations=f"{compute},50%;{donor},*")},
+        ),
+        ("CLIPLoaderMultiGPU", {**CLIP, "device": compute}),
+        ("VAELoaderMultiGPU", {**VAE, "device": compute}),
+    ],
+    "whole": [
+        ("UNETLoaderMultiGPU", {**UNET, "device": compute}),
+        ("CLIPLoaderMultiGPU", {**CLIP, "device": "cpu"}),
+        ("VAELoaderMultiGPU", {**VAE, "device": compute}),
+    ],
+}
+
+
+@pytest.mark.parametrize("way", SEPARATE)
+def test_separate_files_give_the_bits_of_cores_loaders(server, way):
+    expected = latent_of(server, separate_files(server, CORE))
+    before = len(server.log)
+    assert torch.equal(latent_of(server, separate_files(server, SEPARATE[way])), expected)
+    is_streamed = re.search(rf"^  diffusion model +{donor} +streamed", server.log[before:], re.MULTILINE)
+    assert bool(is_streamed) == (way != "whole")
+    if way != "whole":
+        assert re.search(r"^  note: vae: whole, on ", server.log[before:], re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("class_type", "widgets"),
+    [
+        ("CheckpointLoaderSimpleDisTorch2MultiGPU", split("compute_device")),
+        ("CheckpointLoaderSimpleMultiGPU", {"device": compute}),
+        ("CheckpointLoaderAdvancedMultiGPU", dict.fromkeys(("unet_device", "clip_device", "vae_device"), compute)),
+    ],
+)
+def test_checkpoints_give_the_bits_of_cores_loader(server, class_type, widgets):
+    prompt = prompt_for(server, "sd3.safetensors")
+    (ours,) = nodes_of_class(prompt, NODE_ID)
+    latents = []
+    for name, inputs in (("CheckpointLoaderSimple", {}), (class_type, widgets)):
+        prompt[ours] = {"class_type": name, "inputs": {"ckpt_name": "sd3.safetensors", **inputs}}
+        latents.append(latent_of(server, prompt))
+    assert torch.equal(*latents)
+
+
+def test_mistakes_are_refused_when_the_prompt_is_queued(server):
+    for widgets, expected in (
+        ({"compute_device": "cuda:7"}, "'cuda:7' not in ["),
+        ({"expert_mode_allocations": "cpu,2tib"}, "unknown unit 'tib'"),
+    ):
+        loader = ("UNETLoaderDisTorch2MultiGPU", {**UNET, **split("compute_device", **widgets)})
+        with pytest.raises(PromptRefused) as refused:
+            server.queue(separate_files(server, [loader, *CORE[1:]]))
+        (error, *_) = refused.value.answer["node_errors"]["loader0"]["errors"]
+        assert expected in error["details"]
+
+
+@pytest.mark.parametrize("name", ["0 first", "z last"])
+def test_where_the_other_pack_is_installed_its_nodes_stay(checkpoints, tmp_path, name):
+    (tmp_path / "custom_nodes" / name).mkdir(parents=True)
+    (tmp_path / "custom_nodes" / name / "__init__.py").write_text(OTHER_PACK)
+    with start(NEWEST, tmp_path, checkpoints) as server:
+        object_info = server.get("/object_info")
+        assert object_info["DeviceSelectorMultiGPU"]["category"] == "other"
+        assert object_info["UNETLoaderMultiGPU"]["category"] == "other"
+        assert "DistributeModelDisTorch2" in object_info
+        assert server.log.count("ComfyUI-MultiGPU is installed too; the nodes that both have are its own") == 1
