@@ -217,6 +217,10 @@ def load_diffusion_model(
         patcher = core.sd.load_diffusion_model(path, model_options={**(model_options or {}), **devices})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _not_a_checkpoint(path) from error
+    except RuntimeError as error:
+        if "detect" in str(error):
+            raise _not_a_checkpoint(path) from error
+        raise
     return distribute(patcher, request, high_precision_loras, is_new=True)
 
 

@@ -41,7 +41,7 @@ NEWEST_PACKAGES = {
     "comfy-kitchen": "0.2.40",
     "comfy-aimdo": "0.6.0",
 }
-DEVELOPMENT_PACKAGES = ("pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3.6")
+DEVELOPMENT_PACKAGES = ("pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3.6", "gguf>=0.13")
 BROWSER_PACKAGES = ("playwright>=1.49",)  # it drives an installed browser, and brings none
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -180,7 +180,7 @@ def find_browser() -> str | None:
 
 
 def _ensure_development_packages(host: Host) -> None:
-    _ensure_packages(host, "pytest, hypothesis, xdist", DEVELOPMENT_PACKAGES)
+    _ensure_packages(host, "pytest, hypothesis, xdist, gguf", DEVELOPMENT_PACKAGES)
     if find_browser():
         # Without it the tests of the front end are skipped, and everything else works.
         _ensure_packages(host, "playwright.sync_api", BROWSER_PACKAGES, check=False)

@@ -1,0 +1,161 @@
+"""GGUF models: streamed as the bytes that they are, with LoRAs that stay patches."""
+
+import importlib.util
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_management as mm
+import comfy.sd
+import folder_paths
+import gguf_files
+import pytest
+import torch
+from placing import (
+    DONOR,
+    devices_known_to_comfyui,  # noqa: F401
+    inference_mode,  # noqa: F401
+    partly_on_donor,
+)
+from sampling import core_load, sample
+
+from distorch2.inventory import list_layers
+from distorch2.loading import distribute
+from distorch2.quantised import carries_patches, is_gguf, plain_tensors
+
+PACK = os.environ.get("COMFYUI_GGUF_PATH")
+
+
+def by_the_tests(path):
+    return comfy.sd.load_diffusion_model_state_dict(
+        gguf_files.read(path), model_options={"custom_operations": gguf_files.Layers}
+    )
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """ComfyUI-GGUF, as ComfyUI imports it."""
+    name = "comfyui_gguf_of_the_tests"
+    spec = importlib.util.spec_from_file_location(name, Path(PACK) / "__init__.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def by_the_pack(path, pack, **options):
+    node = pack.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]()
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(folder_paths, "get_full_path", lambda *_: path)
+        return node.load_unet(path, **options)[0]
+
+
+@pytest.fixture(
+    params=[
+        "tests",
+        pytest.param(
+            "ComfyUI-GGUF",
+            marks=[
+                pytest.mark.other_pack,
+                pytest.mark.skipif(not PACK, reason="COMFYUI_GGUF_PATH does not say where ComfyUI-GGUF is"),
+            ],
+        ),
+    ]
+)
+def load(request, tmp_path):
+    """A function of a type of GGUF that gives a patcher of a Flux."""
+    pack = request.getfixturevalue("pack") if request.param != "tests" else None
+
+    def load(qtype, **options):
+        path = tmp_path / f"{qtype}.gguf"
+        if not path.exists():
+            gguf_files.write_flux(path, qtype)
+        return by_the_pack(str(path), pack, **options) if pack else by_the_tests(str(path))
+
+    return load
+
+
+@pytest.fixture
+def clip(checkpoints):
+    return core_load(checkpoints("sd3_no_clip_weights"))[1]
+
+
+def with_lora(patcher, strength=1.0):
+    """The patcher with a LoRA on every linear layer, as ComfyUI's loader applies it."""
+    generator, state_dict = torch.Generator().manual_seed(3), {}
+    for name, module in patcher.model.diffusion_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            rows, columns = module.out_features, module.in_features
+            state_dict[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(rows, 4, generator=generator) * 0.02
+            state_dict[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(4, columns, generator=generator)
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state_dict), keys)
+    patched = patcher.clone()
+    assert len(patched.add_patches(patches, strength)) == len(patches) > 10
+    return patched
+
+
+def by_hand(patcher):
+    """The same LoRA on a patcher of the tests' loader, which ComfyUI's own cannot apply."""
+    patched = with_lora(patcher)
+    for key, patches in patched.patches.items():
+        weight = patched.model.get_parameter(key)
+        if carries_patches(weight):
+            weight.patches = [(patches, key)]
+        else:
+            full = comfy.lora.calculate_weight(patches, plain_tensors(weight)[0].float(), key)
+            plain_tensors(weight)[0].copy_(full.to(weight.dtype))
+    return patcher
+
+
+def num_bytes(module):
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return sum(part.nbytes for tensor in tensors for part in plain_tensors(tensor))
+
+
+@pytest.mark.quick("Q4_K-50-tests")
+@pytest.mark.parametrize("percent", [50, 100])
+@pytest.mark.parametrize("qtype", gguf_files.QTYPES)
+def test_latents_are_bit_identical(load, clip, qtype, percent):
+    core = load(qtype)
+    expected = sample(core, clip)
+    layers = list_layers(core.model)
+    assert sum(layer.num_bytes for layer in layers) == num_bytes(core.model)
+    model = distribute(core, partly_on_donor(percent))
+    for _ in range(2):
+        assert torch.equal(sample(model, clip), expected)
+    plan = model.distribution.plan
+    assert plan.streamed
+    assert plan.bytes_on(DONOR) == pytest.approx(plan.model_bytes * percent / 100, rel=0.2)
+    copies = model.distribution.transfer.copies
+    sample(model, clip, steps=2)
+    assert model.distribution.transfer.copies - copies >= 2 * len([g for g in plan.groups if g.is_streamed])
+    weight = model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight
+    assert is_gguf(weight) and weight.tensor_type.name == qtype
+    assert torch.equal(sample(core, clip), expected)
+
+
+@pytest.mark.parametrize("qtype", ["Q8_0", "Q4_K", "F16"])
+def test_a_lora_stays_a_patch(load, clip, qtype, request):
+    core = load(qtype)
+    plain = sample(core, clip)
+    model = distribute(core, partly_on_donor(60))
+    if "ComfyUI-GGUF" in request.node.name:
+        expected, weaker = sample(with_lora(core), clip), sample(with_lora(core, 0.5), clip)
+        assert not torch.equal(weaker, expected)
+    else:
+        expected, weaker = sample(by_hand(load(qtype)), clip), None
+    assert not torch.equal(plain, expected)
+    patched = with_lora(model)
+    before = distribute(with_lora(core), partly_on_donor(100))
+    for patcher, wanted in ((patched, expected), (model, plain), (patched, expected), (before, expected)):
+        for _ in range(2):
+            assert torch.equal(sample(patcher, clip), wanted)
+    if weaker is not None:
+        assert torch.equal(sample(with_lora(model, 0.5), clip), weaker)
+    mm.unload_all_models()
+    assert all(not tensor.patches for tensor in model.model.parameters() if is_gguf(tensor))
+    assert num_bytes(model.model) == num_bytes(core.model)
+    assert torch.equal(sample(core, clip), plain)
