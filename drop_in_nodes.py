@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,12 @@ _TABLE = (
     _Loader("UNETLoader", "Load Diffusion Model", ("MODEL",)),
     _Loader("VAELoader", "Load VAE", ("VAE",)),
     _clip_loader("CLIPLoader", "Load CLIP"),
-    _clip_loader("DualCLIPLoader", "DualCLIPLoader"),
-    _clip_loader("TripleCLIPLoader", "TripleCLIPLoader"),
-    _clip_loader("QuadrupleCLIPLoader", "QuadrupleCLIPLoader"),
+    _clip_loader("DualCLIPLoader", "Load CLIP (Dual)"),
+    _clip_loader("TripleCLIPLoader", "Load CLIP (Triple)"),
+    _clip_loader("QuadrupleCLIPLoader", "Load CLIP (Quadruple)"),
     _Loader("CLIPVisionLoader", "Load CLIP Vision", ("CLIP_VISION",), "device", False),
-    _Loader("CheckpointLoaderSimple", "Load Checkpoint (one device setting)", _ALL_OUTPUTS),
-    _Loader("DiffusersLoader", "DiffusersLoader", _ALL_OUTPUTS),
+    _Loader("CheckpointLoaderSimple", "Load Checkpoint (simple)", _ALL_OUTPUTS),
+    _Loader("DiffusersLoader", "Load Diffusers Model", _ALL_OUTPUTS),
     _Loader("ControlNetLoader", "Load ControlNet Model", ("CONTROL_NET",)),
     _Loader("DiffControlNetLoader", "Load ControlNet Model (diff)", ("CONTROL_NET",)),
     _Loader("UnetLoaderGGUF", "Unet Loader (GGUF)", ("MODEL",), ends=_GGUF_ENDS),
@@ -98,10 +98,10 @@ class _DropIn:
             if kind in ("required", "optional")
         }
         optional = inputs.pop("optional", {})
-        return {**inputs, "optional": optional | cls._own_inputs()}
+        return {**inputs, "optional": optional | cls.own_inputs()}
 
     @classmethod
-    def _own_inputs(cls) -> dict[str, Any]:
+    def own_inputs(cls) -> dict[str, Any]:
         devices = list(selectable_devices())
         what = "it" if cls._is_whole() else "the model"
         combo = {
@@ -257,6 +257,7 @@ def _embeddings() -> list[str]:
 class CheckpointLoaderAdvancedMultiGPU:
     """The parts of a checkpoint, each as a whole on a device."""
 
+    TITLE = "Load Checkpoint (a device for each part)"
     DESCRIPTION = "Loads a checkpoint and puts each part of it, as a whole, on the device that you name."
     RETURN_TYPES = RETURN_NAMES = _ALL_OUTPUTS
     CATEGORY, FUNCTION = _CATEGORY, "load"
@@ -290,6 +291,7 @@ class CheckpointLoaderAdvancedMultiGPU:
 class DeviceSelectorMultiGPU:
     """A device for the inputs of other nodes."""
 
+    TITLE = "Select Device (MultiGPU)"
     DESCRIPTION = "Chooses a device once, for the device inputs of several nodes."
     RETURN_TYPES, RETURN_NAMES = ("MULTIGPUDEVICE",), ("device",)
     CATEGORY, FUNCTION = _CATEGORY, "select"
@@ -310,32 +312,30 @@ def _category(loader: _Loader, end: str) -> str:
 
 
 def _drop_in(loader: _Loader, end: str) -> type:
-    where = {_SPLIT: " The weights lie on the devices that you name.", _WHOLE: " All of it lies on one device."}
+    is_split = end != _WHOLE and {"MODEL", "CLIP"} & {*loader.outputs}
+    where = "keeps its weights on the devices" if is_split else "puts all of it on the device"
     attributes = {
         "LOADER": loader,
         "END": end,
         "CATEGORY": _category(loader, end),
         "RETURN_TYPES": loader.outputs,
         "RETURN_NAMES": loader.outputs,
-        "DESCRIPTION": f"{loader.title}." + where.get(end, where[_SPLIT]),
+        "TITLE": f"{loader.title} ({_LABELS[end]})",
+        "DESCRIPTION": f"Does what {loader.title} does, and {where} that you name.",
         "SEARCH_ALIASES": ["distorch", "multigpu", loader.title, loader.name],
     }
     return type(f"{loader.name}{end}", (_DropIn,), attributes)
 
 
-def _all_nodes() -> Iterator[tuple[str, type, str, str]]:
-    """(name, class, title, name of the loader that it wraps, or an empty string)."""
-    for loader in _TABLE:
-        for end in loader.ends:
-            node = _drop_in(loader, end)
-            yield node.__name__, node, f"{loader.title} ({_LABELS[end]})", loader.name
-    yield (
-        "CheckpointLoaderAdvancedMultiGPU",
-        CheckpointLoaderAdvancedMultiGPU,
-        "Load Checkpoint (a device for each part)",
-        "",
-    )
-    yield "DeviceSelectorMultiGPU", DeviceSelectorMultiGPU, "Select Device (MultiGPU)", ""
+def all_nodes() -> list[Any]:
+    """The node classes, those included whose loaders are missing."""
+    wrapped = [_drop_in(loader, end) for loader in _TABLE for end in loader.ends]
+    return [*wrapped, CheckpointLoaderAdvancedMultiGPU, DeviceSelectorMultiGPU]
+
+
+def _is_there(node: Any) -> bool:
+    """Whether the loader that a node wraps is there."""
+    return not issubclass(node, _DropIn) or node.LOADER.name in comfyui_nodes.NODE_CLASS_MAPPINGS
 
 
 def register(classes: dict[str, type], titles: dict[str, str]) -> None:
@@ -349,9 +349,8 @@ def register(classes: dict[str, type], titles: dict[str, str]) -> None:
     prompt_server = getattr(getattr(server, "PromptServer", None), "instance", None)
     if prompt_server is not None:
         prompt_server.app.on_startup.append(_add_the_rest)
-    for name, node, title, loader in _all_nodes():
-        if not loader or loader in comfyui_nodes.NODE_CLASS_MAPPINGS:
-            classes[name], titles[name] = node, title
+    for node in filter(_is_there, all_nodes()):
+        classes[node.__name__], titles[node.__name__] = node, node.TITLE
 
 
 async def _add_the_rest(_: object) -> None:
@@ -359,11 +358,11 @@ async def _add_the_rest(_: object) -> None:
         return
     mappings = comfyui_nodes.NODE_CLASS_MAPPINGS
     module = mappings["DeviceSelectorMultiGPU"].RELATIVE_PYTHON_MODULE
-    for name, node, title, loader in _all_nodes():
-        if name not in mappings and loader in mappings:
-            node.RELATIVE_PYTHON_MODULE = module  # type: ignore[attr-defined]
-            mappings[name] = node
-            comfyui_nodes.NODE_DISPLAY_NAME_MAPPINGS[name] = title
+    for node in filter(_is_there, all_nodes()):
+        if node.__name__ not in mappings:
+            node.RELATIVE_PYTHON_MODULE = module
+            mappings[node.__name__] = node
+            comfyui_nodes.NODE_DISPLAY_NAME_MAPPINGS[node.__name__] = node.TITLE
 
 
 def _other_pack_is_there() -> bool:

@@ -207,3 +207,13 @@ def test_where_the_other_pack_is_installed_its_nodes_stay(checkpoints, tmp_path,
         assert object_info["UNETLoaderMultiGPU"]["category"] == "other"
         assert "DistributeModelDisTorch2" in object_info
         assert server.log.count("ComfyUI-MultiGPU is installed too; the nodes that both have are its own") == 1
+
+
+def test_every_node_has_a_help_page_that_names_its_own_inputs(server):
+    for name, info in server.get("/object_info").items():
+        if "custom_nodes" not in info["python_module"] or not re.search(r"MultiGPU$|DisTorch2$", name):
+            continue
+        page = (ROOT / "web" / "docs" / name / "en.md").read_text()
+        assert page.startswith(f"# {info['display_name']}\n"), name
+        inputs = [*info["input"].get("optional", ())] or [*info["input"]["required"]]
+        assert [each for each in inputs if f"`{each}`" not in page] == [], name

@@ -1,7 +1,7 @@
-// The placement table on the loader node, in both renderers, after each run.
+// The placement table on each node of the pack that has one, in both renderers, after each run.
 import { app } from "../../scripts/app.js";
 
-const NODE_ID = "CheckpointLoaderAdvancedDisTorch2MultiGPU";
+const NODES = /(DisTorch2|MultiGPU)$/; // those of others have no such output
 const WIDGET = "distorch2_placement";
 const COLUMNS = 64; // the table has fewer; its title and notes may have more, and are wrapped
 const FONT_PX = 10;
@@ -47,7 +47,7 @@ function show(node, text) {
 app.registerExtension({
   name: "DisTorch2.Placement",
   nodeCreated(node) {
-    if (node.comfyClass !== NODE_ID) return;
+    if (!NODES.test(node.comfyClass ?? "")) return;
     const onExecuted = node.onExecuted;
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
