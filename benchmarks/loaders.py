@@ -1,0 +1,199 @@
+"""On one GPU: a Flux-sized diffusion model by each way into the pack, half of it on the CPU; bf16, and GGUF Q8_0.
+
+    COMFYUI_GGUF_PATH=... python3 tools/host.py run benchmarks/loaders.py [FOLDER]
+
+The bf16 model comes by the checkpoint node's loader, by ComfyUI's loader of diffusion models as the pack's node of that
+name calls it (`UNETLoaderDisTorch2MultiGPU`), and by ComfyUI's loader with Distribute behind it. All three are loaded
+at once and take turns. Anonymous host memory is what the process has besides the mapped file, after each step of the
+way, with DynamicVRAM and without.
+
+The GGUF model is loaded by ComfyUI-GGUF, if COMFYUI_GGUF_PATH names it, and distributed; beside it ComfyUI-GGUF's own
+offloading with as many bytes of weights on the GPU, and its model all on the GPU. FOLDER (default /dev/shm) needs room
+for 25 GiB.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import require_gpus, saved_model, start_comfyui, step, steps_ms, warmed_up
+from record import printed_by, write_results
+
+CASE = "1024 px"
+TURNS = 2
+
+
+def request_for(gib: float) -> Any:
+    from distorch2.plan import ComponentRequest, VirtualVram
+
+    return ComponentRequest("cuda:0", VirtualVram(gib, "cpu"))
+
+
+def anonymous_gib() -> float:
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20, 2)
+
+
+def in_turns(model: Any, patchers: dict[str, Any], inputs: Any) -> dict[str, float]:
+    """Median milliseconds of a step."""
+    times: dict[str, list[float]] = {name: [] for name in patchers}
+    for _ in range(TURNS):
+        for name, patcher in patchers.items():
+            times[name] += steps_ms(model, patcher, inputs, 6)
+    return {name: round(statistics.median(found), 1) for name, found in times.items()}
+
+
+def measure_bf16(path: str, dynamic_vram: bool) -> dict[str, Any]:
+    start_comfyui(dynamic_vram)
+    import comfy.model_management as mm
+    import comfy.sd
+    import models
+    import torch
+
+    from distorch2.loading import distribute, load_checkpoint
+    from distorch2.plan import GIB
+
+    torch.set_grad_enabled(False)
+    model, inputs = models.FLUX, models.FLUX.inputs(CASE)
+    request = request_for(Path(path).stat().st_size / GIB / 2)
+    memory = {"at first": anonymous_gib()}
+
+    def loaded(name: str, patcher: Any) -> Any:
+        memory[f"{name}: loaded"] = anonymous_gib()
+        mm.load_models_gpu([patcher])
+        memory[f"{name}: on its devices"] = anonymous_gib()
+        return patcher
+
+    with torch.inference_mode():
+        patchers = {"checkpoint node": loaded("checkpoint node", load_checkpoint(path, request, request, "cuda:0")[0])}
+        new = distribute(comfy.sd.load_diffusion_model(path), request, is_new=True)
+        patchers["UNETLoaderDisTorch2MultiGPU"] = loaded("UNETLoaderDisTorch2MultiGPU", new)
+        core = comfy.sd.load_diffusion_model(path)
+        memory["ComfyUI's loader"] = anonymous_gib()
+        patchers["Distribute"] = loaded("Distribute", distribute(core, request))
+        other = distribute(core, request_for(5.0))
+        memory["a second Distribute of the same loader"] = anonymous_gib()
+        outputs = {name: warmed_up(model, patcher, inputs) for name, patcher in patchers.items()}
+        expected = outputs["checkpoint node"]
+        found = {
+            "ms": in_turns(model, patchers, inputs),
+            "bit-identical": all(torch.equal(output, expected) for output in outputs.values()),
+            "GiB of anonymous host memory": memory,
+            "shared module": other.model is patchers["Distribute"].model,
+        }
+    return found
+
+
+def write_gguf(path: Path) -> None:
+    """A Flux whose matrices are of random Q8_0 blocks, and whose other weights are F32."""
+    start_comfyui(False)
+    import comfy.ops
+    import gguf
+    import models
+    import numpy
+    import torch
+
+    config = models.FLUX
+    with torch.device("meta"):
+        module = config.module_class(**config.config, dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
+    writer = gguf.GGUFWriter(str(path), "flux")
+    generator = torch.Generator("cuda").manual_seed(0)
+    for name, tensor in module.state_dict().items():
+        if tensor.dim() < 2 or tensor.shape[1] % 32:
+            writer.add_tensor(name, numpy.full(tuple(tensor.shape), 1.0 if "norm" in name else 0.01, numpy.float32))
+            continue
+        rows, columns = tensor.shape
+        blocks = torch.randint(0, 256, (rows, columns // 32, 34), generator=generator, device="cuda", dtype=torch.uint8)
+        scale = torch.tensor([columns**-0.5 / 74], dtype=torch.float16, device="cuda")  # 74 is that of int8's
+        blocks[:, :, :2] = scale.view(torch.uint8)
+        quantised = blocks.view(rows, -1).cpu().numpy()
+        writer.add_tensor(name, quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def measure_gguf(path: str) -> dict[str, Any]:
+    start_comfyui(False)
+    import comfy.model_management as mm
+    import folder_paths
+    import models
+    import torch
+
+    from distorch2.loading import distribute
+    from distorch2.plan import GIB
+
+    torch.set_grad_enabled(False)
+    spec = importlib.util.spec_from_file_location("comfyui_gguf", Path(os.environ["COMFYUI_GGUF_PATH"], "__init__.py"))
+    assert spec is not None and spec.loader is not None
+    pack: Any = importlib.util.module_from_spec(spec)
+    sys.modules["comfyui_gguf"] = pack
+    spec.loader.exec_module(pack)
+    folder_paths.add_model_folder_path("diffusion_models", str(Path(path).parent))
+
+    def load() -> Any:
+        return pack.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(Path(path).name)[0]
+
+    model, inputs = models.FLUX, models.FLUX.inputs(CASE)
+    found: dict[str, Any] = {"GiB of the file": round(Path(path).stat().st_size / GIB, 2)}
+    with torch.inference_mode():
+        ours = distribute(load(), request_for(Path(path).stat().st_size / GIB / 2), is_new=True)
+        mm.load_models_gpu([ours])
+        resident = load()
+        resident.patch_model(resident.load_device)
+        offloaded = load()
+        offloaded.patch_model(offloaded.load_device, lowvram_model_memory=ours.model_size())
+        patchers = {"ours": ours, "ComfyUI-GGUF": offloaded, "all on the GPU": resident}
+        outputs = {name: warmed_up(model, patcher, inputs) for name, patcher in patchers.items()}
+        found["bit-identical"] = torch.equal(outputs["ours"], outputs["all on the GPU"])
+        found["GiB on the GPU"] = {
+            name: round(patcher.loaded_size() / GIB, 2)
+            for name, patcher in patchers.items()
+            if name != "all on the GPU"
+        }
+        found["ms"] = in_turns(model, patchers, inputs)
+        step(model, ours, inputs)
+    return found
+
+
+def main(folder: Path) -> None:
+    require_gpus(1)
+    results: dict[str, Any] = {}
+
+    def measured(name: str, *arguments: str | Path) -> None:
+        for printed in printed_by([sys.executable, __file__, *arguments]):
+            results[name] = printed
+            write_results("loaders", results)
+            print(name, printed, flush=True)
+
+    with saved_model("Flux", folder) as path:
+        measured("bf16, DynamicVRAM", "--bf16", path, "dynamic")
+        measured("bf16, without DynamicVRAM", "--bf16", path)
+    if "COMFYUI_GGUF_PATH" in os.environ:
+        path = folder / "distorch2_flux_q8_0.gguf"
+        try:
+            measured("file", "--write-gguf", path)
+            measured("GGUF Q8_0", "--gguf", path)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:] or [""]
+    if what == "--bf16":
+        print(json.dumps(measure_bf16(rest[0], "dynamic" in rest)), flush=True)
+    elif what == "--write-gguf":
+        write_gguf(Path(rest[0]))
+    elif what == "--gguf":
+        print(json.dumps(measure_gguf(rest[0])), flush=True)
+    else:
+        main(Path(what or "/dev/shm"))
