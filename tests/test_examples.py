@@ -24,7 +24,7 @@ def workflow(name):
 
 
 def test_every_example_is_there_in_both_formats_and_as_a_picture():
-    assert NAMES == ["exact_bytes", "one_small_card", "two_cards_by_ratio"]
+    assert NAMES == ["exact_bytes", "one_small_card", "separate_files", "two_cards_by_ratio"]
     assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_file()) == sorted(
         f"{name}.{kind}" for name in NAMES for kind in ("json", "jpg")
     )
@@ -53,7 +53,9 @@ def test_an_example_has_one_note_and_no_node_covers_another(name):
 
 
 def test_what_each_example_shows():
-    widgets = {name: example(name)["1"]["inputs"] for name in NAMES}
+    files = [node["class_type"] for node in example("separate_files").values() if "Load" in node["class_type"]]
+    assert files == ["UNETLoaderDisTorch2MultiGPU", "CLIPLoader", "VAELoader"]
+    widgets = {name: example(name)["1"]["inputs"] for name in NAMES if name != "separate_files"}
     assert widgets["one_small_card"]["unet_virtual_vram_gb"] == 4
     expert = {name: inputs["unet_expert_mode_allocations"] for name, inputs in widgets.items()}
     assert expert == {

@@ -36,6 +36,20 @@ LAYOUT = {
     "7": (1060, 106, 250, 424),
     NOTE: (750, 360, 260, 170),
 }
+LAYOUT_OF_SEPARATE_FILES = {
+    LOADER: (0, 0, 390, 206),
+    "9": (0, 276, 390, 106),
+    "10": (0, 452, 390, 206),
+    "11": (750, 600, 260, 58),
+    "12": (440, 0, 260, 58),
+    "2": (440, 128, 260, 120),
+    "3": (440, 318, 260, 100),
+    "4": (440, 488, 260, 106),
+    "5": (750, 0, 260, 262),
+    "6": (1060, 0, 250, 46),
+    "7": (1060, 106, 250, 424),
+    NOTE: (750, 332, 260, 200),
+}
 # Without code spans: in Nodes 2.0 a note shows them in blue on grey, which nobody can read.
 NOTES = {
     "one_small_card": """## One small card
@@ -48,10 +62,21 @@ needed. The text encoder computes on the CPU: for a large one (T5-XXL, Qwen) cho
 text encoder.
 
 **To change:** the checkpoint; the ratio; a third device, as in **cuda:0,60%;cuda:1,20%;cpu,20%**.""",
+    "separate_files": """## Separate files
+Two ways to the same end: **Load Diffusion Model (DisTorch2)** loads and distributes; **Distribute CLIP** takes what \
+any loader made, GGUF loaders too. 4 GB of the diffusion model and 2 GB of the text encoder stay in main memory.
+
+**To change:** the files and the type of the text encoder; the shift of **ModelSamplingAuraFlow**, which is Qwen-Image's; \
+more GB when the card runs out of memory.""",
     "exact_bytes": """## Exact bytes
 The card keeps **6gb** of the diffusion model and **2gb** of the text encoder. **cpu,\\*** takes whatever remains.
 
 **To change:** the checkpoint; the amounts (b, kb, mb, gb or tb), so that the image has room beside them.""",
+}
+SEPARATE_FILES = {
+    "diffusion_models": "diffusion_model.safetensors",
+    "text_encoders": "text_encoder.safetensors",
+    "vae": "vae.safetensors",
 }
 MARGIN = 24
 _LAY_OUT = """([layout, noteId, title, text, loaderId, isExpert]) => {
@@ -111,9 +136,10 @@ def make_readme_pictures(front_end: FrontEnd, server: ComfyServer, compute_devic
 
 
 def _open_with_layout(front_end: FrontEnd, prompt: Prompt, name: str) -> None:
-    is_expert = bool(prompt[LOADER]["inputs"]["unet_expert_mode_allocations"])
+    is_expert = bool(prompt[LOADER]["inputs"].get("unet_expert_mode_allocations"))
+    layout = LAYOUT_OF_SEPARATE_FILES if name == "separate_files" else LAYOUT
     front_end.load_api(prompt, name)
-    front_end.page.evaluate(_LAY_OUT, [LAYOUT, NOTE, "Read me", NOTES[name], LOADER, is_expert])
+    front_end.page.evaluate(_LAY_OUT, [layout, NOTE, "Read me", NOTES[name], LOADER, is_expert])
 
 
 def _take_picture(front_end: FrontEnd, path: Path, width: int, clip: dict[str, float] | None = None) -> None:
@@ -145,6 +171,9 @@ def main() -> None:
         models.mkdir(parents=True)
         checkpoint = ensure_checkpoint("sd3", ROOT / ".host" / "checkpoints")
         (models / example("exact_bytes")[LOADER]["inputs"]["ckpt_name"]).symlink_to(checkpoint)
+        for folder, name in SEPARATE_FILES.items():
+            (base / "models" / folder).mkdir()
+            (base / "models" / folder / name).symlink_to(checkpoint)
         (base / "custom_nodes").mkdir()
         if not has_accelerator:
             (base / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
