@@ -1,6 +1,7 @@
 """The nodes with the names of ComfyUI-MultiGPU's, over HTTP; `multigpu_nodes.txt` lists what that pack registers."""
 
 import json
+import os
 import re
 
 import pytest
@@ -74,6 +75,9 @@ EXPECTED = described((ROOT / "tests" / "multigpu_nodes.txt").read_text())
 OF_CORE = sorted(name for name in EXPECTED if "GGUF" not in name and name != NODE_ID)
 
 
+OF_GGUF = sorted(name for name in EXPECTED if "GGUF" in name)
+
+
 @pytest.fixture(scope="module", params=[VERSIONS[0], NEWEST])
 def server(request, checkpoints, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
@@ -91,9 +95,13 @@ def server(request, checkpoints, tmp_path_factory):
 
 
 def test_every_node_has_the_inputs_that_saved_workflows_expect(server):
+    assert_as_listed(server, OF_CORE)
+
+
+def assert_as_listed(server, names):
     object_info = server.get("/object_info")
-    assert {name for name in object_info if "MultiGPU" in name and "MultiGPU_" not in name} == {*OF_CORE, NODE_ID}
-    for name in OF_CORE:
+    assert {name for name in object_info if "MultiGPU" in name and "MultiGPU_" not in name} == {*names, NODE_ID}
+    for name in names:
         category, outputs, inputs = EXPECTED[name]
         info, found = object_info[name], info_text(object_info[name])
         assert info["output"] == outputs, name
@@ -217,3 +225,39 @@ def test_every_node_has_a_help_page_that_names_its_own_inputs(server):
         assert page.startswith(f"# {info['display_name']}\n"), name
         inputs = [*info["input"].get("optional", ())] or [*info["input"]["required"]]
         assert [each for each in inputs if f"`{each}`" not in page] == [], name
+
+
+@pytest.mark.other_pack
+@pytest.mark.skipif(
+    "COMFYUI_GGUF_PATH" not in os.environ, reason="COMFYUI_GGUF_PATH does not say where ComfyUI-GGUF is"
+)
+@pytest.mark.parametrize("name", ["0 first", "z last"])
+def test_gguf_loaders(checkpoints, tmp_path, name):
+    import gguf_files
+
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / name).symlink_to(os.environ["COMFYUI_GGUF_PATH"])
+    if NUM_ACCELERATORS == 0:
+        (tmp_path / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
+    (tmp_path / "models" / "diffusion_models").mkdir(parents=True)
+    gguf_files.write_flux(tmp_path / "models" / "diffusion_models" / "flux.gguf", "Q4_K")
+    with start(NEWEST, tmp_path, checkpoints) as server:
+        assert_as_listed(server, [*OF_CORE, *OF_GGUF])
+        text = ("CLIPLoader", CLIP)
+        vae = ("CheckpointLoaderSimple", {"ckpt_name": "flux.safetensors"})
+        loaders = {
+            "UnetLoaderGGUF": {},
+            "UnetLoaderGGUFDisTorch2MultiGPU": split(
+                "compute_device", expert_mode_allocations=f"{compute},50%;{donor},*"
+            ),
+            "UnetLoaderGGUFDisTorchMultiGPU": {"device": compute, "virtual_vram_gb": 4.0, "use_other_vram": True},
+            "UnetLoaderGGUFMultiGPU": {"device": compute},
+        }
+        latents = []
+        for loader, widgets in loaders.items():
+            before = len(server.log)
+            prompt = separate_files(server, [(loader, {"unet_name": "flux.gguf", **widgets}), text, vae])
+            prompt["6"]["inputs"]["vae"] = ["loader2", 2]
+            latents.append(latent_of(server, prompt))
+            assert ("streamed" in server.log[before:]) == ("DisTorch" in loader)
+        assert all(torch.equal(each, latents[0]) for each in latents)

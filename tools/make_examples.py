@@ -66,8 +66,8 @@ text encoder.
 Two ways to the same end: **Load Diffusion Model (DisTorch2)** loads and distributes; **Distribute CLIP** takes what \
 any loader made, GGUF loaders too. 4 GB of the diffusion model and 2 GB of the text encoder stay in main memory.
 
-**To change:** the files and the type of the text encoder; the shift of **ModelSamplingAuraFlow**, which is Qwen-Image's; \
-more GB when the card runs out of memory.""",
+**To change:** the files and the type of the text encoder; the shift of **ModelSamplingAuraFlow**, which is \
+Qwen-Image's; more GB when the card runs out of memory.""",
     "exact_bytes": """## Exact bytes
 The card keeps **6gb** of the diffusion model and **2gb** of the text encoder. **cpu,\\*** takes whatever remains.
 
