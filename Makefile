@@ -1,7 +1,7 @@
 # COMFYUI_PATH (and COMFYUI_PYTHON) name a ComfyUI of yours; without them a pinned one is fetched into .host/.
 PYTHON ?= python3
 
-.PHONY: demo test test-quick soak comfyui-tests lint
+.PHONY: demo test test-quick soak comfyui-tests help-pages lint
 demo:
 	@$(PYTHON) tools/host.py run tools/demo.py
 
@@ -22,6 +22,10 @@ soak:
 # ComfyUI's own tests, without and with the pack.
 comfyui-tests:
 	@$(PYTHON) tools/host.py run tools/comfyui_tests.py
+
+# The help pages of the nodes that are made of a table.
+help-pages:
+	@$(PYTHON) tools/host.py run tools/make_help.py
 
 lint: .host/lint/installed
 	@.host/lint/bin/ruff format --check --quiet .

@@ -3,9 +3,13 @@
 from . import drop_in_nodes
 from .nodes import NODES
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}
-NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: node.TITLE for node in NODES}
-drop_in_nodes.register(NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS)
+_drop_ins = drop_in_nodes.available()
+# The checkpoint loader has the name of one of ComfyUI-MultiGPU's too.
+_own = {node.__name__: node for node in NODES if _drop_ins or "MultiGPU" not in node.__name__}
+NODE_CLASS_MAPPINGS = _own | _drop_ins
+NODE_DISPLAY_NAME_MAPPINGS = {name: node.TITLE for name, node in NODE_CLASS_MAPPINGS.items()}
+if _drop_ins:
+    drop_in_nodes.add_later_ones()
 
 WEB_DIRECTORY = "./web"
 

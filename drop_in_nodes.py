@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.sd
 import folder_paths
 import torch
 from comfy_api.v0_0_2 import io
@@ -29,7 +30,7 @@ from .nodes import mistakes_in, placement_of, request_for, selectable_devices
 logger = logging.getLogger(__name__)
 
 _CATEGORY = "multigpu"
-_SPLIT, _SPLIT_BEFORE, _WHOLE = "DisTorch2MultiGPU", "DisTorchMultiGPU", "MultiGPU"
+_SPLIT, _SPLIT_LEGACY, _WHOLE = "DisTorch2MultiGPU", "DisTorchMultiGPU", "MultiGPU"
 """Ends of the names: weights on several devices; the same in the pack's first version; everything on one device."""
 _TEXT_ENCODER_FILES = ("clip_name", "clip_name1", "clip_name2", "clip_name3", "clip_name4")
 
@@ -44,15 +45,19 @@ class _Loader:
     outputs: tuple[str, ...]
     device: str = "compute_device"
     ejects: bool = True
-    ends: tuple[str, ...] = (_SPLIT, _WHOLE)
+    suffixes: tuple[str, ...] = (_SPLIT, _WHOLE)
+
+    @property
+    def can_be_split(self) -> bool:
+        return "MODEL" in self.outputs or "CLIP" in self.outputs
 
 
-def _clip_loader(name: str, title: str, *ends: str) -> _Loader:
-    return _Loader(name, title, ("CLIP",), "device", False, ends or (_SPLIT, _WHOLE))
+def _clip_loader(name: str, title: str, *suffixes: str) -> _Loader:
+    return _Loader(name, title, ("CLIP",), "device", False, suffixes or (_SPLIT, _WHOLE))
 
 
 _ALL_OUTPUTS = ("MODEL", "CLIP", "VAE")
-_GGUF_ENDS = (_SPLIT, _SPLIT_BEFORE, _WHOLE)
+_GGUF_SUFFIXES = (_SPLIT, _SPLIT_LEGACY, _WHOLE)
 _TABLE = (
     _Loader("UNETLoader", "Load Diffusion Model", ("MODEL",)),
     _Loader("VAELoader", "Load VAE", ("VAE",)),
@@ -65,21 +70,21 @@ _TABLE = (
     _Loader("DiffusersLoader", "Load Diffusers Model", _ALL_OUTPUTS),
     _Loader("ControlNetLoader", "Load ControlNet Model", ("CONTROL_NET",)),
     _Loader("DiffControlNetLoader", "Load ControlNet Model (diff)", ("CONTROL_NET",)),
-    _Loader("UnetLoaderGGUF", "Unet Loader (GGUF)", ("MODEL",), ends=_GGUF_ENDS),
-    _Loader("UnetLoaderGGUFAdvanced", "Unet Loader (GGUF/Advanced)", ("MODEL",), ends=_GGUF_ENDS),
-    _clip_loader("CLIPLoaderGGUF", "CLIPLoader (GGUF)", *_GGUF_ENDS),
-    _clip_loader("DualCLIPLoaderGGUF", "DualCLIPLoader (GGUF)", *_GGUF_ENDS),
-    _clip_loader("TripleCLIPLoaderGGUF", "TripleCLIPLoader (GGUF)", *_GGUF_ENDS),
-    _clip_loader("QuadrupleCLIPLoaderGGUF", "QuadrupleCLIPLoader (GGUF)", *_GGUF_ENDS),
+    _Loader("UnetLoaderGGUF", "Unet Loader (GGUF)", ("MODEL",), suffixes=_GGUF_SUFFIXES),
+    _Loader("UnetLoaderGGUFAdvanced", "Unet Loader (GGUF/Advanced)", ("MODEL",), suffixes=_GGUF_SUFFIXES),
+    _clip_loader("CLIPLoaderGGUF", "CLIPLoader (GGUF)", *_GGUF_SUFFIXES),
+    _clip_loader("DualCLIPLoaderGGUF", "DualCLIPLoader (GGUF)", *_GGUF_SUFFIXES),
+    _clip_loader("TripleCLIPLoaderGGUF", "TripleCLIPLoader (GGUF)", *_GGUF_SUFFIXES),
+    _clip_loader("QuadrupleCLIPLoaderGGUF", "QuadrupleCLIPLoader (GGUF)", *_GGUF_SUFFIXES),
 )
-_LABELS = {_SPLIT: "DisTorch2", _SPLIT_BEFORE: "DisTorch, old", _WHOLE: "on a device"}
+_LABELS = {_SPLIT: "DisTorch2", _SPLIT_LEGACY: "DisTorch, legacy", _WHOLE: "on a device"}
 
 
 class _DropIn:
     """A wrapped loader. A subclass says which, and how its name ends."""
 
     LOADER: _Loader
-    END: str
+    SUFFIX: str
     FUNCTION = "load"
 
     @classmethod
@@ -88,7 +93,7 @@ class _DropIn:
 
     @classmethod
     def _device_input(cls) -> str:
-        return cls.LOADER.device if cls.END == _SPLIT else "device"
+        return cls.LOADER.device if cls.SUFFIX == _SPLIT else "device"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -103,31 +108,34 @@ class _DropIn:
     @classmethod
     def own_inputs(cls) -> dict[str, Any]:
         devices = list(selectable_devices())
-        what = "it" if cls._is_whole() else "the model"
-        combo = {
-            "default": device_utils.first_accelerator(devices),
-            "tooltip": f"Where {what} computes" + (", and where all of it lies." if cls._is_whole() else "."),
-        }
+        is_kept_whole = not cls.LOADER.can_be_split or cls.SUFFIX == _WHOLE
+        where = "Where it computes" + (", and where all of it lies." if is_kept_whole else ".")
+        if cls.LOADER.outputs == _ALL_OUTPUTS and not is_kept_whole:
+            where += " The inputs below are for the diffusion model; the rest lies here as a whole."
+        combo = {"default": device_utils.first_accelerator(devices), "tooltip": where}
         own: dict[str, Any] = {cls._device_input(): (devices, combo)}
-        if cls.END == _WHOLE:
+        if cls.SUFFIX == _WHOLE:
             return own
-        kept = " This kind of model is always kept whole: it is not used." if cls._is_whole() else ""
+        kept = "" if cls.LOADER.can_be_split else " No effect here: this kind of model is never split."
         own["virtual_vram_gb"] = (
             "FLOAT",
             {
                 "default": 4.0,
                 "min": 0.0,
-                "max": 128.0 if cls.END == _SPLIT else 24.0,
+                "max": 128.0 if cls.SUFFIX == _SPLIT else 24.0,
                 "step": 0.1,
                 "tooltip": "How many GB to keep on other devices instead of the one that computes." + kept,
             },
         )
-        if cls.END == _SPLIT:
+        if cls.SUFFIX == _SPLIT:
             own["donor_device"] = (devices, {"default": "cpu", "tooltip": "Where that part is kept." + kept})
         else:
             own["use_other_vram"] = (
                 "BOOLEAN",
-                {"default": False, "tooltip": "Keep that part on the other GPUs first, and on the CPU what is left."},
+                {
+                    "default": False,
+                    "tooltip": "Keep equal parts of it on the other GPUs; what does not fit goes to the CPU.",
+                },
             )
         own["expert_mode_allocations"] = (
             "STRING",
@@ -138,7 +146,7 @@ class _DropIn:
                 "blank it replaces virtual VRAM and donor." + kept,
             },
         )
-        if cls.END == _SPLIT:
+        if cls.SUFFIX == _SPLIT:
             own["eject_models"] = (
                 "BOOLEAN",
                 {"default": cls.LOADER.ejects, "tooltip": "Unload all other models from the device first."},
@@ -146,76 +154,79 @@ class _DropIn:
         return own
 
     @classmethod
-    def _is_whole(cls) -> bool:
-        return not {"MODEL", "CLIP"} & {*cls.LOADER.outputs}
-
-    @classmethod
     def VALIDATE_INPUTS(cls, expert_mode_allocations: str | None = "") -> bool | str:
         return mistakes_in(expert_mode_allocations=expert_mode_allocations)
 
-    def load(
-        self,
-        virtual_vram_gb: float = 0.0,
-        donor_device: str = "cpu",
-        use_other_vram: bool = False,
-        expert_mode_allocations: str = "",
-        eject_models: bool = False,
-        **inputs: Any,
-    ) -> dict[str, Any]:
+    def load(self, **inputs: Any) -> dict[str, Any]:
         """What the loader returns, on the devices that were asked for; with the table for the node."""
-        device = inputs.pop(self._device_input(), None) or device_utils.first_accelerator(selectable_devices())
-        if use_other_vram:
-            others = [other for other in selectable_devices() if other not in (device, "cpu")]
-            donor_device, *more = others or ["cpu"]
-            request = ComponentRequest(device, VirtualVram(virtual_vram_gb, donor_device, tuple(more)))
+        own = {name: inputs.pop(name, options["default"]) for name, (_, options) in self.own_inputs().items()}
+        device, gb = own[self._device_input()], own.get("virtual_vram_gb", 0.0)
+        expert = own.get("expert_mode_allocations", "")
+        others = [other for other in selectable_devices() if other not in (device, "cpu")]
+        if own.get("use_other_vram") and others and not expert.strip():
+            request = ComponentRequest(device, VirtualVram(gb, others[0], tuple(others[1:])))
         else:
-            request = request_for(device, virtual_vram_gb, donor_device)
-        if expert_mode_allocations.strip():
-            request = request_for(device, 0.0, device, expert_mode_allocations)
-        if eject_models:
+            request = request_for(device, gb, own.get("donor_device", "cpu"), expert)
+        loading.check_devices(request)
+        if own.get("eject_models"):
             loading.eject(device)
         return _with_placement(self.LOADER, request, inputs)
 
 
 def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    if loader.outputs == ("CLIP",) and (paths := _text_encoder_files(loader, inputs)):
-        clip = loading.load_text_encoder(
-            paths, inputs.get("type", "stable_diffusion"), request, embedding_directory=_embeddings()
-        )
-        return {"ui": placement_of({loading.TEXT_ENCODER: clip.patcher}), "result": (clip,)}
+    """What a node returns to ComfyUI.
+
+    Files of checkpoints and text encoders are loaded by the pack, which keeps ComfyUI from putting them on a device of
+    its own choice meanwhile. Where a loader has an input that is not known here, and in all other cases, it is called.
+    """
     if {*inputs} == {"ckpt_name"}:
-        components = loading.load_components(
-            folder_paths.get_full_path_or_raise("checkpoints", inputs["ckpt_name"]),
-            request,
-            _resident(request),
-            request.compute_device,
-            embedding_directory=_embeddings(),
-        )
-        return _of_checkpoint(components)
-    loaded = _run(comfyui_nodes.NODE_CLASS_MAPPINGS[loader.name], inputs)
-    device, placed, notes, result = torch.device(request.compute_device), {}, [], []
-    for kind, output in zip(loader.outputs, loaded, strict=False):
-        if output is None:
-            pass
-        elif kind == "MODEL":
-            output = placed[loading.DIFFUSION_MODEL] = loading.distribute(output, request, is_new=True)
-        elif kind == "CLIP":
-            is_only = loader.outputs == ("CLIP",)
-            output = loading.distribute_clip(output, request if is_only else _resident(request), is_new=True)
-            placed[loading.TEXT_ENCODER] = output.patcher
-        else:
+        return _loaded_checkpoint(inputs["ckpt_name"], request, _resident(request), request.compute_device)
+    if loader.outputs == ("CLIP",) and not loader.name.endswith("GGUF") and {*inputs} <= {*_TEXT_ENCODER_FILES, "type"}:
+        return _loaded_text_encoder(inputs, request)
+    device = torch.device(request.compute_device)
+    served: dict[str, Any] = {}
+    notes, result = [], []
+    for kind, output in zip(loader.outputs, _run(comfyui_nodes.NODE_CLASS_MAPPINGS[loader.name], inputs), strict=False):
+        if kind == "MODEL":
+            output = served[loading.DIFFUSION_MODEL] = loading.distribute(output, request, is_new=True)
+        elif kind == "CLIP" and output is not None:
+            of_clip = request if loader.outputs == ("CLIP",) else _resident(request)
+            output = loading.distribute_clip(output, of_clip, is_new=True)
+            served[loading.TEXT_ENCODER] = output.patcher
+        elif output is not None:
             output, note = _placed_whole(kind, output, device)
             notes.append(note)
         result.append(output)
-    return {"ui": placement_of(placed, notes), "result": tuple(result)}
+    return {"ui": placement_of(served, notes), "result": tuple(result)}
+
+
+def _loaded_checkpoint(name: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str) -> dict[str, Any]:
+    loaded = loading.load_components(
+        folder_paths.get_full_path_or_raise("checkpoints", name),
+        unet,
+        clip,
+        vae_device,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+    )
+    return {"ui": {"distorch2_placement": [loaded.report]}, "result": (loaded.model, loaded.clip, loaded.vae)}
+
+
+def _loaded_text_encoder(inputs: Mapping[str, Any], request: ComponentRequest) -> dict[str, Any]:
+    names = [inputs[name] for name in _TEXT_ENCODER_FILES if name in inputs]
+    clip_type = inputs.get("type", "")
+    if clip_type.upper() not in comfy.sd.CLIPType.__members__:  # as ComfyUI's loaders take it: sdxl has no type
+        clip_type = "stable_diffusion"
+    clip = loading.load_text_encoder(
+        [folder_paths.get_full_path_or_raise("text_encoders", name) for name in names],
+        clip_type,
+        request,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+    )
+    return {"ui": placement_of({loading.TEXT_ENCODER: clip.patcher}), "result": (clip,)}
 
 
 def _resident(request: ComponentRequest) -> ComponentRequest:
     return request_for(request.compute_device, 0.0, request.compute_device)
-
-
-def _of_checkpoint(loaded: loading.LoadedCheckpoint) -> dict[str, Any]:
-    return {"ui": {"distorch2_placement": [loaded.report]}, "result": (loaded.model, loaded.clip, loaded.vae)}
 
 
 def _placed_whole(kind: str, output: Any, device: torch.device) -> tuple[Any, str]:
@@ -231,27 +242,12 @@ def _placed_whole(kind: str, output: Any, device: torch.device) -> tuple[Any, st
         return output, f"{name}: as it was loaded, since {error}"
 
 
-def _run(loader: Any, inputs: Mapping[str, Any]) -> Sequence[Any]:
+def _run(node: Any, inputs: Mapping[str, Any]) -> Sequence[Any]:
     """The outputs of a node class of either of ComfyUI's two kinds."""
-    if issubclass(loader, io.ComfyNode):
-        return loader.execute(**inputs).result
-    output = getattr(loader(), loader.FUNCTION)(**inputs)
+    if issubclass(node, io.ComfyNode):
+        return node.execute(**inputs).result
+    output = getattr(node(), node.FUNCTION)(**inputs)
     return output["result"] if isinstance(output, dict) else output
-
-
-def _text_encoder_files(loader: _Loader, inputs: Mapping[str, Any]) -> list[str]:
-    """Paths of the files, where the loader is one of ComfyUI's and has no inputs that are not known here."""
-    if loader.name.endswith("GGUF") or not {*inputs} <= {*_TEXT_ENCODER_FILES, "type"}:
-        return []
-    return [
-        folder_paths.get_full_path_or_raise("text_encoders", inputs[name])
-        for name in _TEXT_ENCODER_FILES
-        if name in inputs
-    ]
-
-
-def _embeddings() -> list[str]:
-    return folder_paths.get_folder_paths("embeddings")
 
 
 class CheckpointLoaderAdvancedMultiGPU:
@@ -278,96 +274,85 @@ class CheckpointLoaderAdvancedMultiGPU:
         }
 
     def load(self, ckpt_name: str, unet_device: str, clip_device: str, vae_device: str) -> dict[str, Any]:
-        loaded = loading.load_components(
-            folder_paths.get_full_path_or_raise("checkpoints", ckpt_name),
-            request_for(unet_device, 0.0, unet_device),
-            request_for(clip_device, 0.0, clip_device),
-            vae_device,
-            embedding_directory=_embeddings(),
-        )
-        return _of_checkpoint(loaded)
+        unet, clip = (request_for(device, 0.0, device) for device in (unet_device, clip_device))
+        return _loaded_checkpoint(ckpt_name, unet, clip, vae_device)
 
 
 class DeviceSelectorMultiGPU:
-    """A device for the inputs of other nodes."""
+    """A device for nodes of other packs."""
 
     TITLE = "Select Device (MultiGPU)"
-    DESCRIPTION = "Chooses a device once, for the device inputs of several nodes."
+    DESCRIPTION = "Gives a device to nodes of other packs that take one, such as those of WanVideoWrapper."
     RETURN_TYPES, RETURN_NAMES = ("MULTIGPUDEVICE",), ("device",)
     CATEGORY, FUNCTION = _CATEGORY, "select"
     SEARCH_ALIASES = ("multigpu", "device")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"device": (list(selectable_devices()), {"tooltip": "The device."})}}
+        return {
+            "required": {
+                "device": (list(selectable_devices()), {"tooltip": "The device that the connected nodes use."})
+            }
+        }
 
     def select(self, device: str) -> tuple[str]:
         return (device,)
 
 
-def _category(loader: _Loader, end: str) -> str:
-    if end == _SPLIT:
+def _category(loader: _Loader, suffix: str) -> str:
+    if suffix == _SPLIT:
         return f"{_CATEGORY}/distorch_2"
-    return f"{_CATEGORY}/legacy" if end == _SPLIT_BEFORE and "MODEL" in loader.outputs else _CATEGORY
+    return f"{_CATEGORY}/legacy" if suffix == _SPLIT_LEGACY and "MODEL" in loader.outputs else _CATEGORY
 
 
-def _drop_in(loader: _Loader, end: str) -> type:
-    is_split = end != _WHOLE and {"MODEL", "CLIP"} & {*loader.outputs}
+def _drop_in(loader: _Loader, suffix: str) -> type:
+    is_split = suffix != _WHOLE and loader.can_be_split
     where = "keeps its weights on the devices" if is_split else "puts all of it on the device"
     attributes = {
         "LOADER": loader,
-        "END": end,
-        "CATEGORY": _category(loader, end),
+        "SUFFIX": suffix,
+        "CATEGORY": _category(loader, suffix),
         "RETURN_TYPES": loader.outputs,
         "RETURN_NAMES": loader.outputs,
-        "TITLE": f"{loader.title} ({_LABELS[end]})",
+        "TITLE": f"{loader.title} ({_LABELS[suffix]})",
         "DESCRIPTION": f"Does what {loader.title} does, and {where} that you name.",
         "SEARCH_ALIASES": ["distorch", "multigpu", loader.title, loader.name],
     }
-    return type(f"{loader.name}{end}", (_DropIn,), attributes)
+    return type(f"{loader.name}{suffix}", (_DropIn,), attributes)
 
 
 def all_nodes() -> list[Any]:
     """The node classes, those included whose loaders are missing."""
-    wrapped = [_drop_in(loader, end) for loader in _TABLE for end in loader.ends]
+    wrapped = [_drop_in(loader, suffix) for loader in _TABLE for suffix in loader.suffixes]
     return [*wrapped, CheckpointLoaderAdvancedMultiGPU, DeviceSelectorMultiGPU]
 
 
-def _is_there(node: Any) -> bool:
-    """Whether the loader that a node wraps is there."""
-    return not issubclass(node, _DropIn) or node.LOADER.name in comfyui_nodes.NODE_CLASS_MAPPINGS
-
-
-def register(classes: dict[str, type], titles: dict[str, str]) -> None:
-    """Add the nodes whose loaders are there to what the pack registers; those of packs that ComfyUI loads later follow
-    when it has loaded all. Where ComfyUI-MultiGPU is there, its nodes keep their names."""
+def available() -> dict[str, Any]:
+    """Classes by name, of the nodes whose loaders are there; none where ComfyUI-MultiGPU has nodes by these names."""
     if _other_pack_is_there():
-        for name in [name for name in classes if name in comfyui_nodes.NODE_CLASS_MAPPINGS]:
-            del classes[name]
-        return
+        logger.warning("DisTorch2: ComfyUI-MultiGPU is installed too; the nodes that both have are its own")
+        return {}
+    there = comfyui_nodes.NODE_CLASS_MAPPINGS
+    return {node.__name__: node for node in all_nodes() if not issubclass(node, _DropIn) or node.LOADER.name in there}
+
+
+def add_later_ones() -> None:
+    """Have the nodes added whose loaders are of packs that ComfyUI loads after this one, when it has loaded all."""
     server = sys.modules.get("server")
     prompt_server = getattr(getattr(server, "PromptServer", None), "instance", None)
     if prompt_server is not None:
-        prompt_server.app.on_startup.append(_add_the_rest)
-    for node in filter(_is_there, all_nodes()):
-        classes[node.__name__], titles[node.__name__] = node, node.TITLE
+        prompt_server.app.on_startup.append(_add_missing)
 
 
-async def _add_the_rest(_: object) -> None:
-    if _other_pack_is_there():
-        return
+async def _add_missing(_: object) -> None:
     mappings = comfyui_nodes.NODE_CLASS_MAPPINGS
-    module = mappings["DeviceSelectorMultiGPU"].RELATIVE_PYTHON_MODULE
-    for node in filter(_is_there, all_nodes()):
-        if node.__name__ not in mappings:
-            node.RELATIVE_PYTHON_MODULE = module
-            mappings[node.__name__] = node
-            comfyui_nodes.NODE_DISPLAY_NAME_MAPPINGS[node.__name__] = node.TITLE
+    for name, node in available().items():
+        if name not in mappings:
+            node.RELATIVE_PYTHON_MODULE = mappings["DeviceSelectorMultiGPU"].RELATIVE_PYTHON_MODULE
+            mappings[name] = node
+            comfyui_nodes.NODE_DISPLAY_NAME_MAPPINGS[name] = node.TITLE
 
 
 def _other_pack_is_there() -> bool:
     other = comfyui_nodes.NODE_CLASS_MAPPINGS.get("DeviceSelectorMultiGPU")
-    if other is None or other is DeviceSelectorMultiGPU:
-        return False
-    logger.warning("DisTorch2: ComfyUI-MultiGPU is installed too; the nodes that both have are its own")
-    return True
+    return other is not None and other is not DeviceSelectorMultiGPU

@@ -28,7 +28,7 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
         devices = list(selectable_devices())
         accelerator = device_utils.first_accelerator(devices)
         return io.Schema(
-            node_id="CheckpointLoaderAdvancedDisTorch2MultiGPU",
+            node_id=cls.__name__,
             display_name=cls.TITLE,
             category="multigpu/distorch_2",
             description="Loads a checkpoint and keeps each part of it on the devices that you name.",
@@ -122,19 +122,38 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
         return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui={"distorch2_placement": [loaded.report]})
 
 
-class DistributeModelDisTorch2(io.ComfyNode):
-    """Keeps the weights of a diffusion model from any loader where the user says."""
+class _Distribute(io.ComfyNode):
+    """Keeps the weights of one component, from any loader, where the user says."""
 
-    TITLE = "Distribute Model (DisTorch2)"
+    TITLE: str
+    INPUT: str
+    COMPONENT: str
+    TYPE: Any
+    GB: float
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _distribute_schema(
-            cls,
-            "diffusion model",
-            io.Model,
-            device_utils.first_accelerator(selectable_devices()),
-            4.0,
+        devices = list(selectable_devices())
+        # ComfyUI's default too: a text encoder may be small, and memory of the GPU is for the diffusion model.
+        first = "cpu" if cls.TYPE is io.Clip else device_utils.first_accelerator(devices)
+        return io.Schema(
+            node_id=cls.__name__,
+            display_name=cls.TITLE,
+            category="multigpu/distorch_2",
+            description=f"Keeps the weights of a {cls.COMPONENT} from any loader on the devices that you name. LoRAs "
+            "may come before it or after it.",
+            search_aliases=["distorch", "multigpu", "virtual vram", "offload", "donor device", "gguf"],
+            inputs=[
+                cls.TYPE.Input(
+                    cls.INPUT,
+                    tooltip=f"A {cls.COMPONENT} from any loader. The one that comes in stays usable as it is.",
+                ),
+                *_placement_inputs("", cls.COMPONENT, first, cls.GB, devices),
+                _expert_input("", cls.COMPONENT),
+                _high_precision_input(),
+                _donor_mode_input(),
+            ],
+            outputs=[cls.TYPE.Output(tooltip=f"The {cls.COMPONENT}, distributed.")],
         )
 
     @classmethod
@@ -144,51 +163,35 @@ class DistributeModelDisTorch2(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
         compute_device: str,
         virtual_vram_gb: float,
         donor_device: str,
         expert_mode_allocations: str = "",
         high_precision_loras: bool = True,
         donor_mode: str = AUTO,
+        **inputs: Any,
     ) -> io.NodeOutput:
         request = request_for(compute_device, virtual_vram_gb, donor_device, expert_mode_allocations, donor_mode)
-        distributed = loading.distribute(model, request, high_precision_loras)
-        return io.NodeOutput(distributed, ui=placement_of({loading.DIFFUSION_MODEL: distributed}))
+        distribute = loading.distribute_clip if cls.TYPE is io.Clip else loading.distribute
+        distributed: Any = distribute(inputs[cls.INPUT], request, high_precision_loras)
+        patcher = distributed.patcher if cls.TYPE is io.Clip else distributed
+        return io.NodeOutput(distributed, ui=placement_of({cls.COMPONENT: patcher}))
 
 
-class DistributeCLIPDisTorch2(io.ComfyNode):
-    """Keeps the weights of a text encoder from any loader where the user says."""
+class DistributeModelDisTorch2(_Distribute):
+    TITLE = "Distribute Model (DisTorch2)"
+    INPUT, COMPONENT, TYPE, GB = "model", loading.DIFFUSION_MODEL, io.Model, 4.0
 
+
+class DistributeCLIPDisTorch2(_Distribute):
     TITLE = "Distribute CLIP (DisTorch2)"
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return _distribute_schema(cls, "text encoder", io.Clip, "cpu", 2.0)
-
-    @classmethod
-    def validate_inputs(cls, expert_mode_allocations: str | None = "") -> bool | str:
-        return mistakes_in(expert_mode_allocations=expert_mode_allocations)
-
-    @classmethod
-    def execute(
-        cls,
-        clip: Any,
-        compute_device: str,
-        virtual_vram_gb: float,
-        donor_device: str,
-        expert_mode_allocations: str = "",
-        high_precision_loras: bool = True,
-        donor_mode: str = AUTO,
-    ) -> io.NodeOutput:
-        request = request_for(compute_device, virtual_vram_gb, donor_device, expert_mode_allocations, donor_mode)
-        distributed = loading.distribute_clip(clip, request, high_precision_loras)
-        return io.NodeOutput(distributed, ui=placement_of({loading.TEXT_ENCODER: distributed.patcher}))
+    INPUT, COMPONENT, TYPE, GB = "clip", loading.TEXT_ENCODER, io.Clip, 2.0
 
 
 class _Place(io.ComfyNode):
     """Puts a whole model on a device."""
 
+    TITLE: str
     NAME: str
     WHAT: str
     INPUT: str
@@ -237,27 +240,6 @@ class PlaceCLIPVisionDisTorch2(_Place):
     TITLE = "Place CLIP Vision (DisTorch2)"
     NAME, WHAT, INPUT, TYPE = "CLIP Vision", "a CLIP vision model", "clip_vision", io.ClipVision
     PLACE = staticmethod(whole.place_clip_vision)
-
-
-def _distribute_schema(node: Any, component: str, kind: Any, compute_device: str, gb: float) -> io.Schema:
-    devices = list(selectable_devices())
-    name = "model" if kind is io.Model else "clip"
-    return io.Schema(
-        node_id=node.__name__,
-        display_name=node.TITLE,
-        category="multigpu/distorch_2",
-        description=f"Keeps the weights of a {component} from any loader on the devices that you name. LoRAs may come "
-        "before it or after it.",
-        search_aliases=["distorch", "multigpu", "virtual vram", "offload", "donor device", "gguf"],
-        inputs=[
-            kind.Input(name, tooltip=f"A {component} from any loader. The one that comes in stays usable as it is."),
-            *_placement_inputs("", component, compute_device, gb, devices),
-            _expert_input("", component),
-            _high_precision_input(),
-            _donor_mode_input(),
-        ],
-        outputs=[kind.Output(tooltip=f"The {component}, distributed.")],
-    )
 
 
 def _placement_inputs(

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from .checkpoint_file import CheckpointError, check_file
-from .comfyui import core, modules
+from .comfyui import core
 from .comfyui.core import ModelPatcher, mm
+from .comfyui.sharing import clone_sharing, stand_in, unload
 from .inventory import list_layers, own_tensors
-from .patcher import DistributedPatcher, forget
+from .patcher import DistributedPatcher
 from .plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError
 from .planner import make_plan, relaying_donors
 from .quantised import can_be_taken_apart, is_quantised
@@ -39,6 +40,10 @@ _DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """Of weights, those that devices may lack."""
 _NOT_PAGE_LOCKED = ("xpu", "npu", "mlu")
 """Kinds of accelerators for which ComfyUI page-locks no memory that it has already."""
+_NO_SUCH_FORMAT = (AttributeError, KeyError, TypeError, ValueError)
+"""What ComfyUI's loaders raise for a file that holds something else."""
+_COMPILED = "torch_compile_kwargs"
+"""Where ComfyUI's node notes among a model's options that it is compiled."""
 _EVERYTHING = 1e32
 """More bytes than any device has: asks ComfyUI to free all it can."""
 
@@ -127,7 +132,8 @@ def load_components(
         mm.throw_exception_if_processing_interrupted()
         plans = _make_plans(patchers, unet, clip, memory)
     except BaseException:
-        forget(patchers.values())
+        for patcher in patchers.values():
+            unload(patcher.model)
         raise
 
     for component in (DIFFUSION_MODEL, TEXT_ENCODER):
@@ -153,10 +159,9 @@ def distribute(
     `high_precision_loras` is as for `load_checkpoint`. `is_new` says that nothing else uses the model, so that its own
     module can be served.
 
-    Otherwise `patcher` stays usable: a module is made that shares the weights of its own, or with DynamicVRAM one that
-    is loaded again by the factory that the loader left in `cached_patcher_init`. The next patcher of the same module
-    gets that one as well. A patcher that is distributed gets the new plan for a clone. For a text encoder see
-    `distribute_clip`.
+    Otherwise `patcher` stays usable: the new one serves a copy of the module that shares its weights, and so does the
+    next of the same module. See [Note: whose module is served] in `comfyui/sharing.py`. Of a patcher that is
+    distributed already, a clone gets the new plan. For a text encoder there is `distribute_clip`.
 
     Raises `PlanError` for a request that this machine cannot serve, and for a model that cannot be served.
     """
@@ -164,30 +169,24 @@ def distribute(
     _refuse_what_cannot_be_served(patcher)
     if isinstance(patcher, DistributedPatcher):
         plan = make_plan(DistributedPatcher.layers_of(patcher.model), request, memory)
-        distributed = patcher.planned(plan, high_precision_loras)
+        distributed = patcher.with_plan(plan, high_precision_loras)
     else:
-        taken = patcher
-        if is_new:
-            forget([patcher])
-        else:
-            module, state = modules.sharing(patcher)
-            taken = patcher.clone(model_override=(module, state))
-            # What belongs to the module of `patcher`.
-            taken.parent = None
-            taken.hook_backup, taken.current_hooks, taken.is_injected = {}, None, False
-            taken.remove_additional_models("multigpu")
+        taken = patcher if is_new else clone_sharing(patcher)
         plan = make_plan(DistributedPatcher.layers_of(taken.model), request, memory)
         distributed = DistributedPatcher.take_over(taken, plan, high_precision_loras)
-    if distributed.load_device != patcher.load_device and hasattr(patcher.model, "manual_cast_dtype"):
-        dtype = mm.unet_manual_cast(patcher.model_dtype(), distributed.load_device)
-        if dtype is not None:  # the device that the loader chose computes in another one
-            distributed.set_model_compute_dtype(dtype)
+        if not is_new:
+            distributed.parent = stand_in(distributed.model, distributed.without_plan)
+    if distributed.load_device != patcher.load_device:
+        _compute_in_what_the_device_has(distributed)
     return distributed
 
 
-def eject(device: str) -> None:
-    """Unload all models from a device."""
-    mm.free_memory(_EVERYTHING, torch.device(device))
+def _compute_in_what_the_device_has(patcher: DistributedPatcher) -> None:
+    """The loader chose the dtype of computation for another device."""
+    if hasattr(patcher.model, "manual_cast_dtype"):
+        dtype = mm.unet_manual_cast(patcher.model_dtype(), patcher.load_device)
+        if dtype is not None:
+            patcher.set_model_compute_dtype(dtype)
 
 
 def distribute_clip(
@@ -213,14 +212,9 @@ def load_diffusion_model(
     _memory_of([request])
     check_file(path)
     devices = {"load_device": torch.device(request.compute_device), "offload_device": _CPU}
-    try:
-        patcher = core.sd.load_diffusion_model(path, model_options={**(model_options or {}), **devices})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _not_a_checkpoint(path) from error
-    except RuntimeError as error:
-        if "detect" in str(error):
-            raise _not_a_checkpoint(path) from error
-        raise
+    options = {**(model_options or {}), **devices}
+    patcher = _load_diffusion_model_only(_read(path), dict(options), disable_dynamic=False)
+    patcher.cached_patcher_init = (core.sd.load_diffusion_model, (path, options))
     return distribute(patcher, request, high_precision_loras, is_new=True)
 
 
@@ -250,15 +244,27 @@ def load_text_encoder(
             clip_type=types[clip_type.upper()],
             model_options=devices,
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except _NO_SUCH_FORMAT as error:
         raise CheckpointError(
             f"{', '.join(paths)}: no text encoder that ComfyUI {core.version} knows ({error})"
         ) from error
     return distribute_clip(clip, request, high_precision_loras, is_new=True)
 
 
+def check_devices(request: ComponentRequest) -> None:
+    """Raise `PlanError` when this machine lacks a device of the request."""
+    _memory_of([request])
+
+
+def eject(device: str) -> None:
+    """Unload all models from a device."""
+    mm.free_memory(_EVERYTHING, torch.device(device))
+
+
 def _refuse_what_cannot_be_served(patcher: ModelPatcher) -> None:
     name = type(patcher.model).__name__
+    if not isinstance(patcher, DistributedPatcher) and _COMPILED in patcher.model_options:
+        raise PlanError(f"{name} is compiled already: put the node that compiles it after this one")
     if patcher.injections:
         raise PlanError(f"{name} has injections (a bypass LoRA, say), which cannot be distributed; inject afterwards")
     if own := core.overridden_loading(type(patcher)):
@@ -395,7 +401,7 @@ def _detect(weights: _Weights) -> _Detected:
         prefix = core.model_detection.unet_prefix_from_state_dict(state_dict)
         state_dict, metadata = core.utils.convert_old_quants(state_dict, prefix, metadata=weights.metadata)
         config = core.model_detection.model_config_from_unet(state_dict, prefix, metadata=metadata)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except _NO_SUCH_FORMAT as error:
         raise _not_a_checkpoint(weights.path) from error
     return _Detected(state_dict, prefix, config)
 
@@ -454,15 +460,13 @@ def _load_model_and_clip(
     return model, clip
 
 
-def _load_diffusion_model_only(
-    weights: _Weights, model_options: dict[str, torch.device], disable_dynamic: bool
-) -> ModelPatcher:
+def _load_diffusion_model_only(weights: _Weights, model_options: dict[str, Any], disable_dynamic: bool) -> ModelPatcher:
     """For a file in which ComfyUI detects no checkpoint: its checkpoint loader would drop the options here."""
     try:
         model = core.sd.load_diffusion_model_state_dict(
             weights.state_dict, model_options, metadata=weights.metadata, disable_dynamic=disable_dynamic
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except _NO_SUCH_FORMAT as error:
         raise _not_a_checkpoint(weights.path) from error
     if model is None:
         raise _not_a_checkpoint(weights.path)

@@ -24,6 +24,7 @@ import torch
 
 from .comfyui import core
 from .comfyui.core import ModelPatcher, mm
+from .comfyui.sharing import is_shared, unhook_original, unload
 from .distribution import Distribution
 from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
 from .forwards import drop_copied_forwards
@@ -48,7 +49,7 @@ _ATTRIBUTE = "distorch2"
 
 
 @dataclass(frozen=True, eq=False)
-class Wanted:
+class _Request:
     """What was asked for a patcher and its clones. Others of the same module may be planned in another way."""
 
     plan: Plan | None = None
@@ -62,7 +63,7 @@ class _Shared:
 
     layers: Sequence[Layer]
     """As they were before any was patched."""
-    distributions: weakref.WeakKeyDictionary[Wanted, dict[str, Distribution]] = field(
+    distributions: weakref.WeakKeyDictionary[_Request, dict[str, Distribution]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
     """By compute device, for each plan that a patcher still has."""
@@ -70,6 +71,8 @@ class _Shared:
     """The one that has the weights, or had them last."""
     carried: dict[str, list[tuple]] = field(default_factory=dict)
     """Weights that have their patches with them, by key, with the patches."""
+    private: set[str] = field(default_factory=set)
+    """Keys of weights in host memory that were another module's too, and have been copied to be written into."""
     has_logged_compilation: bool = False
 
     def __deepcopy__(self, memo: object) -> _Shared:
@@ -93,22 +96,22 @@ class _Backup(NamedTuple):
 
 
 class DistributedPatcher(ModelPatcher):
-    """Serves a module's weights from the devices of a plan. Made by `take_over`, or by `planned` of another."""
+    """Serves a module's weights from the devices of a plan. Made by `take_over`, or by `with_plan` of another."""
 
-    wanted = Wanted()
+    request = _Request()
 
     @classmethod
     def take_over(cls, fresh: ModelPatcher, plan: Plan, high_precision_loras: bool = True) -> DistributedPatcher:
-        """A patcher in the place of `fresh`, of whose module there are no other patchers than of this class.
+        """A patcher in the place of `fresh`, whose module has no patchers of other classes beside it.
 
         Every attribute is copied: what a loader set on its patcher is not lost. With `high_precision_loras` a weight
         that is stored in 8 bits or fewer is kept in the dtype of computation while it is patched.
         """
-        forget([fresh])
+        unload(fresh.model)
         patcher = cls(fresh.model, torch.device(plan.compute_device), _CPU)
         own = {"load_device", "offload_device", "size"}
         patcher.__dict__.update({name: value for name, value in vars(fresh).items() if name not in own})
-        patcher.wanted = Wanted(plan, high_precision_loras)
+        patcher.request = _Request(plan, high_precision_loras)
         patcher.remove_wrappers_with_key(core.WrappersMP.APPLY_MODEL, _ATTRIBUTE)
         patcher.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, _ATTRIBUTE, _around_forward)
         return patcher
@@ -116,27 +119,30 @@ class DistributedPatcher(ModelPatcher):
     def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
         """As ComfyUI's; one with a module of its own is split and serves LoRAs in the same way."""
         clone = super().clone(*arguments, **options)
-        clone.wanted = self.wanted
+        clone.request = self.request
         return clone
 
-    def planned(self, plan: Plan, high_precision_loras: bool = True) -> DistributedPatcher:
+    def with_plan(self, plan: Plan, high_precision_loras: bool = True) -> DistributedPatcher:
         """A clone with another plan. The module has the weights as planned for the patcher that was loaded last."""
         clone = self.clone()
         clone.load_device = torch.device(plan.compute_device)
-        clone.wanted = Wanted(plan, high_precision_loras)
+        clone.request = _Request(plan, high_precision_loras)
+        return clone
+
+    def without_plan(self) -> DistributedPatcher:
+        """A clone without a plan or patches, for ComfyUI to let go of what is placed for another."""
+        clone = self.clone()
+        clone.parent, clone.request, clone.patches = None, _Request(), {}
         return clone
 
     @property
     def _shared(self) -> _Shared:
-        self.layers_of(self.model)
-        return vars(self.model)[_ATTRIBUTE]
+        return _shared_of(self.model)
 
     @staticmethod
     def layers_of(module: torch.nn.Module) -> Sequence[Layer]:
         """The layers of a module, as they are without patches."""
-        if _ATTRIBUTE not in vars(module):
-            setattr(module, _ATTRIBUTE, _Shared(list_layers(module)))
-        return vars(module)[_ATTRIBUTE].layers
+        return _shared_of(module).layers
 
     @property
     def distribution(self) -> Distribution:
@@ -145,8 +151,8 @@ class DistributedPatcher(ModelPatcher):
         ComfyUI makes clones for another device by setting `load_device`, some with a module of their own. Another
         accelerator keeps as much as the one that was planned for; the host, where that is another, keeps everything.
         """
-        device, shared, asked = str(self.load_device), self._shared, self.wanted.plan
-        distributions = shared.distributions.setdefault(self.wanted, {})
+        device, shared, asked = str(self.load_device), self._shared, self.request.plan
+        distributions = shared.distributions.setdefault(self.request, {})
         if device not in distributions:
             if asked is not None and device == asked.compute_device:
                 plan = asked
@@ -161,9 +167,15 @@ class DistributedPatcher(ModelPatcher):
         """Bytes that the model needs on its compute device: resident layers, patched, and staging buffers."""
         return self._plan().compute_bytes + self.distribution.unplanned_bytes
 
+    @property
+    def _in_place(self) -> Distribution:
+        """The distribution that has the weights: a patcher with another plan may have placed them."""
+        placed = self._shared.placed
+        return self.distribution if placed is None or not placed.is_placed else placed
+
     def loaded_size(self) -> int:
-        """Bytes that it has there."""
-        return self.distribution.compute_bytes
+        """Bytes that the model has there."""
+        return self._in_place.compute_bytes
 
     def model_patches_models(self) -> list[ModelPatcher]:
         """Models to be loaded with this one: those of ComfyUI's patches, and what lies on other accelerators."""
@@ -229,6 +241,8 @@ class DistributedPatcher(ModelPatcher):
     ) -> int:
         """Stream resident weights from the host until so much is free, or no more can be; returns the bytes freed."""
         before = self.loaded_size()
+        if self._in_place is not self.distribution:
+            return 0  # it was placed for another patcher: ComfyUI unloads all of it
         if self._plan().within(before - memory_to_free).compute_bytes > before - memory_to_free:
             return 0  # ComfyUI unloads all of it, and what would be packed for streaming would not be used
         with self.use_ejected(skip_and_inject_on_exit_only=True):
@@ -307,7 +321,7 @@ class DistributedPatcher(ModelPatcher):
                 self.distribution.resume()
                 self._forget_patches()
             else:
-                self._release(self.distribution)
+                self._release(self._in_place)
         with self._unserved():
             super().unpatch_model(unpatch_weights=False)
         if unpatch_weights and device_to is not None:
@@ -403,7 +417,7 @@ class DistributedPatcher(ModelPatcher):
         self._change_weights(changed, wanted)
 
     def _carry(self, wanted: Mapping[str, list[tuple]]) -> None:
-        """Give the weights that carry their patches these, by key, and no others: their data stays as it is."""
+        """Set the patches of the weights that carry them, by key; all others of these lose theirs. No data changes."""
         carried = self._shared.carried
         changed = [key for key in {*carried, *wanted} if not _same(carried.get(key), wanted.get(key))]
         if changed:
@@ -497,6 +511,7 @@ class DistributedPatcher(ModelPatcher):
     def _place(self, compute_bytes: float = math.inf, is_cancellable: bool = True) -> None:
         """Place the weights as planned for this patcher, and not for another any more."""
         self.unpatch_hooks()  # before weights move
+        unhook_original(self.model)
         here, placed = self.distribution, self._shared.placed
         if placed is not None and placed is not here and placed.is_placed:
             self._release(placed)
@@ -525,7 +540,7 @@ class DistributedPatcher(ModelPatcher):
 
     def _kept_dtype(self, key: str) -> torch.dtype | None:
         """The dtype to keep the patched weight in, if not that of the original."""
-        if key not in self.patches or not self.wanted.high_precision_loras or not self._is_patched_by_comfyui(key):
+        if key not in self.patches or not self.request.high_precision_loras or not self._is_patched_by_comfyui(key):
             return None
         original = self._original(key)
         if is_gguf(original) or (not is_quantised(original) and original.dtype.itemsize > 1):
@@ -626,6 +641,9 @@ class DistributedPatcher(ModelPatcher):
         if not is_resident or self.distribution.relay is not None:
             self.distribution.settle()
         if is_resident:
+            if weight.device == _CPU and is_shared(self.model) and key not in self._shared.private:
+                module._parameters[name] = to_device(weight, _CPU, copy=True)
+                self._shared.private.add(key)
             yield
             return
         copy = weight.to(self.load_device, copy=True)
@@ -668,13 +686,10 @@ def _around_forward(executor: Any, *arguments: Any, **options: Any) -> Any:
         raise OUT_OF_MEMORY(patcher.out_of_memory_message("running", advice, error)) from error
 
 
-def forget(patchers: Iterable[ModelPatcher]) -> None:
-    """Unload `patchers` and take them off ComfyUI's list, where a text encoder for the CPU is put as it is built."""
-    patchers = list(patchers)
-    for loaded in list(mm.current_loaded_models):
-        if any(loaded.model is patcher for patcher in patchers):
-            loaded.model_unload()
-            mm.current_loaded_models.remove(loaded)
+def _shared_of(module: torch.nn.Module) -> _Shared:
+    if _ATTRIBUTE not in vars(module):
+        setattr(module, _ATTRIBUTE, _Shared(list_layers(module)))
+    return vars(module)[_ATTRIBUTE]
 
 
 def _split(key: str) -> tuple[str, str]:

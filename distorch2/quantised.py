@@ -2,7 +2,7 @@
 
 Two kinds are known: ComfyUI's `QuantizedTensor`, or any tensor subclass that torch can take apart, and the tensors of
 ComfyUI-GGUF (or packs that follow it). Those hold the blocks of a GGUF file as bytes, know the weight's shape, and
-carry patches with them, which are applied each time they are dequantised. A weight that is not quantised may be one.
+carry patches with them, which are applied each time they are dequantised. Weights in F16 and F32 are of that class too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _GGUF_NOT_QUANTISED = ("F32", "F16")
 
 
 class _Carried(list):
-    """Patches that all tensors of one weight carry, wherever they lie: ComfyUI-GGUF copies the list with the tensor."""
+    """Patches of a GGUF weight. `copy` returns the same list, so that a change reaches every tensor of the weight:
+    ComfyUI-GGUF copies the list with each tensor."""
 
     def copy(self) -> _Carried:
         return self
@@ -92,13 +93,23 @@ def carries_patches(tensor: torch.Tensor) -> bool:
 
 
 def carry(tensor: Any, patches: Sequence[tuple]) -> None:
-    """Have `tensor`, which carries patches, carry these, and with it all that were made like it by a `rebuilder`."""
+    """Replace the patches of `tensor` and of every parameter that was rebuilt from it: they share one list."""
+    if not isinstance(tensor.patches, _Carried):  # ComfyUI-GGUF may give all tensors the same list
+        tensor.patches = _Carried()
     tensor.patches[:] = patches
 
 
 def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
     """A parameter with the data of `tensor`, which it does not copy."""
     return rebuilder(tensor)([plain.detach() for plain in plain_tensors(tensor)])
+
+
+def unpatched_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    """As `as_parameter`, but patches that `tensor` carries, now or later, are not its own."""
+    parameter = as_parameter(tensor)
+    if is_gguf(parameter):
+        vars(parameter)["patches"] = []
+    return parameter
 
 
 def to_device(tensor: torch.Tensor, device: torch.device, copy: bool = False) -> torch.nn.Parameter:

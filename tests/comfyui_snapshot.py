@@ -68,7 +68,7 @@ def main(checkpoint: str, *plants: str) -> None:
     import folder_paths
 
     folder_paths.add_model_folder_path("checkpoints", str(Path(checkpoint).parent))
-    (node,) = pack.NODE_CLASS_MAPPINGS.values()
+    node = pack.NODE_CLASS_MAPPINGS["CheckpointLoaderAdvancedDisTorch2MultiGPU"]
     inputs = [item for item in node.define_schema().inputs if item.id != "ckpt_name"]
     values = {item.id: 0.0 if item.id.endswith("_gb") else item.default for item in inputs}
     with torch.inference_mode():

@@ -1,17 +1,22 @@
 """Models of ComfyUI's own loaders, distributed: while they stay usable, with what was done to them before and after."""
 
 import gc
+import types
 import weakref
 
+import comfy.hooks
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
+import comfy_extras.nodes_hooks as hook_nodes
 import comfy_extras.nodes_model_advanced as advanced_nodes
 import pytest
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from placing import (
     DONOR,
+    RESIDENT,
     devices_known_to_comfyui,  # noqa: F401
     inference_mode,  # noqa: F401
     lora_for,
@@ -200,3 +205,101 @@ def test_devices_that_are_missing_are_named(checkpoints):
     core = core_load(checkpoints(KIND))[0]
     with pytest.raises(PlanError, match="there is no device 'cuda:9'; this machine has cpu"):
         distribute(core, ComponentRequest("cuda:9", VirtualVram(1.0, "cpu")))
+
+
+def with_own_forward(model):
+    """With an object patch that is a method of one of the model's modules, as packs set it."""
+
+    def forward(self, *arguments, **options):
+        return tuple(each if each is None else 0.9 * each for each in type(self).forward(self, *arguments, **options))
+
+    patched = model.clone()
+    block = patched.model.diffusion_model.joint_blocks[0]
+    patched.add_object_patch("diffusion_model.joint_blocks.0.forward", types.MethodType(forward, block))
+    return patched
+
+
+def test_a_method_among_object_patches_is_that_of_the_module_that_is_served(checkpoints):
+    core, clip, _ = core_load(checkpoints(KIND))
+    expected = sample(lora_for(with_own_forward(core)), clip)
+    ours = distribute(lora_for(with_own_forward(core)), ALL)
+    assert torch.equal(sample(ours, clip), expected)
+    assert streams(ours)
+
+
+def test_a_compiled_model_is_refused(checkpoints):
+    core = core_load(checkpoints(KIND))[0]
+    by_node, by_patch = core.clone(), core.clone()
+    set_torch_compile_wrapper(by_node, backend="eager")
+    by_patch.add_object_patch("diffusion_model", torch.compile(core.model.diffusion_model, backend="eager"))
+    for compiled in (by_node, by_patch):
+        with pytest.raises(PlanError, match="is compiled already: put the node that compiles it after this one"):
+            distribute(compiled, HALF)
+
+
+def encoded(clip):
+    text, pooled = clip.encode_from_tokens(clip.tokenize("a test"), return_pooled=True)
+    return torch.cat([text.flatten(), pooled.flatten()])
+
+
+def hooked(clip):
+    """With a LoRA as a hook, which ComfyUI writes into the weights when it encodes, and leaves there."""
+    generator, state_dict = torch.Generator().manual_seed(3), {}
+    for name, module in clip.cond_stage_model.named_modules():
+        if type(module).__name__ == "Linear" and "mlp" in name:
+            rows, columns = module.weight.shape
+            state_dict[f"text_encoders.{name}.lora_up.weight"] = torch.randn(rows, 4, generator=generator) * 0.3
+            state_dict[f"text_encoders.{name}.lora_down.weight"] = torch.randn(4, columns, generator=generator)
+    hooks = comfy.hooks.create_hook_lora(lora=state_dict, strength_model=1.0, strength_clip=1.0)
+    return hook_nodes.SetClipHooks().apply_hooks(clip, False, True, hooks)[0]
+
+
+@pytest.mark.parametrize("request_for", [RESIDENT, HALF], ids=["resident", "half"])
+def test_hooks_of_one_text_encoder_are_not_those_of_others_with_its_weights(checkpoints, request_for):
+    """They are written in place, and the original, and two of another plan, have the same tensors."""
+    clip = core_load(checkpoints("sd3"))[1]
+    plain, expected = encoded(clip), encoded(hooked(clip))
+    assert not torch.equal(plain, expected)
+    ours = distribute_clip(clip, request_for)
+    other = distribute_clip(clip, ALL)
+    for hooked_one in (clip, ours, other, ours):
+        with_hooks = hooked(hooked_one)
+        for _ in range(2):
+            assert torch.equal(encoded(with_hooks), expected)
+            for each in (ours, other, clip):
+                assert torch.equal(encoded(each), plain)
+
+
+@pytest.mark.parametrize("of_ours", [False, True])
+def test_what_was_loaded_last_can_be_freed_when_it_is_dropped(checkpoints, of_ours):
+    """By way of the patcher that stands in for it: the module is still in use."""
+    core, clip, _ = core_load(checkpoints(KIND))
+    expected = sample(core, clip)
+    kept = distribute(core, HALF)
+    dropped = distribute(kept if of_ours else core, ALL)
+    assert torch.equal(sample(dropped, clip), expected)
+    del dropped
+    gc.collect()
+    assert all(loaded.model is not None for loaded in mm.current_loaded_models)
+    mm.load_models_gpu(mm.loaded_models(only_currently_used=True))
+    mm.unload_all_models()
+    assert not any("forward" in vars(module) for module in kept.model.modules())
+    assert not mm.current_loaded_models
+    assert torch.equal(sample(kept, clip), expected)
+
+
+class Held:
+    """What owns memory outside torch, as DynamicVRAM's buffers: a copy would free it twice."""
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied")
+
+
+def test_what_a_module_holds_apart_from_tensors_and_modules_is_not_copied(checkpoints):
+    core, clip, _ = core_load(checkpoints(KIND))
+    expected = sample(core, clip)
+    core.model.dynamic_pins = {"cuda:0": {"weights": (Held(), [Held()])}}
+    core.model.diffusion_model.x_embedder.held = [{"held": Held()}]
+    ours = distribute(core, HALF)
+    assert not hasattr(ours.model, "dynamic_pins")
+    assert torch.equal(sample(ours, clip), expected)

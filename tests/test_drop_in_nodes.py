@@ -193,6 +193,22 @@ def test_checkpoints_give_the_bits_of_cores_loader(server, class_type, widgets):
     assert torch.equal(*latents)
 
 
+def test_text_encoders_of_several_files_give_the_bits_of_cores_loaders(server):
+    """ComfyUI's loader has types of which its `CLIPType` knows nothing: sdxl."""
+    prompts = [
+        separate_files(server, [("UNETLoader", UNET), (name, {**DUAL_CLIP, **more}), ("VAELoader", VAE)])
+        for name, more in (("DualCLIPLoader", {}), ("DualCLIPLoaderDisTorch2MultiGPU", split("device")))
+    ]
+    before = len(server.log)
+    assert torch.equal(*(latent_of(server, prompt) for prompt in prompts))
+    assert re.search(rf"^  text encoder +{donor} +streamed", server.log[before:], re.MULTILINE)
+    loader = ("DualCLIPLoaderMultiGPU", {**DUAL_CLIP, "type": "sdxl", "device": "cpu"})
+    prompt = separate_files(server, [("UNETLoader", UNET), loader, ("VAELoader", VAE)])
+    del prompt["5"], prompt["6"], prompt["7"], prompt["latent"]
+    prompt["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}}
+    server.run(prompt)
+
+
 def test_mistakes_are_refused_when_the_prompt_is_queued(server):
     for widgets, expected in (
         ({"compute_device": "cuda:7"}, "'cuda:7' not in ["),

@@ -3,6 +3,8 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -75,6 +77,12 @@ def test_allocation_strings_in_the_help_and_the_notes_are_accepted(text):
     assert len(found) == {"help": 8, "note": 1}[text]
     for allocation in found:
         parse_allocation(allocation)
+
+
+def test_the_help_pages_that_are_made_of_a_table_are_up_to_date():
+    """Else `make help-pages` was forgotten."""
+    made = subprocess.run([sys.executable, ROOT / "tools" / "make_help.py", "--check"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
 
 
 def test_the_help_page_names_every_input_and_output():

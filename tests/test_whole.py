@@ -1,5 +1,8 @@
 """VAEs, ControlNets and CLIP vision models as wholes on a device of their own: simulated ones that compute."""
 
+import gc
+import weakref
+
 import comfy.clip_vision
 import comfy.controlnet
 import pytest
@@ -77,6 +80,10 @@ def test_a_controlnet_on_another_device_than_the_diffusion_model(checkpoints, tm
     for one in (placed, control, placed, place_control_net(control, torch.device("cpu"))):
         assert torch.equal(controlled(model, clip, one), expected)
     assert torch.equal(controlled(model, clip, placed), expected)
+    again = place_control_net(placed, torch.device("sim:0"))
+    assert torch.equal(controlled(model, clip, again), expected)
+    assert again.control_model is not placed.control_model
+    assert torch.equal(controlled(model, clip, placed), expected)
     assert {p.device for p in placed.control_model.parameters()} == {OTHER}
     assert all(each.device != OTHER for each in model.model.parameters())
 
@@ -96,3 +103,15 @@ def test_a_text_encoder_on_another_device_than_the_sampler(checkpoints, expected
         device, gb, donor = request
         placed = distribute_clip(clip, ComponentRequest(device, VirtualVram(gb, donor), "stream"))
         assert same(sample(model, placed), wanted.cpu())
+
+
+def test_a_placed_controlnet_is_let_go_at_once(checkpoints, tmp_path):
+    control = control_net(tmp_path, controlnet, None)
+    placed = place_control_net(control, OTHER)
+    module = weakref.ref(placed.control_model)
+    gc.disable()
+    try:
+        del placed
+        assert module() is None
+    finally:
+        gc.enable()

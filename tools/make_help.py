@@ -1,6 +1,8 @@
 """Write the help pages of the nodes in `drop_in_nodes.py`, of the same table as the nodes.
 
-python3 tools/host.py run tools/make_help.py
+    python3 tools/host.py run tools/make_help.py [--check]
+
+With --check nothing is written, and the exit status is 1 where a page says something else.
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "web" / "docs"
-_FOOTER = """
-Saved workflows of ComfyUI-MultiGPU open with this node: it has the name and the inputs of one there. What allocation
-strings can say is in the help of *Load Checkpoint (DisTorch2)*.
-"""
+_MADE = "<!-- made by tools/make_help.py -->"
+_FOOTER = "Saved workflows of ComfyUI-MultiGPU open with this node: it has the name and the inputs of one there.\n"
+_ON_STRINGS = "What allocation strings can say is in the help of *Load Checkpoint (DisTorch2)*.\n"
 
 
 def help_page(node: Any) -> str:
@@ -30,7 +31,9 @@ def help_page(node: Any) -> str:
         inputs = node.own_inputs()
         text = f"It takes what *{loader.name}* takes, and:\n\n"
     lines = [f"- `{name}`: {options['tooltip']}" for name, (_, options) in inputs.items()]
-    return f"# {node.TITLE}\n\n{node.DESCRIPTION}\n\n## Inputs\n\n{text}" + "\n".join(lines) + f"\n{_FOOTER}"
+    footer = _FOOTER + (_ON_STRINGS if "expert_mode_allocations" in inputs else "")
+    listed = "\n".join(lines)
+    return f"# {node.TITLE}\n{_MADE}\n\n{node.DESCRIPTION}\n\n## Inputs\n\n{text}{listed}\n\n{footer}"
 
 
 def pack() -> ModuleType:
@@ -46,13 +49,16 @@ def pack() -> ModuleType:
     return module
 
 
-def main() -> None:
-    for node in pack().drop_in_nodes.all_nodes():
-        page = PAGES / node.__name__ / "en.md"
-        page.parent.mkdir(exist_ok=True)
-        page.write_text(help_page(node))
+def main(only_check: bool) -> int:
+    pages = {PAGES / node.__name__ / "en.md": help_page(node) for node in pack().drop_in_nodes.all_nodes()}
+    changed = [page for page, text in pages.items() if not page.exists() or page.read_text() != text]
+    for page in changed:
         print(page.relative_to(ROOT))
+        if not only_check:
+            page.parent.mkdir(exist_ok=True)
+            page.write_text(pages[page])
+    return int(only_check and bool(changed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main("--check" in sys.argv))

@@ -52,6 +52,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
         "unet_inital_load_device",
         "unet_manual_cast",
         "unpin_memory",
+        "vae_dtype",
     ),
     "comfy.model_patcher": (
         "CallbacksMP",
@@ -87,11 +88,11 @@ PATCHER_ATTRIBUTES = tuple(
     """
     add_object_patch add_wrapper_with_key apply_hooks backup cached_patcher_init clone current_hooks detach
     eject_model force_cast_weights forced_hooks get_all_callbacks get_clone_model_override get_model_object
-    hook_backup inject_model injections is_dynamic is_injected load load_device loaded_size model
+    hook_backup inject_model injections is_dynamic is_injected load load_device loaded_size model model_dtype
     model_options model_patches_models model_size model_state_dict_for_saving object_patches object_patches_backup
     offload_device parent partially_load partially_unload patch_cached_hook_weights patch_hook_weight_to_device
     patch_model patch_weight_to_device patches patches_uuid remove_additional_models remove_wrappers_with_key
-    unpatch_hooks unpatch_model use_ejected weight_wrapper_patches
+    set_model_compute_dtype unpatch_hooks unpatch_model use_ejected weight_wrapper_patches
     """.split()
 )
 """Attributes and methods of a patcher that the package reads, calls or overrides."""

@@ -1,11 +1,12 @@
 """A whole model on a device of its own: a VAE, a ControlNet, a CLIP vision model. Nothing of it is split.
 
-What is given stays as it is and usable; the model on the new device shares its weights, as long as neither is loaded.
+The given model stays usable. The placed one shares its weights in host memory until one of the two is loaded.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..forwards import Forwards
 from ..plan import PlanError
-from . import modules
 from .core import ModelPatcher, mm
+from .sharing import clone_sharing, stand_in
 
 _CPU = torch.device("cpu")
+_GIVEN_THE_MODEL = ("QwenFunControlNet",)
+"""ControlNets that ComfyUI hands the diffusion model."""
+_VISITS = "distorch2_visits"  # attribute of a ControlNet's module that has a forward of `_visiting`
 
 
 def place_vae(vae: Any, device: torch.device) -> Any:
@@ -30,10 +34,15 @@ def place_vae(vae: Any, device: torch.device) -> Any:
     placed = copy.copy(vae)
     placed.patcher = _on(vae.patcher, device)
     placed.first_stage_model, placed.device = placed.patcher.model, device
-    dtype = mm.vae_dtype(device, vae.working_dtypes) if vae.device.type != device.type else vae.vae_dtype
-    if dtype != vae.vae_dtype and not placed.patcher.is_dynamic():
-        placed.first_stage_model.to(dtype)
-        placed.vae_dtype = dtype
+    if vae.device.type != device.type:
+        placed.vae_dtype = mm.vae_dtype(device, vae.working_dtypes)
+    if not placed.patcher.is_dynamic():
+        placed.first_stage_model.to(placed.vae_dtype)
+    copies = dict(placed.first_stage_model.named_modules())
+    names = {id(module): name for name, module in vae.first_stage_model.named_modules()}
+    for attribute, value in vars(vae).items():
+        if id(value) in names:  # a part of the model that is used by itself
+            setattr(placed, attribute, copies[names[id(value)]])
     return placed
 
 
@@ -48,10 +57,11 @@ def place_clip_vision(clip_vision: Any, device: torch.device) -> Any:
 def place_control_net(control_net: Any, device: torch.device) -> Any:
     """A ControlNet like `control_net` on `device`, wherever the diffusion model computes.
 
-    Raises `PlanError` for a ControlLoRA, which computes with weights of the diffusion model, and for a T2I adapter.
+    Raises `PlanError` for a T2I adapter, and for what computes with weights of the diffusion model.
     """
     patcher = getattr(control_net, "control_model_wrapped", None)
-    if patcher is None or hasattr(control_net, "control_weights"):
+    is_given_the_model = type(control_net).__name__ in _GIVEN_THE_MODEL
+    if patcher is None or hasattr(control_net, "control_weights") or is_given_the_model:
         raise PlanError(
             f"a {type(control_net).__name__} computes where the diffusion model does, and cannot be put on {device}; "
             "connect it without this node"
@@ -59,8 +69,9 @@ def place_control_net(control_net: Any, device: torch.device) -> Any:
     placed = control_net.copy()
     placed.control_model_wrapped = _on(patcher, device)
     placed.control_model, placed.load_device = placed.control_model_wrapped.model, device
-    if "forward" not in vars(placed.control_model):
+    if _VISITS not in vars(placed.control_model):
         Forwards().set(placed.control_model, _visiting(placed.control_model, device))
+        vars(placed.control_model)[_VISITS] = True
     return placed
 
 
@@ -68,27 +79,33 @@ def _on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     """A patcher like `patcher` for `device`, with a module that is used there only."""
     # A dynamic patcher is for GPUs only.
     is_static = patcher.is_dynamic() and device.type == "cpu"
-    placed = patcher.clone(disable_dynamic=is_static, model_override=modules.sharing(patcher, str(device)))
-    placed.parent = None
+    placed = clone_sharing(patcher, str(device), disable_dynamic=is_static)
     placed.load_device, placed.offload_device, placed.size = device, _CPU, 0
     if placed.is_dynamic():
         placed.register_load_device(device)
+    placed.parent = stand_in(placed.model, lambda: _without_parent(placed.clone()))
     return placed
+
+
+def _without_parent(patcher: ModelPatcher) -> ModelPatcher:
+    patcher.parent = None
+    return patcher
 
 
 def _visiting(
     module: torch.nn.Module, device: torch.device
 ) -> Callable[[Callable[..., Any] | None], Callable[..., Any]]:
-    """A forward that takes what it is given to `device`, and what it returns home."""
+    """A forward that moves its inputs to `device`, and its outputs to the device of the first input."""
+
+    reference = weakref.ref(module)
 
     def make(previous: Callable[..., Any] | None) -> Callable[..., Any]:
-        forward = previous or type(module).forward
-
         def visit(*arguments: Any, **options: Any) -> Any:
             home = next((leaf.device for leaf in tree_leaves((arguments, options)) if _is_tensor(leaf)), device)
             arguments, options = _moved((arguments, options), device)
-            own = arguments if previous else (module, *arguments)
-            return _moved(forward(*own, **options), home)
+            own: Any = reference()
+            output = previous(*arguments, **options) if previous else type(own).forward(own, *arguments, **options)
+            return _moved(output, home)
 
         return visit
 
