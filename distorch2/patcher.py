@@ -169,9 +169,10 @@ class DistributedPatcher(ModelPatcher):
 
     @property
     def _in_place(self) -> Distribution:
-        """The distribution that has the weights: a patcher with another plan may have placed them."""
+        """The distribution that has the weights on this device: a patcher with another plan may have placed them."""
         placed = self._shared.placed
-        return self.distribution if placed is None or not placed.is_placed else placed
+        is_here = placed is not None and placed.is_placed and placed.device == self.load_device
+        return placed if placed is not None and is_here else self.distribution
 
     def loaded_size(self) -> int:
         """Bytes that the model has there."""

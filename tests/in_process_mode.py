@@ -1,4 +1,5 @@
-"""One of ComfyUI's memory modes, in a process of its own: a short run of a checkpoint, resident and from the CPU.
+"""One of ComfyUI's memory modes, in a process of its own: short runs of a checkpoint, resident and from the CPU, and of
+ComfyUI's own model, distributed while it stays in use.
 
     python tests/in_process_mode.py CHECKPOINT [FLAG ...]
 
@@ -32,7 +33,7 @@ def main(checkpoint: str, *flags: str) -> None:
     import torch
     from sampling import core_load, sample
 
-    from distorch2.loading import load_checkpoint
+    from distorch2.loading import distribute, load_checkpoint
     from distorch2.plan import GIB, ComponentRequest, VirtualVram
 
     device = str(mm.get_torch_device())
@@ -60,8 +61,14 @@ def main(checkpoint: str, *flags: str) -> None:
             )
             mm.unload_all_models()
             del model, clip
+        core, clip, _ = core_load(checkpoint, clip_device=device)
+        before = sample(core, clip)
+        ours = distribute(core, ComponentRequest(device, VirtualVram(model_gib / 2, "cpu")))
+        distributed = {"latents": digest(sample(ours, clip)), "copies": ours.distribution.transfer.copies}
+        distributed["core's before and after"] = [digest(before), digest(sample(core, clip))]
     patcher = type(core_load(checkpoint)[0]).__name__
-    print(json.dumps({"core patcher": patcher, "core's latents": digest(of_core), "runs": found}))
+    seen = {"core patcher": patcher, "core's latents": digest(of_core), "runs": found, "distributed": distributed}
+    print(json.dumps(seen))
 
 
 def digest(latents) -> str:

@@ -1,5 +1,6 @@
 """The nodes with the names of ComfyUI-MultiGPU's, over HTTP; `multigpu_nodes.txt` lists what that pack registers."""
 
+import copy
 import json
 import os
 import re
@@ -173,6 +174,38 @@ def test_separate_files_give_the_bits_of_cores_loaders(server, way):
     assert bool(is_streamed) == (way != "whole")
     if way != "whole":
         assert re.search(r"^  note: vae: whole, on ", server.log[before:], re.MULTILINE)
+
+
+def distributed(prompt, percent):
+    """The prompt with this pack's nodes behind ComfyUI's loaders."""
+    prompt = copy.deepcopy(prompt)
+    placed = {"compute_device": compute, "virtual_vram_gb": 0.0, "donor_device": "cpu"}
+    placed["expert_mode_allocations"] = f"{compute},{100 - percent}%;{donor},*"
+    added = {
+        "model": ("DistributeModelDisTorch2", "loader0", placed),
+        "clip": ("DistributeCLIPDisTorch2", "loader1", placed),
+        "vae": ("PlaceVAEDisTorch2", "loader2", {"device": compute}),
+    }
+    for name, (class_type, loader, widgets) in added.items():
+        for node in prompt.values():
+            for each, value in node["inputs"].items():
+                if value == [loader, 0]:
+                    node["inputs"][each] = [class_type, 0]
+        prompt[class_type] = {"class_type": class_type, "inputs": {**widgets, name: [loader, 0]}}
+    return prompt
+
+
+def test_distribute_behind_cores_loaders_gives_the_same_bits_with_any_plan(server):
+    """The loaders are cached from one prompt to the next, and their models stay usable."""
+    plain = separate_files(server, CORE)
+    expected = latent_of(server, plain)
+    for percent in (50, 90, 50):
+        before = len(server.log)
+        assert torch.equal(latent_of(server, distributed(plain, percent)), expected)
+        for component in ("diffusion model", "text encoder"):
+            assert re.search(rf"^  {component} +{donor} +streamed", server.log[before:], re.MULTILINE)
+        assert torch.equal(latent_of(server, plain), expected)
+        assert "memory leak" not in server.log[before:]
 
 
 @pytest.mark.parametrize(

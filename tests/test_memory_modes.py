@@ -53,6 +53,9 @@ def test_weights_on_the_cpu_give_the_same_bits(checkpoints, kind, flags):
     assert bool(resident["evicted"]) == (flags == ("--novram",))  # where ComfyUI grants nothing
     if kind == "sd15_blocks":
         assert seen["core's latents"] == expected
+    assert seen["distributed"]["latents"] == expected
+    assert seen["distributed"]["copies"] > 0
+    assert seen["distributed"]["core's before and after"] == 2 * [seen["core's latents"]]
     for run in seen["runs"]:
         assert run["latents"] == expected
         assert run["as planned"]

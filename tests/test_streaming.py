@@ -569,6 +569,7 @@ def test_two_devices_for_one_model_have_a_plan_each(checkpoints, core_latents):
         of_devices = [*vars(model.model)["distorch2"].distributions.values()]
         placed = [distribution for each in of_devices for distribution in each.values() if distribution.is_placed]
         assert placed == [patcher.distribution]
+        assert [each.loaded_size() > 0 for each in (model, clone)] == [patcher is model, patcher is clone]
     assert model.distribution.plan is plan
     mm.unload_all_models()
     assert not any("forward" in vars(module) for module in model.model.modules())
