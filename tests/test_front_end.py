@@ -93,61 +93,6 @@ def test_the_ui_format_exports_as_the_api_format(front_end, name):
     assert front_end.export() == example(name)
 
 
-SAVED = {
-    "UNETLoaderDisTorch2MultiGPU": {
-        "unet_name": "wan.safetensors",
-        "weight_dtype": "default",
-        "compute_device": "cuda:0",
-        "virtual_vram_gb": 9,
-        "donor_device": "cuda:1",
-        "expert_mode_allocations": "cuda:0,50%;cpu,*",
-        "eject_models": True,
-    },
-    "UNETLoaderMultiGPU": {"unet_name": "flux.safetensors", "weight_dtype": "fp8_e4m3fn", "device": "cuda:1"},
-    "CLIPLoaderDisTorch2MultiGPU": {
-        "clip_name": "umt5.safetensors",
-        "type": "wan",
-        "device": "cuda:1",
-        "virtual_vram_gb": 3.9,
-        "donor_device": "cpu",
-        "expert_mode_allocations": "",
-        "eject_models": False,
-    },
-    "DualCLIPLoaderMultiGPU": {
-        "clip_name1": "t5xxl.safetensors",
-        "clip_name2": "clip_l.safetensors",
-        "type": "flux",
-        "device": "cpu",
-    },
-    "VAELoaderMultiGPU": {"vae_name": "ae.safetensors", "device": "cuda:1"},
-    "CheckpointLoaderSimpleDisTorch2MultiGPU": {
-        "ckpt_name": "ltx.safetensors",
-        "compute_device": "cuda:0",
-        "virtual_vram_gb": 5,
-        "donor_device": "cuda:1",
-        "expert_mode_allocations": "",
-        "eject_models": True,
-    },
-    "CheckpointLoaderAdvancedMultiGPU": {
-        "ckpt_name": "sdxl.safetensors",
-        "unet_device": "cuda:0",
-        "clip_device": "cpu",
-        "vae_device": "cuda:1",
-    },
-}
-"""Nodes as workflows of ComfyUI-MultiGPU have them, in the order of their widgets, on a machine with other devices."""
-
-
-def test_saved_nodes_of_the_other_pack_open_and_export_with_their_values(front_end):
-    nodes = [
-        {"id": i, "type": node, "pos": [400 * i, 0], "size": [300, 200], "widgets_values": [*widgets.values()]}
-        for i, (node, widgets) in enumerate(SAVED.items(), 1)
-    ]
-    front_end.load({"version": 0.4, "nodes": nodes, "links": []}, "saved")
-    found = {node["class_type"]: node["inputs"] for node in front_end.export().values()}
-    assert found == SAVED
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_templates_list_every_example(server, front_end, name):
     assert name in server.get("/workflow_templates")[PACK_FOLDER]
@@ -242,6 +187,61 @@ def test_the_help_page_opens_from_the_node(front_end):
     page = front_end.open_help(LOADER)
     page.get_by_role("heading", name="Allocation strings").wait_for()
     assert "unknown unit 'tib'; use b, kb, mb, gb or tb\n    cuda:0,2tib" in page.inner_text()
+
+
+SAVED = {
+    "UNETLoaderDisTorch2MultiGPU": {
+        "unet_name": "wan.safetensors",
+        "weight_dtype": "default",
+        "compute_device": "cuda:0",
+        "virtual_vram_gb": 9,
+        "donor_device": "cuda:1",
+        "expert_mode_allocations": "cuda:0,50%;cpu,*",
+        "eject_models": True,
+    },
+    "UNETLoaderMultiGPU": {"unet_name": "flux.safetensors", "weight_dtype": "fp8_e4m3fn", "device": "cuda:1"},
+    "CLIPLoaderDisTorch2MultiGPU": {
+        "clip_name": "umt5.safetensors",
+        "type": "wan",
+        "device": "cuda:1",
+        "virtual_vram_gb": 3.9,
+        "donor_device": "cpu",
+        "expert_mode_allocations": "",
+        "eject_models": False,
+    },
+    "DualCLIPLoaderMultiGPU": {
+        "clip_name1": "t5xxl.safetensors",
+        "clip_name2": "clip_l.safetensors",
+        "type": "flux",
+        "device": "cpu",
+    },
+    "VAELoaderMultiGPU": {"vae_name": "ae.safetensors", "device": "cuda:1"},
+    "CheckpointLoaderSimpleDisTorch2MultiGPU": {
+        "ckpt_name": "ltx.safetensors",
+        "compute_device": "cuda:0",
+        "virtual_vram_gb": 5,
+        "donor_device": "cuda:1",
+        "expert_mode_allocations": "",
+        "eject_models": True,
+    },
+    "CheckpointLoaderAdvancedMultiGPU": {
+        "ckpt_name": "sdxl.safetensors",
+        "unet_device": "cuda:0",
+        "clip_device": "cpu",
+        "vae_device": "cuda:1",
+    },
+}
+"""Nodes as workflows of ComfyUI-MultiGPU have them, in the order of their widgets, on a machine with other devices."""
+
+
+def test_saved_nodes_of_the_other_pack_open_and_export_with_their_values(front_end):
+    nodes = [
+        {"id": i, "type": node, "pos": [400 * i, 0], "size": [300, 200], "widgets_values": [*widgets.values()]}
+        for i, (node, widgets) in enumerate(SAVED.items(), 1)
+    ]
+    front_end.load({"version": 0.4, "nodes": nodes, "links": []}, "saved")
+    found = {node["class_type"]: node["inputs"] for node in front_end.export().values()}
+    assert found == SAVED
 
 
 def test_no_complaint_in_the_console_is_about_this_pack(front_end):
