@@ -78,13 +78,16 @@ def attributes_in_package():
 
 def test_every_attribute_of_a_patcher_that_is_used_is_listed_and_no_other():
     patcher = ModelPatcher(torch.nn.Module(), torch.device("cpu"), torch.device("cpu"))
-    variables = {"self", "patcher", "fresh", "taken", "clone"}
-    used = {
-        rest[0]
-        for name in ("patcher.py", "loading.py", "donor_share.py")
-        for first, *rest in chains(ROOT / "distorch2" / name)
-        if first in variables
-    }
+    used = set()
+    for path in PACKAGE:
+        variables = {"patcher", "fresh", "taken", "clone", "distributed", "placed"}
+        variables |= {"self"} if path.name in ("patcher.py", "donor_share.py") else set()
+        for first, *rest in chains(path):
+            parts = rest[1:] if rest[:1] == ["patcher"] else rest  # `vae.patcher`, `loaded.model` and the like
+            if parts and (first in variables or parts is not rest):
+                used.add(parts[0])
+            if first == "loaded" and rest[:1] == ["model"]:
+                used.update(rest[1:2])
     overridden = {name for cls in (DistributedPatcher, DonorShare) for name in vars(cls)}
     of_comfyui = {name for name in (used | overridden) & set(dir(patcher)) if not name.startswith("__")}
     assert len(of_comfyui) > 40

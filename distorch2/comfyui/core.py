@@ -92,7 +92,7 @@ PATCHER_ATTRIBUTES = tuple(
     model_options model_patches_models model_size model_state_dict_for_saving object_patches object_patches_backup
     offload_device parent partially_load partially_unload patch_cached_hook_weights patch_hook_weight_to_device
     patch_model patch_weight_to_device patches patches_uuid remove_additional_models remove_wrappers_with_key
-    set_model_compute_dtype unpatch_hooks unpatch_model use_ejected weight_wrapper_patches
+    set_model_compute_dtype size unpatch_hooks unpatch_model use_ejected weight_wrapper_patches
     """.split()
 )
 """Attributes and methods of a patcher that the package reads, calls or overrides."""
