@@ -79,7 +79,7 @@ OF_CORE = sorted(name for name in EXPECTED if "GGUF" not in name and name != NOD
 OF_GGUF = sorted(name for name in EXPECTED if "GGUF" in name)
 
 
-@pytest.fixture(scope="module", params=[VERSIONS[0], NEWEST])
+@pytest.fixture(scope="module", params=dict.fromkeys((VERSIONS[0], NEWEST)))
 def server(request, checkpoints, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     (base / "custom_nodes").mkdir()
