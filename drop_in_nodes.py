@@ -23,6 +23,7 @@ import nodes as comfyui_nodes
 
 from . import device_utils
 from .distorch2 import loading
+from .distorch2.checkpoint_file import check_file
 from .distorch2.comfyui import whole
 from .distorch2.plan import ComponentRequest, PlanError, VirtualVram
 from .nodes import mistakes_in, placement_of, request_for, selectable_devices
@@ -32,6 +33,13 @@ logger = logging.getLogger(__name__)
 _CATEGORY = "multigpu"
 _SPLIT, _SPLIT_LEGACY, _WHOLE = "DisTorch2MultiGPU", "DisTorchMultiGPU", "MultiGPU"
 """Ends of the names: weights on several devices; the same in the pack's first version; everything on one device."""
+_FOLDERS = {
+    "ckpt_name": "checkpoints",
+    "unet_name": "diffusion_models",
+    "vae_name": "vae",
+    "control_net_name": "controlnet",
+}
+"""Inputs that name files -> ComfyUI's name of the folder; those of text encoders are told apart by what is loaded."""
 _TEXT_ENCODER_FILES = ("clip_name", "clip_name1", "clip_name2", "clip_name3", "clip_name4")
 
 
@@ -46,6 +54,10 @@ class _Loader:
     device: str = "compute_device"
     ejects: bool = True
     suffixes: tuple[str, ...] = (_SPLIT, _WHOLE)
+
+    @property
+    def node_class(self) -> Any:
+        return comfyui_nodes.NODE_CLASS_MAPPINGS[self.name]
 
     @property
     def can_be_split(self) -> bool:
@@ -88,10 +100,6 @@ class _DropIn:
     FUNCTION = "load"
 
     @classmethod
-    def _wrapped(cls) -> Any:
-        return comfyui_nodes.NODE_CLASS_MAPPINGS[cls.LOADER.name]
-
-    @classmethod
     def _device_input(cls) -> str:
         return cls.LOADER.device if cls.SUFFIX == _SPLIT else "device"
 
@@ -99,7 +107,7 @@ class _DropIn:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         inputs = {
             kind: copy.deepcopy(dict(of_kind))
-            for kind, of_kind in cls._wrapped().INPUT_TYPES().items()
+            for kind, of_kind in cls.LOADER.node_class.INPUT_TYPES().items()
             if kind in ("required", "optional")
         }
         optional = inputs.pop("optional", {})
@@ -168,9 +176,20 @@ class _DropIn:
         else:
             request = request_for(device, gb, own.get("donor_device", "cpu"), expert)
         loading.check_devices(request)
+        _check_files(self.LOADER, inputs)
         if own.get("eject_models"):
             loading.eject(device)
         return _with_placement(self.LOADER, request, inputs)
+
+
+def _check_files(loader: _Loader, inputs: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a damaged file: before others are unloaded for it, and in the place of the loader."""
+    of_clip = "clip_vision" if loader.outputs == ("CLIP_VISION",) else "text_encoders"
+    for name, file in inputs.items():
+        folder = of_clip if name in _TEXT_ENCODER_FILES else _FOLDERS.get(name)
+        path = folder_paths.get_full_path(folder, file) if folder else None  # some names stand for more than a file
+        if path is not None:
+            check_file(path)
 
 
 def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +205,7 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
     device = torch.device(request.compute_device)
     served: dict[str, Any] = {}
     notes, result = [], []
-    for kind, output in zip(loader.outputs, _run(comfyui_nodes.NODE_CLASS_MAPPINGS[loader.name], inputs), strict=False):
+    for kind, output in zip(loader.outputs, _run(loader.node_class, inputs), strict=False):
         if kind == "MODEL":
             output = served[loading.DIFFUSION_MODEL] = loading.distribute(output, request, is_new=True)
         elif kind == "CLIP" and output is not None:

@@ -209,7 +209,7 @@ def load_diffusion_model(
 
     Raises as `load_checkpoint`.
     """
-    _memory_of([request])
+    check_devices(request)
     check_file(path)
     devices = {"load_device": torch.device(request.compute_device), "offload_device": _CPU}
     options = {**(model_options or {}), **devices}
@@ -230,7 +230,7 @@ def load_text_encoder(
 
     Raises as `load_checkpoint`, and `ValueError` for another type.
     """
-    _memory_of([request])
+    check_devices(request)
     for path in paths:
         check_file(path)
     types = core.sd.CLIPType.__members__

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoints import SD_VAE, sd3_vae
-from comfy_server import PromptRefused
+from comfy_server import PromptRefused, error_of
 from conftest import NUM_ACCELERATORS, ROOT
 from serving import DEVICES, NEWEST, VERSIONS, latent_of, prompt_for, start
 from workflows import NODE_ID, nodes_of_class
@@ -252,6 +252,18 @@ def test_mistakes_are_refused_when_the_prompt_is_queued(server):
             server.queue(separate_files(server, [loader, *CORE[1:]]))
         (error, *_) = refused.value.answer["node_errors"]["loader0"]["errors"]
         assert expected in error["details"]
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_file_that_is_cut_off_is_named_by_every_loader(server, index):
+    name, widgets = SEPARATE["split"][index]
+    file_input, folder = [("unet_name", "diffusion_models"), ("clip_name", "text_encoders"), ("vae_name", "vae")][index]
+    folder = server.base / "models" / folder
+    (folder / "cut.safetensors").write_bytes((folder / widgets[file_input]).read_bytes()[:100_000])
+    loaders = [*CORE]
+    loaders[index] = (name, {**widgets, file_input: "cut.safetensors"})
+    message = error_of(server.run(separate_files(server, loaders)))["exception_message"]
+    assert re.search("cut.safetensors is cut off: it has 100,000 of .* bytes; download it again", message)
 
 
 @pytest.mark.parametrize("name", ["0 first", "z last"])
