@@ -28,7 +28,7 @@ from harness import require_gpus, saved_model, start_comfyui, step, steps_ms, wa
 from record import printed_by, write_results
 
 CASE = "1024 px"
-TURNS = 2
+TURNS = 4
 
 
 def request_for(gib: float) -> Any:

@@ -182,11 +182,15 @@ def distribute(
 
 
 def _compute_in_what_the_device_has(patcher: DistributedPatcher) -> None:
-    """The loader chose the dtype of computation for another device."""
-    if hasattr(patcher.model, "manual_cast_dtype"):
-        dtype = mm.unet_manual_cast(patcher.model_dtype(), patcher.load_device)
-        if dtype is not None:
-            patcher.set_model_compute_dtype(dtype)
+    """The loader chose the dtype of computation for another device. What a node has chosen since stays."""
+    model = patcher.model
+    if not hasattr(model, "manual_cast_dtype") or "manual_cast_dtype" in patcher.object_patches:
+        return
+    config = model.model_config
+    stored = None if config.quant_config is not None else patcher.model_dtype()
+    dtype = mm.unet_manual_cast(stored, patcher.load_device, config.supported_inference_dtypes)
+    if dtype != model.manual_cast_dtype:
+        patcher.set_model_compute_dtype(dtype)
 
 
 def distribute_clip(

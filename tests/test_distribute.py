@@ -8,6 +8,7 @@ import comfy.hooks
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
+import comfy.supported_models
 import comfy_extras.nodes_hooks as hook_nodes
 import comfy_extras.nodes_model_advanced as advanced_nodes
 import pytest
@@ -73,6 +74,33 @@ def test_patches_may_come_before_or_after(checkpoints, patch):
     after = patch(distribute(core, HALF))
     for model, wanted in ((after, expected), (before, expected), (core, plain)):
         assert torch.equal(sample(model, clip), wanted)
+
+
+class TestOnADeviceWithOtherDtypes:
+    """The weights are stored in fp8. The CPU computes in fp32; the donor is said to have fp16 and bf16 as well."""
+
+    REQUEST = ComponentRequest(DONOR, VirtualVram(0.0, "cpu"))
+
+    @pytest.fixture
+    def core(self, checkpoints, monkeypatch):
+        """A model that supports bf16, and not fp16."""
+        for name in ("should_use_bf16", "should_use_fp16"):
+            monkeypatch.setattr(mm, name, lambda device=None, *arguments, **options: str(device) == DONOR)
+        monkeypatch.setattr(comfy.supported_models.SD3, "supported_inference_dtypes", [torch.bfloat16, torch.float32])
+        path = str(checkpoints("sd3_fp8_no_clip_weights"))
+        core = comfy.sd.load_diffusion_model(path, {"dtype": torch.float8_e4m3fn})
+        assert core.get_model_object("manual_cast_dtype") is torch.float32
+        return core
+
+    def test_the_dtype_is_one_that_the_device_and_the_model_support(self, core):
+        ours = distribute(core, self.REQUEST)
+        assert ours.get_model_object("manual_cast_dtype") is torch.bfloat16
+        assert core.get_model_object("manual_cast_dtype") is torch.float32
+
+    def test_what_a_node_has_chosen_stays(self, core):
+        chosen = core.clone()
+        chosen.set_model_compute_dtype(torch.float16)
+        assert distribute(chosen, self.REQUEST).get_model_object("manual_cast_dtype") is torch.float16
 
 
 def test_two_of_one_loader_share_a_module_and_host_memory(checkpoints):

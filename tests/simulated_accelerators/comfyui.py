@@ -30,8 +30,8 @@ def tell_comfyui(
     import comfy.sd1_clip
 
     def extended(function, for_device):
-        def with_simulated(device=None, *flags, **options):
-            device = mm.get_torch_device() if device is None else device
+        def with_simulated(dev=None, *flags, **options):
+            device = mm.get_torch_device() if dev is None else dev
             if getattr(device, "type", None) == devices.NAME:
                 index = devices.index_of(device)
                 # With torch_free_too or torch_total_too it also asks for what torch has cached, which is nothing.
