@@ -4,8 +4,8 @@
 
 The bf16 model comes by the checkpoint node's loader, by ComfyUI's loader of diffusion models as the pack's node of that
 name calls it (`UNETLoaderDisTorch2MultiGPU`), and by ComfyUI's loader with Distribute behind it. All three are loaded
-at once and take turns. Anonymous host memory is what the process has besides the mapped file, after each step of the
-way, with DynamicVRAM and without.
+at once, in this order and in the other, and take turns. Anonymous host memory is what the process has besides the
+mapped file, after each step of the way, with DynamicVRAM and without.
 
 The GGUF model is loaded by ComfyUI-GGUF, if COMFYUI_GGUF_PATH names it, and distributed; beside it ComfyUI-GGUF's own
 offloading with as many bytes of weights on the GPU, and its model all on the GPU. FOLDER (default /dev/shm) needs room
@@ -52,7 +52,7 @@ def in_turns(model: Any, patchers: dict[str, Any], inputs: Any) -> dict[str, flo
     return {name: round(statistics.median(found), 1) for name, found in times.items()}
 
 
-def measure_bf16(path: str, dynamic_vram: bool) -> dict[str, Any]:
+def measure_bf16(path: str, dynamic_vram: bool, last_first: bool) -> dict[str, Any]:
     start_comfyui(dynamic_vram)
     import comfy.model_management as mm
     import comfy.sd
@@ -65,21 +65,25 @@ def measure_bf16(path: str, dynamic_vram: bool) -> dict[str, Any]:
     torch.set_grad_enabled(False)
     model, inputs = models.FLUX, models.FLUX.inputs(CASE)
     request = request_for(Path(path).stat().st_size / GIB / 2)
+
+    def loaded_by_core() -> Any:
+        cores.append(comfy.sd.load_diffusion_model(path))
+        return cores[0]
+
+    cores: list[Any] = []
+    loaders = {
+        "checkpoint node": lambda: load_checkpoint(path, request, request, "cuda:0")[0],
+        "UNETLoaderDisTorch2MultiGPU": lambda: distribute(comfy.sd.load_diffusion_model(path), request, is_new=True),
+        "Distribute": lambda: distribute(loaded_by_core(), request),
+    }
     memory = {"at first": anonymous_gib()}
-
-    def loaded(name: str, patcher: Any) -> Any:
-        memory[f"{name}: loaded"] = anonymous_gib()
-        mm.load_models_gpu([patcher])
-        memory[f"{name}: on its devices"] = anonymous_gib()
-        return patcher
-
+    patchers = {}
     with torch.inference_mode():
-        patchers = {"checkpoint node": loaded("checkpoint node", load_checkpoint(path, request, request, "cuda:0")[0])}
-        new = distribute(comfy.sd.load_diffusion_model(path), request, is_new=True)
-        patchers["UNETLoaderDisTorch2MultiGPU"] = loaded("UNETLoaderDisTorch2MultiGPU", new)
-        core = comfy.sd.load_diffusion_model(path)
-        memory["ComfyUI's loader"] = anonymous_gib()
-        patchers["Distribute"] = loaded("Distribute", distribute(core, request))
+        for name in reversed(loaders) if last_first else loaders:
+            patchers[name] = loaders[name]()
+            memory[f"{name}: loaded"] = anonymous_gib()
+            mm.load_models_gpu([patchers[name]])
+            memory[f"{name}: on its devices"] = anonymous_gib()
         outputs = {name: warmed_up(model, patcher, inputs) for name, patcher in patchers.items()}
         expected = outputs["checkpoint node"]
         found = {
@@ -87,10 +91,12 @@ def measure_bf16(path: str, dynamic_vram: bool) -> dict[str, Any]:
             "bit-identical": all(torch.equal(output, expected) for output in outputs.values()),
             "GiB of anonymous host memory": memory,
         }
-        other = distribute(core, request_for(5.0))  # which unloads the first
-        found["a second Distribute shares the module"] = other.model is patchers["Distribute"].model
-        memory["a second Distribute of the same loader"] = anonymous_gib()
-    return found
+        memory["all three after their steps"] = anonymous_gib()
+        second = distribute(cores[0], request_for(5.0))
+        mm.load_models_gpu([second])  # which unloads the first, whose module it shares
+        found["a second Distribute shares the module"] = second.model is patchers["Distribute"].model
+        memory["a second Distribute with another plan: on its devices"] = anonymous_gib()
+        return found
 
 
 def write_gguf(path: Path) -> None:
@@ -183,10 +189,11 @@ def main(folder: Path) -> None:
         with saved_model("Flux", folder) as path:
             for process in written:
                 process.wait()
-            measured("bf16, DynamicVRAM", "--bf16", path, "dynamic")
             if has_gguf:
                 measured("GGUF Q8_0", "--gguf", gguf)
                 gguf.unlink()
+            measured("bf16, DynamicVRAM", "--bf16", path, "dynamic")
+            measured("bf16, DynamicVRAM, loaded in the other order", "--bf16", path, "dynamic", "last first")
             measured("bf16, without DynamicVRAM", "--bf16", path)
     finally:
         gguf.unlink(missing_ok=True)
@@ -195,7 +202,7 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or [""]
     if what == "--bf16":
-        print(json.dumps(measure_bf16(rest[0], "dynamic" in rest)), flush=True)
+        print(json.dumps(measure_bf16(rest[0], "dynamic" in rest, "last first" in rest)), flush=True)
     elif what == "--write-gguf":
         write_gguf(Path(rest[0]))
     elif what == "--gguf":
