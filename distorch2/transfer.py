@@ -242,7 +242,8 @@ class Upload:
 
     def _send(self) -> None:
         filling, part, is_read = self._filling.popleft()
-        part.copy_(filling.result(), non_blocking=True)
+        with torch.inference_mode():  # wherever the next tensor was made, this may be part of an inference tensor
+            part.copy_(filling.result(), non_blocking=True)
         is_read.record(self._backend.current_stream(self._device))
 
     def wait(self) -> None:

@@ -40,6 +40,19 @@ def test_tensors_larger_than_the_buffers_arrive_whole_and_in_the_dtype_asked_for
     upload.wait()
 
 
+def test_what_was_loaded_in_inference_mode_may_come_before_what_was_not(monkeypatch):
+    upload = upload_on_the_cpu(monkeypatch, [torch.zeros(1000, dtype=torch.uint8) for _ in range(2)])
+    sources = [torch.randn(1000) for _ in range(3)]
+    targets = []
+    for source, mode in zip(sources, (True, False, True), strict=True):
+        with torch.inference_mode(mode):
+            targets.append(torch.zeros(1000))
+            upload.copy(source, targets[-1])
+    upload.flush()
+    assert [target.is_inference() for target in targets] == [True, False, True]
+    assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))
+
+
 def test_what_cannot_be_read_is_raised(monkeypatch):
     upload = upload_on_the_cpu(monkeypatch, [torch.zeros(1000, dtype=torch.uint8) for _ in range(2)])
     upload.copy(torch.zeros(10, dtype=torch.float8_e4m3fn), torch.zeros(10))
