@@ -45,49 +45,56 @@ _TEXT_ENCODER_FILES = ("clip_name", "clip_name1", "clip_name2", "clip_name3", "c
 
 @dataclass(frozen=True)
 class _Loader:
-    """A loader that is wrapped. `outputs` are the types of what it returns, `device` is the name of the input for the
-    device, and `ejects` says whether other models are unloaded by default."""
+    """A loader that is wrapped. `outputs` are the types of what it returns."""
 
     name: str
     title: str
     outputs: tuple[str, ...]
-    device: str = "compute_device"
-    ejects: bool = True
-    suffixes: tuple[str, ...] = (_SPLIT, _WHOLE)
 
     @property
     def node_class(self) -> Any:
         return comfyui_nodes.NODE_CLASS_MAPPINGS[self.name]
 
     @property
+    def is_of_gguf(self) -> bool:
+        return "GGUF" in self.name
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return (_SPLIT, _SPLIT_LEGACY, _WHOLE) if self.is_of_gguf else (_SPLIT, _WHOLE)
+
+    @property
+    def is_encoder(self) -> bool:
+        """Encoders call the input for their device otherwise, and leave other models loaded by default."""
+        return self.outputs in (("CLIP",), ("CLIP_VISION",))
+
+    @property
     def can_be_split(self) -> bool:
         return "MODEL" in self.outputs or "CLIP" in self.outputs
 
-
-def _clip_loader(name: str, title: str, *suffixes: str) -> _Loader:
-    return _Loader(name, title, ("CLIP",), "device", False, suffixes or (_SPLIT, _WHOLE))
+    def is_split(self, suffix: str) -> bool:
+        return suffix != _WHOLE and self.can_be_split
 
 
 _ALL_OUTPUTS = ("MODEL", "CLIP", "VAE")
-_GGUF_SUFFIXES = (_SPLIT, _SPLIT_LEGACY, _WHOLE)
 _TABLE = (
     _Loader("UNETLoader", "Load Diffusion Model", ("MODEL",)),
     _Loader("VAELoader", "Load VAE", ("VAE",)),
-    _clip_loader("CLIPLoader", "Load CLIP"),
-    _clip_loader("DualCLIPLoader", "Load CLIP (Dual)"),
-    _clip_loader("TripleCLIPLoader", "Load CLIP (Triple)"),
-    _clip_loader("QuadrupleCLIPLoader", "Load CLIP (Quadruple)"),
-    _Loader("CLIPVisionLoader", "Load CLIP Vision", ("CLIP_VISION",), "device", False),
+    _Loader("CLIPLoader", "Load CLIP", ("CLIP",)),
+    _Loader("DualCLIPLoader", "Load CLIP (Dual)", ("CLIP",)),
+    _Loader("TripleCLIPLoader", "Load CLIP (Triple)", ("CLIP",)),
+    _Loader("QuadrupleCLIPLoader", "Load CLIP (Quadruple)", ("CLIP",)),
+    _Loader("CLIPVisionLoader", "Load CLIP Vision", ("CLIP_VISION",)),
     _Loader("CheckpointLoaderSimple", "Load Checkpoint (simple)", _ALL_OUTPUTS),
     _Loader("DiffusersLoader", "Load Diffusers Model", _ALL_OUTPUTS),
     _Loader("ControlNetLoader", "Load ControlNet Model", ("CONTROL_NET",)),
     _Loader("DiffControlNetLoader", "Load ControlNet Model (diff)", ("CONTROL_NET",)),
-    _Loader("UnetLoaderGGUF", "Unet Loader (GGUF)", ("MODEL",), suffixes=_GGUF_SUFFIXES),
-    _Loader("UnetLoaderGGUFAdvanced", "Unet Loader (GGUF/Advanced)", ("MODEL",), suffixes=_GGUF_SUFFIXES),
-    _clip_loader("CLIPLoaderGGUF", "CLIPLoader (GGUF)", *_GGUF_SUFFIXES),
-    _clip_loader("DualCLIPLoaderGGUF", "DualCLIPLoader (GGUF)", *_GGUF_SUFFIXES),
-    _clip_loader("TripleCLIPLoaderGGUF", "TripleCLIPLoader (GGUF)", *_GGUF_SUFFIXES),
-    _clip_loader("QuadrupleCLIPLoaderGGUF", "QuadrupleCLIPLoader (GGUF)", *_GGUF_SUFFIXES),
+    _Loader("UnetLoaderGGUF", "Unet Loader (GGUF)", ("MODEL",)),
+    _Loader("UnetLoaderGGUFAdvanced", "Unet Loader (GGUF/Advanced)", ("MODEL",)),
+    _Loader("CLIPLoaderGGUF", "CLIPLoader (GGUF)", ("CLIP",)),
+    _Loader("DualCLIPLoaderGGUF", "DualCLIPLoader (GGUF)", ("CLIP",)),
+    _Loader("TripleCLIPLoaderGGUF", "TripleCLIPLoader (GGUF)", ("CLIP",)),
+    _Loader("QuadrupleCLIPLoaderGGUF", "QuadrupleCLIPLoader (GGUF)", ("CLIP",)),
 )
 _LABELS = {_SPLIT: "DisTorch2", _SPLIT_LEGACY: "DisTorch, legacy", _WHOLE: "on a device"}
 
@@ -101,7 +108,7 @@ class _DropIn:
 
     @classmethod
     def _device_input(cls) -> str:
-        return cls.LOADER.device if cls.SUFFIX == _SPLIT else "device"
+        return "device" if cls.LOADER.is_encoder or cls.SUFFIX != _SPLIT else "compute_device"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -116,15 +123,17 @@ class _DropIn:
     @classmethod
     def own_inputs(cls) -> dict[str, Any]:
         devices = list(selectable_devices())
-        is_kept_whole = not cls.LOADER.can_be_split or cls.SUFFIX == _WHOLE
-        where = "Where it computes" + (", and where all of it lies." if is_kept_whole else ".")
-        if cls.LOADER.outputs == _ALL_OUTPUTS and not is_kept_whole:
-            where += " The inputs below are for the diffusion model; the rest lies here as a whole."
+        is_split = cls.LOADER.is_split(cls.SUFFIX)
+        where = "Where it computes" + ("." if is_split else ", and where all of it lies.")
+        if cls.LOADER.outputs == _ALL_OUTPUTS and is_split:
+            where += (
+                " The text encoder and the VAE lie here as a whole; virtual VRAM, donor and allocations are for the "
+            )
+            where += "diffusion model."
         combo = {"default": device_utils.first_accelerator(devices), "tooltip": where}
         own: dict[str, Any] = {cls._device_input(): (devices, combo)}
         if cls.SUFFIX == _WHOLE:
             return own
-        kept = "" if cls.LOADER.can_be_split else " No effect here: this kind of model is never split."
         own["virtual_vram_gb"] = (
             "FLOAT",
             {
@@ -132,17 +141,18 @@ class _DropIn:
                 "min": 0.0,
                 "max": 128.0 if cls.SUFFIX == _SPLIT else 24.0,
                 "step": 0.1,
-                "tooltip": "How many GB to keep on other devices instead of the one that computes." + kept,
+                "tooltip": "How many GB to keep on other devices instead of the one that computes.",
             },
         )
         if cls.SUFFIX == _SPLIT:
-            own["donor_device"] = (devices, {"default": "cpu", "tooltip": "Where that part is kept." + kept})
+            own["donor_device"] = (devices, {"default": "cpu", "tooltip": "Where that part is kept."})
         else:
             own["use_other_vram"] = (
                 "BOOLEAN",
                 {
                     "default": False,
-                    "tooltip": "Keep equal parts of it on the other GPUs; what does not fit goes to the CPU.",
+                    "tooltip": "Off: these GB are kept in main memory. On: equal parts of them are kept on the other GPUs; "
+                    "what does not fit there is kept in main memory.",
                 },
             )
         own["expert_mode_allocations"] = (
@@ -151,13 +161,16 @@ class _DropIn:
                 "default": "",
                 "multiline": False,
                 "tooltip": "How much each device keeps, as in cuda:0,70%;cuda:1,30% or cuda:0,4gb;cpu,*. When not "
-                "blank it replaces virtual VRAM and donor." + kept,
+                "blank it replaces the inputs above, but for the device that computes.",
             },
         )
+        if not cls.LOADER.can_be_split:
+            for _, options in [*own.values()][1:]:
+                options["tooltip"] = "No effect: this kind of model is never split. Saved workflows have this input."
         if cls.SUFFIX == _SPLIT:
             own["eject_models"] = (
                 "BOOLEAN",
-                {"default": cls.LOADER.ejects, "tooltip": "Unload all other models from the device first."},
+                {"default": not cls.LOADER.is_encoder, "tooltip": "Unload all other models from the device first."},
             )
         return own
 
@@ -199,8 +212,10 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
     its own choice meanwhile. Where a loader has an input that is not known here, and in all other cases, it is called.
     """
     if {*inputs} == {"ckpt_name"}:
-        return _loaded_checkpoint(inputs["ckpt_name"], request, _resident(request), request.compute_device)
-    if loader.outputs == ("CLIP",) and not loader.name.endswith("GGUF") and {*inputs} <= {*_TEXT_ENCODER_FILES, "type"}:
+        return _loaded_checkpoint(
+            inputs["ckpt_name"], request, _resident(request.compute_device), request.compute_device
+        )
+    if loader.outputs == ("CLIP",) and not loader.is_of_gguf and {*inputs} <= {*_TEXT_ENCODER_FILES, "type"}:
         return _loaded_text_encoder(inputs, request)
     device = torch.device(request.compute_device)
     served: dict[str, Any] = {}
@@ -209,7 +224,7 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
         if kind == "MODEL":
             output = served[loading.DIFFUSION_MODEL] = loading.distribute(output, request, is_new=True)
         elif kind == "CLIP" and output is not None:
-            of_clip = request if loader.outputs == ("CLIP",) else _resident(request)
+            of_clip = request if loader.outputs == ("CLIP",) else _resident(request.compute_device)
             output = loading.distribute_clip(output, of_clip, is_new=True)
             served[loading.TEXT_ENCODER] = output.patcher
         elif output is not None:
@@ -244,8 +259,8 @@ def _loaded_text_encoder(inputs: Mapping[str, Any], request: ComponentRequest) -
     return {"ui": placement_of({loading.TEXT_ENCODER: clip.patcher}), "result": (clip,)}
 
 
-def _resident(request: ComponentRequest) -> ComponentRequest:
-    return request_for(request.compute_device, 0.0, request.compute_device)
+def _resident(device: str) -> ComponentRequest:
+    return request_for(device, 0.0, device)
 
 
 def _placed_whole(kind: str, output: Any, device: torch.device) -> tuple[Any, str]:
@@ -281,27 +296,31 @@ class CheckpointLoaderAdvancedMultiGPU:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         devices = list(selectable_devices())
-        first = {"default": device_utils.first_accelerator(devices), "tooltip": "Where it lies and computes."}
+        defaults = {"unet": (first := device_utils.first_accelerator(devices)), "clip": "cpu", "vae": first}
+        names = {"unet": "diffusion model", "clip": "text encoder", "vae": "VAE"}
         files = (folder_paths.get_filename_list("checkpoints"), {"tooltip": "The checkpoint to load."})
         return {
             "required": {
                 "ckpt_name": files,
-                "unet_device": (devices, first),
-                "clip_device": (devices, {**first, "default": "cpu"}),
-                "vae_device": (devices, first),
+                **{
+                    f"{part}_device": (
+                        devices,
+                        {"default": defaults[part], "tooltip": f"Where the {name} lies and computes."},
+                    )
+                    for part, name in names.items()
+                },
             }
         }
 
     def load(self, ckpt_name: str, unet_device: str, clip_device: str, vae_device: str) -> dict[str, Any]:
-        unet, clip = (request_for(device, 0.0, device) for device in (unet_device, clip_device))
-        return _loaded_checkpoint(ckpt_name, unet, clip, vae_device)
+        return _loaded_checkpoint(ckpt_name, _resident(unet_device), _resident(clip_device), vae_device)
 
 
 class DeviceSelectorMultiGPU:
-    """A device for nodes of other packs."""
+    """A device for nodes that take one of ComfyUI-MultiGPU's type."""
 
     TITLE = "Select Device (MultiGPU)"
-    DESCRIPTION = "Gives a device to nodes of other packs that take one, such as those of WanVideoWrapper."
+    DESCRIPTION = "Gives a device to nodes with an input of type MULTIGPUDEVICE. Saved workflows have it."
     RETURN_TYPES, RETURN_NAMES = ("MULTIGPUDEVICE",), ("device",)
     CATEGORY, FUNCTION = _CATEGORY, "select"
     SEARCH_ALIASES = ("multigpu", "device")
@@ -325,8 +344,8 @@ def _category(loader: _Loader, suffix: str) -> str:
 
 
 def _drop_in(loader: _Loader, suffix: str) -> type:
-    is_split = suffix != _WHOLE and loader.can_be_split
-    where = "keeps its weights on the devices" if is_split else "puts all of it on the device"
+    where = "keeps its weights on the devices" if loader.is_split(suffix) else "puts all of it on the device"
+    elsewhere = " ControlLoRAs, T2I adapters and Qwen Fun ControlNets stay where the diffusion model computes."
     attributes = {
         "LOADER": loader,
         "SUFFIX": suffix,
@@ -334,7 +353,8 @@ def _drop_in(loader: _Loader, suffix: str) -> type:
         "RETURN_TYPES": loader.outputs,
         "RETURN_NAMES": loader.outputs,
         "TITLE": f"{loader.title} ({_LABELS[suffix]})",
-        "DESCRIPTION": f"Does what {loader.title} does, and {where} that you name.",
+        "DESCRIPTION": f"Does what {loader.title} does, and {where} that you name."
+        + (elsewhere if "CONTROL_NET" in loader.outputs else ""),
         "SEARCH_ALIASES": ["distorch", "multigpu", loader.title, loader.name],
     }
     return type(f"{loader.name}{suffix}", (_DropIn,), attributes)

@@ -193,7 +193,6 @@ class _Place(io.ComfyNode):
 
     TITLE: str
     NAME: str
-    WHAT: str
     INPUT: str
     TYPE: Any
     PLACE: Callable[[Any, torch.device], Any]
@@ -205,10 +204,11 @@ class _Place(io.ComfyNode):
             node_id=cls.__name__,
             display_name=cls.TITLE,
             category="multigpu/distorch_2",
-            description=f"Puts {cls.WHAT} on a device of its own, as a whole. The one that comes in stays where it is.",
+            description=f"Puts a {cls.NAME} on a device of its own, as a whole. The one that comes in stays usable: it "
+            "is unloaded now, and loaded again where something uses it.",
             search_aliases=["distorch", "multigpu", "select device", f"{cls.NAME} device"],
             inputs=[
-                cls.TYPE.Input(cls.INPUT, tooltip=f"{cls.WHAT.capitalize()} from any loader."),
+                cls.TYPE.Input(cls.INPUT, tooltip=f"A {cls.NAME} from any loader."),
                 io.Combo.Input(
                     "device",
                     options=devices,
@@ -226,19 +226,19 @@ class _Place(io.ComfyNode):
 
 class PlaceVAEDisTorch2(_Place):
     TITLE = "Place VAE (DisTorch2)"
-    NAME, WHAT, INPUT, TYPE = "VAE", "a VAE", "vae", io.Vae
+    NAME, INPUT, TYPE = "VAE", "vae", io.Vae
     PLACE = staticmethod(whole.place_vae)
 
 
 class PlaceControlNetDisTorch2(_Place):
     TITLE = "Place ControlNet (DisTorch2)"
-    NAME, WHAT, INPUT, TYPE = "ControlNet", "a ControlNet", "control_net", io.ControlNet
+    NAME, INPUT, TYPE = "ControlNet", "control_net", io.ControlNet
     PLACE = staticmethod(whole.place_control_net)
 
 
 class PlaceCLIPVisionDisTorch2(_Place):
     TITLE = "Place CLIP Vision (DisTorch2)"
-    NAME, WHAT, INPUT, TYPE = "CLIP Vision", "a CLIP vision model", "clip_vision", io.ClipVision
+    NAME, INPUT, TYPE = "CLIP Vision model", "clip_vision", io.ClipVision
     PLACE = staticmethod(whole.place_clip_vision)
 
 

@@ -4,8 +4,8 @@
 
 The bf16 model comes by the checkpoint node's loader, by ComfyUI's loader of diffusion models as the pack's node of that
 name calls it (`UNETLoaderDisTorch2MultiGPU`), and by ComfyUI's loader with Distribute behind it. All three are loaded
-at once, in this order and in the other, and take turns. Anonymous host memory is what the process has besides the
-mapped file, after each step of the way, with DynamicVRAM and without.
+at once, and take turns: with DynamicVRAM in this order and in the other, without it in this one. Anonymous host memory
+is what the process has besides the mapped file, after each step of the way.
 
 The GGUF model is loaded by ComfyUI-GGUF, if COMFYUI_GGUF_PATH names it, and distributed; beside it ComfyUI-GGUF's own
 offloading with as many bytes of weights on the GPU, and its model all on the GPU. FOLDER (default /dev/shm) needs room
@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import require_gpus, saved_model, start_comfyui, step, steps_ms, warmed_up
+from harness import require_gpus, saved_model, start_comfyui, steps_ms, warmed_up
 from record import printed_by, write_results
 
 CASE = "1024 px"
@@ -168,7 +168,6 @@ def measure_gguf(path: str) -> dict[str, Any]:
             if name != "all on the GPU"
         }
         found["ms"] = in_turns(model, patchers, inputs)
-        step(model, ours, inputs)
     return found
 
 

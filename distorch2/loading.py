@@ -167,15 +167,15 @@ def distribute(
     """
     memory = _memory_of([request])
     _refuse_what_cannot_be_served(patcher)
-    if isinstance(patcher, DistributedPatcher):
-        plan = make_plan(DistributedPatcher.layers_of(patcher.model), request, memory)
-        distributed = patcher.with_plan(plan, high_precision_loras)
+    is_ours = isinstance(patcher, DistributedPatcher)
+    taken = patcher if is_ours or is_new else clone_sharing(patcher)
+    plan = make_plan(DistributedPatcher.layers_of(taken.model), request, memory)
+    if isinstance(taken, DistributedPatcher):
+        distributed = taken.with_plan(plan, high_precision_loras)
     else:
-        taken = patcher if is_new else clone_sharing(patcher)
-        plan = make_plan(DistributedPatcher.layers_of(taken.model), request, memory)
         distributed = DistributedPatcher.take_over(taken, plan, high_precision_loras)
-        if not is_new:
-            distributed.parent = stand_in(distributed.model, distributed.without_plan)
+    if taken is not patcher:
+        distributed.parent = stand_in(distributed.model, distributed.without_plan)
     if distributed.load_device != patcher.load_device:
         _compute_in_what_the_device_has(distributed)
     return distributed
@@ -287,7 +287,10 @@ def _refuse_what_cannot_be_served(patcher: ModelPatcher) -> None:
 
 def report_of(title: str, plans: Mapping[str, Plan], notes: Iterable[str] = ()) -> str:
     """The table of what lies where, by component, with more notes below it. It is logged, too."""
-    report = _report(title, plans, notes)
+    rows = [row for component, plan in plans.items() for row in rows_of_plan(component, plan)]
+    of_plans = [f"{component}: {note}" for component, plan in plans.items() for note in plan.notes]
+    of_plans += [note for component, plan in plans.items() for note in _notes_on_speed(component, plan)]
+    report = render_table(f"DisTorch2: {title}", rows, [*of_plans, *notes])
     logger.info(report)
     return report
 
@@ -585,13 +588,6 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
 
 def _tensors_of(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     return itertools.chain(module.named_parameters(), module.named_buffers())
-
-
-def _report(title: str, plans: Mapping[str, Plan], more_notes: Iterable[str]) -> str:
-    rows = [row for component, plan in plans.items() for row in rows_of_plan(component, plan)]
-    notes = [f"{component}: {note}" for component, plan in plans.items() for note in plan.notes]
-    notes += [note for component, plan in plans.items() for note in _notes_on_speed(component, plan)]
-    return render_table(f"DisTorch2: {title}", rows, [*notes, *more_notes])
 
 
 def _notes_on_speed(component: str, plan: Plan) -> Iterator[str]:

@@ -132,7 +132,7 @@ class DistributedPatcher(ModelPatcher):
     def without_plan(self) -> DistributedPatcher:
         """A clone without a plan or patches, for ComfyUI to let go of what is placed for another."""
         clone = self.clone()
-        clone.parent, clone.request, clone.patches = None, _Request(), {}
+        clone.request, clone.patches = _Request(), {}
         return clone
 
     @property

@@ -57,7 +57,10 @@ def description(tensor: torch.Tensor) -> object:
 
 
 def rebuilder(tensor: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], torch.nn.Parameter]:
-    """A function that makes a parameter like `tensor` of other plain tensors, which it refers to and does not copy."""
+    """A function that makes a parameter like `tensor` of other plain tensors, which it refers to and does not copy.
+
+    Patches that a GGUF tensor carries become a list that it shares with the parameters.
+    """
     if is_gguf(tensor):
         return _gguf_rebuilder(tensor)
     if not is_quantised(tensor):
@@ -93,7 +96,7 @@ def carries_patches(tensor: torch.Tensor) -> bool:
 
 
 def carry(tensor: Any, patches: Sequence[tuple]) -> None:
-    """Replace the patches of `tensor` and of every parameter that was rebuilt from it: they share one list."""
+    """Replace the patches of `tensor`, and of the parameters that `rebuilder` has made of it: they share one list."""
     if not isinstance(tensor.patches, _Carried):  # ComfyUI-GGUF may give all tensors the same list
         tensor.patches = _Carried()
     tensor.patches[:] = patches

@@ -206,6 +206,12 @@ def of_another_class(model):
     return OtherPatcher(model.model, model.load_device, model.offload_device)
 
 
+def compiled(model):
+    patched = model.clone()
+    patched.add_object_patch("diffusion_model", torch.compile(model.model.diffusion_model, backend="eager"))
+    return patched
+
+
 def with_another_tensor(model):
     weight = model.model.diffusion_model.x_embedder.proj.weight
     model.model.diffusion_model.x_embedder.proj._parameters["weight"] = weight.data.as_subclass(OtherTensor)
@@ -217,6 +223,7 @@ def with_another_tensor(model):
     [
         (injected, "has injections"),
         (of_another_class, r"moves its weights in its own way \(OtherPatcher has its own load\)"),
+        (compiled, "diffusion_model is compiled already"),
         (with_another_tensor, "weights of the class OtherTensor .diffusion_model.x_embedder.proj."),
     ],
 )

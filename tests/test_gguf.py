@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import comfy.lora
-import comfy.lora_convert
 import comfy.model_management as mm
 import comfy.sd
 import folder_paths
@@ -18,6 +17,7 @@ from placing import (
     DONOR,
     devices_known_to_comfyui,  # noqa: F401
     inference_mode,  # noqa: F401
+    lora_for,
     partly_on_donor,
 )
 from sampling import core_load, sample
@@ -82,24 +82,9 @@ def clip(checkpoints):
     return core_load(checkpoints("sd3_no_clip_weights"))[1]
 
 
-def with_lora(patcher, strength=1.0):
-    """The patcher with a LoRA on every linear layer, as ComfyUI's loader applies it."""
-    generator, state_dict = torch.Generator().manual_seed(3), {}
-    for name, module in patcher.model.diffusion_model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            rows, columns = module.out_features, module.in_features
-            state_dict[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(rows, 4, generator=generator) * 0.02
-            state_dict[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(4, columns, generator=generator)
-    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state_dict), keys)
-    patched = patcher.clone()
-    assert len(patched.add_patches(patches, strength)) == len(patches) > 10
-    return patched
-
-
 def by_hand(patcher):
     """The same LoRA on a patcher of the tests' loader, which ComfyUI's own cannot apply."""
-    patched = with_lora(patcher)
+    patched = lora_for(patcher)
     for key, patches in patched.patches.items():
         weight = patched.model.get_parameter(key)
         if carries_patches(weight):
@@ -143,18 +128,18 @@ def test_a_lora_stays_a_patch(load, clip, qtype, request):
     plain = sample(core, clip)
     model = distribute(core, partly_on_donor(60))
     if "ComfyUI-GGUF" in request.node.name:
-        expected, weaker = sample(with_lora(core), clip), sample(with_lora(core, 0.5), clip)
+        expected, weaker = sample(lora_for(core), clip), sample(lora_for(core, 0.5), clip)
         assert not torch.equal(weaker, expected)
     else:
         expected, weaker = sample(by_hand(load(qtype)), clip), None
     assert not torch.equal(plain, expected)
-    patched = with_lora(model)
-    before = distribute(with_lora(core), partly_on_donor(100))
+    patched = lora_for(model)
+    before = distribute(lora_for(core), partly_on_donor(100))
     for patcher, wanted in ((patched, expected), (model, plain), (patched, expected), (before, expected)):
         for _ in range(2):
             assert torch.equal(sample(patcher, clip), wanted)
     if weaker is not None:
-        assert torch.equal(sample(with_lora(model, 0.5), clip), weaker)
+        assert torch.equal(sample(lora_for(model, 0.5), clip), weaker)
     mm.unload_all_models()
     assert all(not tensor.patches for tensor in model.model.parameters() if is_gguf(tensor))
     assert num_bytes(model.model) == num_bytes(core.model)

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "web" / "docs"
 _MADE = "<!-- made by tools/make_help.py -->"
-_FOOTER = "Saved workflows of ComfyUI-MultiGPU open with this node: it has the name and the inputs of one there.\n"
+_FOOTER = "ComfyUI-MultiGPU has a node by this name with these inputs: its saved workflows open with this one.\n"
 _ON_STRINGS = "What allocation strings can say is in the help of *Load Checkpoint (DisTorch2)*.\n"
 
 
@@ -29,9 +29,10 @@ def help_page(node: Any) -> str:
         text = ""
     else:
         inputs = node.own_inputs()
-        text = f"It takes what *{loader.name}* takes, and:\n\n"
+        text = "It has the inputs of that loader, and:\n\n"
     lines = [f"- `{name}`: {options['tooltip']}" for name, (_, options) in inputs.items()]
-    footer = _FOOTER + (_ON_STRINGS if "expert_mode_allocations" in inputs else "")
+    can_be_split = loader is not None and loader.is_split(node.SUFFIX)
+    footer = _FOOTER + (_ON_STRINGS if can_be_split else "")
     listed = "\n".join(lines)
     return f"# {node.TITLE}\n{_MADE}\n\n{node.DESCRIPTION}\n\n## Inputs\n\n{text}{listed}\n\n{footer}"
 

@@ -39,9 +39,11 @@ def clone_sharing(patcher: ModelPatcher, use: str = SERVED, disable_dynamic: boo
     """A clone of `patcher`, which stays usable, for a module that shares the tensors of its own.
 
     All patchers of both modules are unloaded: then no weight is patched, and all of them are on the host. Raises
-    `PlanError` for a model that DynamicVRAM has in use, and whose loader does not say how to load it again.
+    `PlanError`, and changes nothing, for a model that DynamicVRAM has in use and whose loader does not say how to load
+    it again, and for one with compiled modules.
     """
     original = patcher.model
+    _refuse_what_cannot_be_copied(patcher)
     copied, state = _copy_for(patcher, use)
     clone = patcher.clone(disable_dynamic=disable_dynamic, model_override=(copied, state))
     # What belongs to the module of `patcher`.
@@ -66,16 +68,31 @@ def unhook_original(module: torch.nn.Module) -> None:
 
 
 def stand_in(module: torch.nn.Module, make: Callable[[], ModelPatcher]) -> ModelPatcher:
-    """The patcher of a copy that ComfyUI turns to when the one that it has loaded is dropped and others are not.
+    """The `parent` of all patchers of a copy, by which ComfyUI unloads it when the patcher that it loaded is gone.
 
-    It is their `parent`, which keeps it alive; `make` makes it.
+    They keep it alive; `make` makes it the first time.
     """
     reference = vars(module).get(_STAND_IN)
     patcher = reference() if reference is not None else None
     if patcher is None:
         patcher = make()
+        patcher.parent = None
         vars(module)[_STAND_IN] = weakref.ref(patcher)
     return patcher
+
+
+def _refuse_what_cannot_be_copied(patcher: ModelPatcher) -> None:
+    module = patcher.model
+    own = {id(each) for each in module.modules()}
+    for name, value in patcher.object_patches.items():
+        if id(getattr(value, "_orig_mod", None)) in own:  # of a compiled module
+            raise PlanError(f"{name} is compiled already: put the node that compiles it after this one")
+    is_in_use = patcher.is_dynamic() and getattr(module, "dynamic_vbars", None)
+    if is_in_use and patcher.cached_patcher_init is None:
+        raise PlanError(
+            f"this {type(module).__name__} is in use by DynamicVRAM, and its loader does not say how to load it again: "
+            "put this node right after the loader, or start ComfyUI with --disable-dynamic-vram"
+        )
 
 
 def _for_copy(patches: Mapping[str, Any], original: torch.nn.Module, copied: torch.nn.Module) -> dict[str, Any]:
@@ -84,9 +101,6 @@ def _for_copy(patches: Mapping[str, Any], original: torch.nn.Module, copied: tor
     counterparts = {id(module): copies[name] for name, module in original.named_modules() if name in copies}
     found = {}
     for name, value in patches.items():
-        inner = getattr(value, "_orig_mod", None)  # of a compiled module
-        if inner is not None and id(inner) in counterparts:
-            raise PlanError(f"{name} is compiled already: put the node that compiles it after this one")
         if isinstance(value, types.MethodType) and id(value.__self__) in counterparts:
             value = types.MethodType(value.__func__, counterparts[id(value.__self__)])
         found[name] = counterparts.get(id(value), value)
@@ -128,11 +142,6 @@ def _loaded_again(patcher: ModelPatcher) -> torch.nn.Module:
             fresh = fresh[position]
         unload(fresh.model)
         return fresh.model
-    if getattr(patcher.model, "dynamic_vbars", None):
-        raise PlanError(
-            f"this {type(patcher.model).__name__} is in use by DynamicVRAM, and its loader does not say how to load it "
-            "again: put this node right after the loader, or start ComfyUI with --disable-dynamic-vram"
-        )
     return _copy(patcher.model)
 
 

@@ -77,19 +77,12 @@ def place_control_net(control_net: Any, device: torch.device) -> Any:
 
 def _on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     """A patcher like `patcher` for `device`, with a module that is used there only."""
-    # A dynamic patcher is for GPUs only.
-    is_static = patcher.is_dynamic() and device.type == "cpu"
-    placed = clone_sharing(patcher, str(device), disable_dynamic=is_static)
+    placed = clone_sharing(patcher, str(device), disable_dynamic=device.type == "cpu")  # dynamic ones are for GPUs
     placed.load_device, placed.offload_device, placed.size = device, _CPU, 0
     if placed.is_dynamic():
         placed.register_load_device(device)
-    placed.parent = stand_in(placed.model, lambda: _without_parent(placed.clone()))
+    placed.parent = stand_in(placed.model, placed.clone)
     return placed
-
-
-def _without_parent(patcher: ModelPatcher) -> ModelPatcher:
-    patcher.parent = None
-    return patcher
 
 
 def _visiting(
@@ -101,7 +94,9 @@ def _visiting(
 
     def make(previous: Callable[..., Any] | None) -> Callable[..., Any]:
         def visit(*arguments: Any, **options: Any) -> Any:
-            home = next((leaf.device for leaf in tree_leaves((arguments, options)) if _is_tensor(leaf)), device)
+            home = next(
+                (each.device for each in tree_leaves((arguments, options)) if isinstance(each, torch.Tensor)), device
+            )
             arguments, options = _moved((arguments, options), device)
             own: Any = reference()
             output = previous(*arguments, **options) if previous else type(own).forward(own, *arguments, **options)
@@ -110,10 +105,6 @@ def _visiting(
         return visit
 
     return make
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _moved(values: Any, device: torch.device) -> Any:
