@@ -151,8 +151,8 @@ class _DropIn:
                 "BOOLEAN",
                 {
                     "default": False,
-                    "tooltip": "Off: these GB are kept in main memory. On: equal parts of them are kept on the other GPUs; "
-                    "what does not fit there is kept in main memory.",
+                    "tooltip": "Off: these GB are kept in main memory. On: equal parts of them are kept on the other "
+                    "GPUs; what does not fit there is kept in main memory.",
                 },
             )
         own["expert_mode_allocations"] = (
