@@ -22,7 +22,7 @@ import torch
 from .checkpoint_file import CheckpointError, check_file
 from .comfyui import core
 from .comfyui.core import ModelPatcher, mm
-from .comfyui.sharing import clone_sharing, stand_in, unload
+from .comfyui.sharing import clone_sharing, unload
 from .inventory import list_layers, own_tensors
 from .patcher import DistributedPatcher
 from .plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError
@@ -167,15 +167,12 @@ def distribute(
     """
     memory = _memory_of([request])
     _refuse_what_cannot_be_served(patcher)
-    is_ours = isinstance(patcher, DistributedPatcher)
-    taken = patcher if is_ours or is_new else clone_sharing(patcher)
+    taken = patcher if is_new or isinstance(patcher, DistributedPatcher) else clone_sharing(patcher)
     plan = make_plan(DistributedPatcher.layers_of(taken.model), request, memory)
     if isinstance(taken, DistributedPatcher):
         distributed = taken.with_plan(plan, high_precision_loras)
     else:
         distributed = DistributedPatcher.take_over(taken, plan, high_precision_loras)
-    if taken is not patcher:
-        distributed.parent = stand_in(distributed.model, distributed.without_plan)
     if distributed.load_device != patcher.load_device:
         _compute_in_what_the_device_has(distributed)
     return distributed
@@ -184,19 +181,28 @@ def distribute(
 def _compute_in_what_the_device_has(patcher: DistributedPatcher) -> None:
     """The loader chose the dtype of computation for another device. What a node has chosen since stays."""
     model = patcher.model
+    patcher.drop_device_dtype()
     if not hasattr(model, "manual_cast_dtype") or "manual_cast_dtype" in patcher.object_patches:
         return
     config = model.model_config
     stored = None if config.quant_config is not None else patcher.model_dtype()
     dtype = mm.unet_manual_cast(stored, patcher.load_device, config.supported_inference_dtypes)
     if dtype != model.manual_cast_dtype:
-        patcher.set_model_compute_dtype(dtype)
+        patcher.set_device_dtype(dtype)
 
 
 def distribute_clip(
     clip: core.sd.CLIP, request: ComponentRequest, high_precision_loras: bool = True, is_new: bool = False
 ) -> core.sd.CLIP:
-    """`distribute` for a text encoder as ComfyUI's nodes pass it on: one like `clip`, with its weights as requested."""
+    """`distribute` for a text encoder as ComfyUI's nodes pass it on: one like `clip`, with its weights as requested.
+
+    As with ComfyUI's own loaders the CPU computes where the device asked for lacks a dtype of the text encoder.
+    """
+    check_devices(request)
+    device = torch.device(request.compute_device)
+    if not all(mm.supports_cast(device, dtype) for dtype in clip.cond_stage_model.dtypes):
+        logger.warning("DisTorch2: %s lacks a dtype of the text encoder, which computes on the CPU", device)
+        request = replace(request, compute_device="cpu")
     patcher = distribute(clip.patcher, request, high_precision_loras, is_new)
     distributed = clip.clone()
     distributed.patcher, distributed.cond_stage_model = patcher, patcher.model

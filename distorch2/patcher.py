@@ -48,6 +48,11 @@ _CPU = torch.device("cpu")
 _ATTRIBUTE = "distorch2"
 
 
+class _StandIns(dict[torch.device, "DistributedPatcher"]):
+    """By device. All patchers of a module keep them, and they go with the last: the module does not, nor do they keep
+    each other."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Request:
     """What was asked for a patcher and its clones. Others of the same module may be planned in another way."""
@@ -73,6 +78,7 @@ class _Shared:
     """Weights that have their patches with them, by key, with the patches."""
     private: set[str] = field(default_factory=set)
     """Keys of weights in host memory that were another module's too, and have been copied to be written into."""
+    stand_ins: weakref.ref[_StandIns] | None = None
     has_logged_compilation: bool = False
 
     def __deepcopy__(self, memo: object) -> _Shared:
@@ -99,6 +105,9 @@ class DistributedPatcher(ModelPatcher):
     """Serves a module's weights from the devices of a plan. Made by `take_over`, or by `with_plan` of another."""
 
     request = _Request()
+    _stand_ins = _StandIns()
+    _device_dtype: tuple[torch.dtype | None, bool] | None = None
+    """A dtype of computation that was set for the device, and whether weights were cast by force before."""
 
     @classmethod
     def take_over(cls, fresh: ModelPatcher, plan: Plan, high_precision_loras: bool = True) -> DistributedPatcher:
@@ -112,6 +121,8 @@ class DistributedPatcher(ModelPatcher):
         own = {"load_device", "offload_device", "size"}
         patcher.__dict__.update({name: value for name, value in vars(fresh).items() if name not in own})
         patcher.request = _Request(plan, high_precision_loras)
+        patcher._stand_ins = _stand_ins_of(fresh.model)
+        patcher.parent = patcher._stand_in()
         patcher.remove_wrappers_with_key(core.WrappersMP.APPLY_MODEL, _ATTRIBUTE)
         patcher.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, _ATTRIBUTE, _around_forward)
         return patcher
@@ -119,21 +130,41 @@ class DistributedPatcher(ModelPatcher):
     def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
         """As ComfyUI's; one with a module of its own is split and serves LoRAs in the same way."""
         clone = super().clone(*arguments, **options)
-        clone.request = self.request
+        clone.request, clone._device_dtype = self.request, self._device_dtype
+        clone._stand_ins = self._stand_ins if clone.model is self.model else _stand_ins_of(clone.model)
         return clone
+
+    def set_device_dtype(self, dtype: torch.dtype | None) -> None:
+        """As `set_model_compute_dtype`, for the time that this device computes."""
+        self._device_dtype = dtype, self.force_cast_weights
+        self.set_model_compute_dtype(dtype)
+
+    def drop_device_dtype(self) -> None:
+        """Undo `set_device_dtype`, unless another dtype was set since."""
+        if self._device_dtype is not None:
+            dtype, was_forced = self._device_dtype
+            if self.object_patches["manual_cast_dtype"] is dtype:
+                del self.object_patches["manual_cast_dtype"]
+                self.force_cast_weights = was_forced
+            self._device_dtype = None
 
     def with_plan(self, plan: Plan, high_precision_loras: bool = True) -> DistributedPatcher:
         """A clone with another plan. The module has the weights as planned for the patcher that was loaded last."""
         clone = self.clone()
         clone.load_device = torch.device(plan.compute_device)
         clone.request = _Request(plan, high_precision_loras)
+        clone.parent = clone._stand_in()
         return clone
 
-    def without_plan(self) -> DistributedPatcher:
-        """A clone without a plan or patches, for ComfyUI to let go of what is placed for another."""
-        clone = self.clone()
-        clone.request, clone.patches = _Request(), {}
-        return clone
+    def _stand_in(self) -> DistributedPatcher:
+        """The parent of all patchers of the module for this device: ComfyUI unloads by it what a patcher that is gone
+        had loaded. It has neither plan nor patches."""
+        if self.load_device not in self._stand_ins:
+            stand_in = self.clone()
+            stand_in.parent, stand_in.request, stand_in.patches = None, _Request(), {}
+            stand_in._stand_ins = _StandIns()
+            self._stand_ins[self.load_device] = stand_in
+        return self._stand_ins[self.load_device]
 
     @property
     def _shared(self) -> _Shared:
@@ -173,6 +204,15 @@ class DistributedPatcher(ModelPatcher):
         placed = self._shared.placed
         is_here = placed is not None and placed.is_placed and placed.device == self.load_device
         return placed if placed is not None and is_here else self.distribution
+
+    def _left_behind(self) -> Distribution | None:
+        """What is placed on another device by a patcher that is gone: ComfyUI turns to its parent, this one perhaps."""
+        placed = self._shared.placed
+        if placed is None or not placed.is_placed or placed.device == self.load_device:
+            return None
+        loaded = [each.model for each in mm.current_loaded_models if each.model is not None]
+        is_in_use = any(each.model is self.model and each.load_device == placed.device for each in loaded)
+        return None if is_in_use else placed
 
     def loaded_size(self) -> int:
         """Bytes that the model has there."""
@@ -322,7 +362,7 @@ class DistributedPatcher(ModelPatcher):
                 self.distribution.resume()
                 self._forget_patches()
             else:
-                self._release(self._in_place)
+                self._release(self._left_behind() or self._in_place)
         with self._unserved():
             super().unpatch_model(unpatch_weights=False)
         if unpatch_weights and device_to is not None:
@@ -691,6 +731,15 @@ def _shared_of(module: torch.nn.Module) -> _Shared:
     if _ATTRIBUTE not in vars(module):
         setattr(module, _ATTRIBUTE, _Shared(list_layers(module)))
     return vars(module)[_ATTRIBUTE]
+
+
+def _stand_ins_of(module: torch.nn.Module) -> _StandIns:
+    shared = _shared_of(module)
+    stand_ins = shared.stand_ins() if shared.stand_ins is not None else None
+    if stand_ins is None:
+        stand_ins = _StandIns()
+        shared.stand_ins = weakref.ref(stand_ins)
+    return stand_ins
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from placing import (
 from sampling import core_load, sample
 
 from distorch2 import loading
+from distorch2.comfyui.sharing import unload
 from distorch2.loading import distribute, distribute_clip
 from distorch2.plan import ComponentRequest, PlanError, VirtualVram
 from distorch2.quantised import plain_tensors
@@ -96,6 +97,12 @@ class TestOnADeviceWithOtherDtypes:
         ours = distribute(core, self.REQUEST)
         assert ours.get_model_object("manual_cast_dtype") is torch.bfloat16
         assert core.get_model_object("manual_cast_dtype") is torch.float32
+
+    def test_a_second_device_gets_its_own_dtype(self, core):
+        on_the_host = distribute(distribute(core, self.REQUEST), ComponentRequest("cpu", VirtualVram(0.0, "cpu")))
+        assert on_the_host.get_model_object("manual_cast_dtype") is torch.float32
+        assert on_the_host.force_cast_weights == core.force_cast_weights
+        assert distribute(on_the_host, self.REQUEST).get_model_object("manual_cast_dtype") is torch.bfloat16
 
     def test_what_a_node_has_chosen_stays(self, core):
         chosen = core.clone()
@@ -321,6 +328,36 @@ def test_what_was_loaded_last_can_be_freed_when_it_is_dropped(checkpoints, of_ou
     assert not any("forward" in vars(module) for module in kept.model.modules())
     assert not mm.current_loaded_models
     assert torch.equal(sample(kept, clip), expected)
+
+
+def test_a_field_that_an_object_patch_sets_is_not_set_in_the_other_module(checkpoints):
+    core, _, _ = core_load(checkpoints("flux"))
+    before = core.model.diffusion_model.params.default_ref_method
+    patched = distribute(core, HALF).clone()
+    patched.add_object_patch("diffusion_model.params.default_ref_method", "index_timestep_zero")
+    mm.load_models_gpu([patched])
+    assert patched.model.diffusion_model.params.default_ref_method == "index_timestep_zero" != before
+    assert core.model.diffusion_model.params.default_ref_method == before
+
+
+def test_a_text_encoder_computes_on_the_cpu_where_the_device_lacks_its_dtype(checkpoints, monkeypatch):
+    monkeypatch.setattr(mm, "supports_cast", lambda device, dtype: device.type == "cpu")
+    request = ComponentRequest(DONOR, VirtualVram(0.0, "cpu"))
+    clip = loading.load_text_encoder([str(checkpoints("clip_l"))], "stable_diffusion", request)
+    assert str(clip.patcher.load_device) == "cpu"
+
+
+def test_the_entry_of_a_module_leaves_comfyuis_list_and_not_another_whose_patcher_is_gone(checkpoints):
+    patchers = [core_load(checkpoints(KIND))[0] for _ in range(2)]
+    mm.load_models_gpu(patchers)
+    modules = [patcher.model for patcher in patchers]
+    for module in modules:
+        module.current_patcher = None
+    del patchers
+    gc.collect()
+    last = mm.current_loaded_models[-1].real_model()
+    unload(last)
+    assert [loaded.real_model() is last for loaded in mm.current_loaded_models] == [False]
 
 
 class Held:

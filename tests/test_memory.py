@@ -26,7 +26,7 @@ from sampling import core_load, sample
 from allocation_parser import parse_allocation
 from distorch2 import slab
 from distorch2.distribution import Distribution
-from distorch2.loading import load_checkpoint
+from distorch2.loading import distribute, load_checkpoint
 from distorch2.plan import ComponentRequest
 from distorch2.schedule import Schedule
 from distorch2.transfer import Detour, Transfer
@@ -689,3 +689,32 @@ def test_weights_kept_in_full_precision_and_room_for_them(checkpoints, monkeypat
         mm.load_models_gpu([patcher])
         assert module.weight.dtype == dtype
         assert patcher.loaded_size() == patcher.model_size() == sim.used_bytes[0]
+
+
+def chained(core, one, request):
+    return distribute(one, request)
+
+
+def beside(core, one, request):
+    return distribute(core, request)
+
+
+def selected(core, one, request):
+    """As by ComfyUI's node that selects a device."""
+    clone = one.clone()
+    clone.load_device = torch.device(request.compute_device)
+    return clone
+
+
+@pytest.mark.parametrize("make", [chained, beside, selected])
+def test_what_a_patcher_for_another_device_loaded_can_be_freed_when_it_is_dropped(checkpoints, expected, make):
+    core, clip, _ = core_load(checkpoints("sd3_no_clip_weights"))
+    one = distribute(core, ComponentRequest("sim:0", parse_allocation("sim:0,50%;cpu,50%"), "stream"))
+    other = make(core, one, ComponentRequest("sim:1", parse_allocation("sim:1,50%;cpu,50%"), "stream"))
+    assert same(sample(other, clip), expected["sd3_no_clip_weights"])
+    assert sim.used_bytes[1] > 0
+    del other
+    gc.collect()
+    mm.unload_all_models()
+    assert sim.used_bytes == [0, 0]
+    assert same(sample(one, clip), expected["sd3_no_clip_weights"])

@@ -10,9 +10,10 @@ left in `cached_patcher_init`, which maps the same file.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ _COPIES = "distorch2_copies"  # attribute of a module: use -> weak reference to 
 _CLONE_STATE = "distorch2_clone_state"  # of a copy: what `get_clone_model_override` returned for it
 _HOOK_BACKUP = "distorch2_hook_backup"  # of a copy: that of all its patchers
 _ORIGINAL = "distorch2_original"  # of a copy: a weak reference to the module whose tensors it has
-_STAND_IN = "distorch2_stand_in"  # of a copy: a weak reference to a patcher
 _CONTAINERS = (dict, list, tuple, set)
 _COPIED = (torch.nn.Module, torch.Tensor, types.MethodType, *_CONTAINERS)
 """Kinds of attributes that may lead to modules. Others, such as ComfyUI's configuration of a model, are shared."""
@@ -67,20 +67,6 @@ def unhook_original(module: torch.nn.Module) -> None:
             loaded.model.unpatch_hooks()
 
 
-def stand_in(module: torch.nn.Module, make: Callable[[], ModelPatcher]) -> ModelPatcher:
-    """The `parent` of all patchers of a copy, by which ComfyUI unloads it when the patcher that it loaded is gone.
-
-    They keep it alive; `make` makes it the first time.
-    """
-    reference = vars(module).get(_STAND_IN)
-    patcher = reference() if reference is not None else None
-    if patcher is None:
-        patcher = make()
-        patcher.parent = None
-        vars(module)[_STAND_IN] = weakref.ref(patcher)
-    return patcher
-
-
 def _refuse_what_cannot_be_copied(patcher: ModelPatcher) -> None:
     module = patcher.model
     own = {id(each) for each in module.modules()}
@@ -113,9 +99,10 @@ def unload(module: torch.nn.Module) -> None:
     for loaded in list(mm.current_loaded_models):
         if loaded.model is not None and loaded.model.model is module:
             loaded.model_unload()
-            mm.current_loaded_models.remove(loaded)
-        elif loaded.model is None and loaded.real_model is not None and loaded.real_model() is module:
-            mm.current_loaded_models.remove(loaded)
+        elif loaded.model is not None or loaded.real_model is None or loaded.real_model() is not module:
+            continue
+        # Not `remove`: entries whose patchers are gone are equal.
+        mm.current_loaded_models[:] = [each for each in mm.current_loaded_models if each is not loaded]
 
 
 def _copy_for(patcher: ModelPatcher, use: str) -> tuple[torch.nn.Module, tuple[Any, ...]]:
@@ -166,11 +153,15 @@ def _copy(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _share_leaves(value: object, memo: dict[int, object]) -> None:
-    """Have what is in `value`, apart from modules, tensors and containers, not copied."""
+    """Have what is in `value`, apart from modules, tensors and containers, not copied.
+
+    Records are copied, but not what is in them: an object patch may set a field.
+    """
     if isinstance(value, dict):
         value = [*value.values()]
     if isinstance(value, (list, tuple, set)):
         for each in value:
             _share_leaves(each, memo)
     elif not isinstance(value, _COPIED):
-        memo[id(value)] = value
+        is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        memo[id(value)] = copy.copy(value) if is_record else value

@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..forwards import Forwards
 from ..plan import PlanError
 from .core import ModelPatcher, mm
-from .sharing import clone_sharing, stand_in
+from .sharing import clone_sharing
 
 _CPU = torch.device("cpu")
 _GIVEN_THE_MODEL = ("QwenFunControlNet",)
 """ControlNets that ComfyUI hands the diffusion model."""
+_STAND_IN = "distorch2_stand_in"  # of a copy: a weak reference to the parent of all its patchers
 _VISITS = "distorch2_visits"  # attribute of a ControlNet's module that has a forward of `_visiting`
 
 
@@ -81,7 +82,12 @@ def _on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     placed.load_device, placed.offload_device, placed.size = device, _CPU, 0
     if placed.is_dynamic():
         placed.register_load_device(device)
-    placed.parent = stand_in(placed.model, placed.clone)
+    reference = vars(placed.model).get(_STAND_IN, lambda: None)
+    placed.parent = reference()
+    if placed.parent is None:  # for ComfyUI to unload it, when this one is gone and another is not
+        placed.parent = placed.clone()
+        placed.parent.parent = None
+        vars(placed.model)[_STAND_IN] = weakref.ref(placed.parent)
     return placed
 
 
