@@ -163,8 +163,9 @@ def test_every_attribute_of_comfyuis_patcher_is_taken_over(checkpoints):
     ours = DistributedPatcher.take_over(core, plan)
     assert vars(ours).keys() >= before.keys()
     for name, value in before.items():
-        if name not in ("size", "load_device", "offload_device"):
+        if name not in ("size", "load_device", "offload_device", "parent"):
             assert getattr(ours, name) is value, name
+    assert ours.parent.model is ours.model
     assert ours.is_clip
     assert ours.force_cast_weights
     assert ours.offload_device == torch.device("cpu")
