@@ -29,6 +29,7 @@ from .serving.reading import Reading
 from .slab import allocate
 from .streaming import StreamedGroup, StreamedLayer, Streamer
 from .transfer import Transfer
+from .weights.sources import Sources
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Distribution:
         self.lookup: Lookup | None = None
         self.transfer = Transfer(self.device)
         self.pinned = PinnedSlabs(self.device)
+        self.sources = Sources()
         self.shares = [
             DonorShare(self, torch.device(donor), donor in plan.relays)
             for donor in plan.donors
@@ -109,10 +111,12 @@ class Distribution:
         if self.relay is not None:
             self.relay.streamer.give_up_staging()
         if self.is_placed and plan.evicted == before.evicted:
+            self.sources.note(module.modules())
             self._move_the_others(module, self.device)
             return
         self._stop_serving()
         self._log_evicted(before)
+        self.sources.note(module.modules())
         _fill_missing(module)
         # What leaves the compute device does so before anything else is put there.
         homes = self._homes()
@@ -140,10 +144,11 @@ class Distribution:
             self._move(key, homes[key])
 
     def release(self, originals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Take everything back to the host and stop serving. Slabs on the host stay, if they hold the weights.
+        """Take everything back to the host and stop serving.
 
-        `originals` are the weights of patched layers, by layer name and name in it, on the host. Needs no memory of any
-        other device.
+        Weights that a file has are those of the file again. Slabs on the host stay, if they hold others. `originals`
+        are the weights of patched layers, by layer name and name in it, on the host. Needs no memory of any other
+        device.
         """
         module = self._root
         self._stop_serving()
@@ -155,10 +160,14 @@ class Distribution:
             for name, value in values.items():
                 child._parameters[name] = as_parameter(value)
                 note_dtype(child, name, value)
+                self.sources.replaced(child, name, value)
         for key, group in list(self.groups.items()):
+            if group.slab.device != _CPU or all(self.sources.are_known(layer.module) for layer in group.living):
+                for layer in group.living:
+                    self.sources.rebind(layer.module)
             if group.slab.device != _CPU or not group.is_bound():
                 self._unserve(key)
-        self._move_the_others(module, _CPU)
+        self._take_to_the_host(child for child in module.modules() if child not in self._served)
 
     @contextlib.contextmanager
     def unserved(self) -> Iterator[None]:
@@ -197,7 +206,7 @@ class Distribution:
             child = self._root.get_submodule(layer_name)
             group, layer = self._find(child)
             if group is None or layer is None:
-                _set(child, values)
+                self._set(child, values)
             else:
                 in_slabs.setdefault(group, {})[layer] = values
         for group, of_layers in in_slabs.items():
@@ -205,8 +214,16 @@ class Distribution:
                 self._pack_anew(group, of_layers)
             else:
                 for layer, values in of_layers.items():
-                    _set(layer.module, values)
+                    self._set(layer.module, values)
                 self._lay_out_again(group)
+
+    def _set(self, child: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+        """Give a module new parameters, on the devices of those that it has."""
+        for name, value in values.items():
+            device = plain_tensors(getattr(child, name))[0].device
+            note_dtype(child, name, value)
+            core.utils.set_attr_param(child, name, to_device(value, device))
+            self.sources.replaced(child, name, value)
 
     def _pack_anew(self, group: StreamedGroup, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]]) -> None:
         """Serve a group from a new slab with these weights. It is page-locked before they come: from the compute device
@@ -216,10 +233,14 @@ class Distribution:
         try:
             if self.is_placed:
                 self._pin(group, slab)
-            group.serve_from(group.fill(slab, values))
+            with self.sources.kept(layer.module for layer in group.living):
+                group.serve_from(group.fill(slab, values))
         except BaseException:
             self.pinned.unpin(slab)
             raise
+        for layer, of_layer in values.items():
+            for name, value in of_layer.items():
+                self.sources.replaced(layer.module, name, value)
         self.pinned.unpin(replaced)
         if self.is_placed:  # if it could not be, beside the one that it replaces
             self._pin(group, slab)
@@ -229,10 +250,13 @@ class Distribution:
         if self._is_interrupted:
             self._start_serving()
 
-    def keeps_replaced(self, layer_name: str) -> bool:
-        """Whether weights that `replace` replaces go on lying in host memory, so that they need no copy."""
-        group, _ = self._find(self._root.get_submodule(layer_name))
-        return group is not None and group.slab.device == _CPU
+    def kept_weight(self, layer_name: str, name: str) -> torch.Tensor | None:
+        """A weight as it goes on lying in host memory when it is replaced; None if it does not."""
+        child = self._root.get_submodule(layer_name)
+        group, _ = self._find(child)
+        is_on_host = group is not None and group.slab.device == _CPU
+        source = self.sources.of(child, name)
+        return getattr(child, name) if source is None and is_on_host else source
 
     def is_on_donor(self, module: torch.nn.Module) -> bool:
         return module in self._served
@@ -275,12 +299,13 @@ class Distribution:
                 for ahead in itertools.islice(on_host, 2 * _PACKING_THREADS - len(packing)):
                     if ahead in evicted:
                         # In place: other holders of the parameters keep no memory there.
-                        self._move_all(modules[ahead].values(), _CPU)
+                        self._take_to_the_host(modules[ahead].values())
                     # What a thread allocates, the C library may keep for it when it is freed.
                     packing[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(_CPU))
                 slab = packing.pop(key).result() if key in packing else _there_or_on_host(group.packed, homes[key])
                 replaced = self.groups.get(key)
-                group.serve_from(slab)
+                with self.sources.kept(modules[key].values()):
+                    group.serve_from(slab)
                 self.groups[key] = group
                 self._served.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:
@@ -302,7 +327,8 @@ class Distribution:
     def _move(self, key: Group, device: torch.device) -> None:
         group = self.groups[key]
         replaced = group.slab
-        _there_or_on_host(group.move, device)
+        with self.sources.kept(layer.module for layer in group.living):
+            _there_or_on_host(group.move, device)
         self.pinned.unpin(replaced)
         if self.is_placed:
             self._pin(group, group.slab)
@@ -398,9 +424,17 @@ class Distribution:
         self._move_all((child for child in module.modules() if child not in self._served), device)
 
     def _move_all(self, modules: Iterable[torch.nn.Module], device: torch.device) -> None:
-        with Mover(device, self.pinned) as mover:
+        modules = list(modules)
+        with self.sources.kept(modules), Mover(device, self.pinned) as mover:
             for module in modules:
                 mover.move(module)
+
+    def _take_to_the_host(self, modules: Iterable[torch.nn.Module]) -> None:
+        """What a file has is not copied."""
+        modules = list(modules)
+        for module in modules:
+            self.sources.rebind(module)
+        self._move_all(modules, _CPU)
 
     def _find(self, child: torch.nn.Module) -> tuple[StreamedGroup, StreamedLayer] | tuple[None, None]:
         """By the module itself: an object patch may have put another in the place of a streamed one."""
@@ -446,14 +480,6 @@ def _unpin_all(transfer: Transfer, pinned: PinnedSlabs) -> None:
     """Memory must not be freed while it is page-locked, nor unlocked while it is copied from."""
     transfer.wait()
     pinned.unpin_all()
-
-
-def _set(child: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Give a module new parameters, on the devices of those that it has."""
-    for name, value in values.items():
-        device = plain_tensors(getattr(child, name))[0].device
-        note_dtype(child, name, value)
-        core.utils.set_attr_param(child, name, to_device(value, device))
 
 
 def _fill_missing(module: torch.nn.Module) -> None:

@@ -631,10 +631,10 @@ class DistributedPatcher(ModelPatcher):
         if key in self.backup:
             self.backup[key] = self.backup[key]._replace(patches=None)
         else:
-            module, name = self._owner(key)
-            weight = getattr(module, name)
-            if not self.distribution.keeps_replaced(_split(key)[0]):
-                weight = to_device(weight, _CPU, copy=True)
+            weight = self.distribution.kept_weight(*_split(key))
+            if weight is None:
+                module, name = self._owner(key)
+                weight = to_device(getattr(module, name), _CPU, copy=True)
             self.backup[key] = _Backup(weight, False)
 
     def _set_casting(self) -> None:

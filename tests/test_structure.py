@@ -37,7 +37,18 @@ LAYERS = [
     "lookup",
     "reading",
 ]
-LAYERS += ["streaming", "forwards", "schedule", "activations", "moving", "inventory", "pinning", "slab", "quantised"]
+LAYERS += [
+    "streaming",
+    "forwards",
+    "schedule",
+    "activations",
+    "moving",
+    "inventory",
+    "pinning",
+    "sources",
+    "slab",
+    "quantised",
+]
 LAYERS += ["transfer", "report", "planner", "plan", "checkpoint_file", "core", "__init__"]
 
 

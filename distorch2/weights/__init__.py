@@ -1,0 +1,1 @@
+"""The bytes of weights: no streams, and no policy."""

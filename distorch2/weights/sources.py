@@ -1,0 +1,178 @@
+"""Where weights come from: memory-mapped files, from which they can be had again, so that nothing else keeps them.
+
+[Note: what a source stands for] A parameter has one while its weight is as it was loaded. What writes into a weight in
+place, other than patches of ComfyUI, lasts until the model is unloaded, as with ComfyUI's DynamicVRAM.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..quantised import as_parameter, is_quantised, plain_tensors
+
+_MAPPINGS = Path("/proc/self/maps")
+_SMALL_BYTES = 64 * 1024
+"""Biases, scales and the like are kept as they are: what a loader converts or computes lies in no file."""
+
+
+class _Mappings:
+    """The ranges of this process's memory that are files. None are known on systems other than Linux."""
+
+    def __init__(self) -> None:
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        self._paths: list[str] = []
+        for line in _MAPPINGS.read_text().splitlines() if _MAPPINGS.exists() else ():
+            # begin-end permissions offset device inode path
+            addresses, *_, inode, path = [*line.split(maxsplit=5), ""][:6]
+            if inode == "0":
+                continue
+            begin, end = (int(address, 16) for address in addresses.split("-"))
+            if self._ends and self._ends[-1] == begin and self._paths[-1] == path:
+                self._ends[-1] = end
+            else:
+                self._begins.append(begin)
+                self._ends.append(end)
+                self._paths.append(path)
+
+    def path_of(self, tensor: torch.Tensor) -> str | None:
+        """The file that has all bytes of a plain tensor."""
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return None
+        begin = tensor.data_ptr()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        index = bisect.bisect_right(self._begins, begin) - 1
+        is_inside = index >= 0 and begin + (last + 1) * tensor.itemsize <= self._ends[index]
+        return self._paths[index] if is_inside else None
+
+
+@dataclass
+class _Source:
+    parameter: torch.nn.Parameter
+    """As it is in the file."""
+    in_place: tuple[weakref.ref[torch.nn.Parameter], int] | None
+    """The parameter that the module has with the same weight, and its address; None while it has another weight."""
+
+    def is_in_place(self, parameter: torch.nn.Parameter | None) -> bool:
+        if parameter is None or self.in_place is None:
+            return False
+        reference, address = self.in_place
+        return reference() is parameter and address == _address(parameter)
+
+
+class Sources:
+    """The sources of the parameters of modules, by module and name."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Source]] = weakref.WeakKeyDictionary()
+        self._files: dict[str, tuple[int, int, int]] = {}
+
+    def note(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Before weights are moved: remember where those come from that have not been moved yet.
+
+        Raises `RuntimeError` when a file has been written into since: its mapping has other bytes now.
+        """
+        self._check_files()
+        mappings: _Mappings | None = None
+        for module in modules:
+            found = self._of.get(module, {})
+            sources = {}
+            for name, parameter in module._parameters.items():
+                if parameter is None or parameter.is_meta:
+                    continue
+                if name in found and (found[name].in_place is None or found[name].is_in_place(parameter)):
+                    sources[name] = found[name]
+                    continue
+                mappings = mappings or _Mappings()
+                if self._can_be_had_again(parameter, mappings):
+                    sources[name] = _Source(as_parameter(parameter), _place_of(parameter))
+            if sources or found:
+                self._of[module] = sources
+
+    def of(self, module: torch.nn.Module, name: str) -> torch.nn.Parameter | None:
+        """The parameter as it is in the file, if the one in place is the same in every bit."""
+        source, parameter = self._of.get(module, {}).get(name), module._parameters.get(name)
+        if source is None or parameter is None or not source.is_in_place(parameter):
+            return None
+        return source.parameter if source.parameter.dtype == parameter.dtype else None
+
+    def are_known(self, module: torch.nn.Module) -> bool:
+        """Whether every parameter of a module has a source, also of those that are patched."""
+        return self._of.get(module, {}).keys() >= {
+            name for name, each in module._parameters.items() if each is not None
+        }
+
+    @contextlib.contextmanager
+    def kept(self, modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+        """While weights of these modules are moved, and stay what they are."""
+        unchanged = [(each, name) for each in modules for name in self._unchanged(each)]
+        yield
+        for module, name in unchanged:
+            self._of[module][name].in_place = _place_of(module._parameters[name])
+
+    def replaced(self, module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+        """After the parameter was replaced by one with this value, which may be that of the source."""
+        source = self._of.get(module, {}).get(name)
+        if source is not None:
+            is_same = _address(value) == _address(source.parameter)
+            source.in_place = _place_of(module._parameters[name]) if is_same else None
+
+    def rebind(self, module: torch.nn.Module) -> None:
+        """Give the module its weights in the file in place of those that are the same.
+
+        As with torch's own `.to()` a parameter stays the same object where it can.
+        """
+        for name in self._unchanged(module):
+            source, held = self._of[module][name], module._parameters[name]
+            original = source.parameter
+            if not is_quantised(held) and torch._has_compatible_shallow_copy_type(held, original):
+                with torch.inference_mode(held.is_inference()):
+                    held.data = original.detach()
+            else:
+                module._parameters[name] = as_parameter(original)
+            source.in_place = _place_of(module._parameters[name])
+
+    def _unchanged(self, module: torch.nn.Module) -> list[str]:
+        sources = self._of.get(module, {})
+        return [name for name, source in sources.items() if source.is_in_place(module._parameters.get(name))]
+
+    def _can_be_had_again(self, parameter: torch.nn.Parameter, mappings: _Mappings) -> bool:
+        paths = set()
+        for part in plain_tensors(parameter):
+            path = mappings.path_of(part)
+            if path is not None:
+                paths.add(path)
+            elif part.nbytes > _SMALL_BYTES or part.device.type != "cpu":
+                return False
+        for path in paths - self._files.keys():
+            with contextlib.suppress(OSError):  # deleted or replaced: what is mapped stays
+                self._files[path] = _identity(path)
+        return True
+
+    def _check_files(self) -> None:
+        for path, (inode, *state) in self._files.items():
+            with contextlib.suppress(OSError):
+                now, *state_now = _identity(path)
+                if now == inode and state_now != state:
+                    raise RuntimeError(f"{path} was written into while it was in use; load the model again")
+
+
+def _identity(path: str) -> tuple[int, int, int]:
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _place_of(parameter: torch.nn.Parameter) -> tuple[weakref.ref[torch.nn.Parameter], int]:
+    return weakref.ref(parameter), _address(parameter)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return plain_tensors(tensor)[0].data_ptr()
