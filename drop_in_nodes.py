@@ -208,8 +208,9 @@ def _check_files(loader: _Loader, inputs: Mapping[str, Any]) -> None:
 def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What a node returns to ComfyUI.
 
-    Files of checkpoints and text encoders are loaded by the pack, which keeps ComfyUI from putting them on a device of
-    its own choice meanwhile. Where a loader has an input that is not known here, and in all other cases, it is called.
+    Files of checkpoints, diffusion models and text encoders are loaded by the pack, which keeps ComfyUI from copying
+    them, and from putting them on a device of its own choice meanwhile. Where a loader has an input that is not known
+    here, and in all other cases, it is called.
     """
     if {*inputs} == {"ckpt_name"}:
         return _loaded_checkpoint(
@@ -217,6 +218,14 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
         )
     if loader.outputs == ("CLIP",) and not loader.is_of_gguf and {*inputs} <= {*_TEXT_ENCODER_FILES, "type"}:
         return _loaded_text_encoder(inputs, request)
+    if (
+        loader.name == "UNETLoader"
+        and {*inputs} == {"unet_name", "weight_dtype"}
+        and inputs["weight_dtype"] == "default"
+    ):
+        path = folder_paths.get_full_path_or_raise("diffusion_models", inputs["unet_name"])
+        model = loading.load_diffusion_model(path, request)
+        return {"ui": placement_of({loading.DIFFUSION_MODEL: model}), "result": (model,)}
     device = torch.device(request.compute_device)
     served: dict[str, Any] = {}
     notes, result = [], []

@@ -2,8 +2,8 @@
 
     COMFYUI_GGUF_PATH=... python3 tools/host.py run benchmarks/loaders.py [FOLDER]
 
-The bf16 model comes by the checkpoint node's loader, by ComfyUI's loader of diffusion models as the pack's node of that
-name calls it (`UNETLoaderDisTorch2MultiGPU`), and by ComfyUI's loader with Distribute behind it. All three are loaded
+The bf16 model comes by the checkpoint node's loader, by that of the pack's node for diffusion models
+(`UNETLoaderDisTorch2MultiGPU`), and by ComfyUI's loader with Distribute behind it. All three are loaded
 at once, and take turns: with DynamicVRAM in this order and in the other, without it in this one. Anonymous host memory
 is what the process has besides the mapped file, after each step of the way.
 
@@ -59,7 +59,7 @@ def measure_bf16(path: str, dynamic_vram: bool, last_first: bool) -> dict[str, A
     import models
     import torch
 
-    from distorch2.loading import distribute, load_checkpoint
+    from distorch2.loading import distribute, load_checkpoint, load_diffusion_model
     from distorch2.plan import GIB
 
     torch.set_grad_enabled(False)
@@ -73,7 +73,7 @@ def measure_bf16(path: str, dynamic_vram: bool, last_first: bool) -> dict[str, A
     cores: list[Any] = []
     loaders = {
         "checkpoint node": lambda: load_checkpoint(path, request, request, "cuda:0")[0],
-        "UNETLoaderDisTorch2MultiGPU": lambda: distribute(comfy.sd.load_diffusion_model(path), request, is_new=True),
+        "UNETLoaderDisTorch2MultiGPU": lambda: load_diffusion_model(path, request),
         "Distribute": lambda: distribute(loaded_by_core(), request),
     }
     memory = {"at first": anonymous_gib()}

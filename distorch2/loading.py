@@ -223,7 +223,12 @@ def load_diffusion_model(
     check_file(path)
     devices = {"load_device": torch.device(request.compute_device), "offload_device": _CPU}
     options = {**(model_options or {}), **devices}
-    patcher = _load_diffusion_model_only(_read(path), dict(options), disable_dynamic=False)
+    weights = _read(path)
+    patcher = None
+    if not model_options and request.compute_device != "cpu" and not core.loaders_keep_the_mapping(False):
+        patcher = _build_of_file(weights, devices)
+    if patcher is None:
+        patcher = _load_diffusion_model_only(weights, dict(options), disable_dynamic=False)
     patcher.cached_patcher_init = (core.sd.load_diffusion_model, (path, options))
     return distribute(patcher, request, high_precision_loras, is_new=True)
 
@@ -471,6 +476,26 @@ def _load_model_and_clip(
         )
         model, clip = model or core_model, clip or core_clip
     return model, clip
+
+
+def _build_of_file(weights: _Weights, devices: dict[str, torch.device]) -> ModelPatcher | None:
+    """The diffusion model of a file that has no other part, built of the file's own tensors, which ComfyUI would copy.
+
+    None where the file has other names for its tensors than ComfyUI, which converts them.
+    """
+    try:
+        state_dict, metadata = core.utils.convert_old_quants(dict(weights.state_dict), "", metadata=weights.metadata)
+        prefix = core.model_detection.unet_prefix_from_state_dict(state_dict)
+        inside = core.utils.state_dict_prefix_replace(dict(state_dict), {prefix: ""}, filter_keys=True)
+        if inside:
+            state_dict, metadata = core.utils.convert_old_quants(inside, "", metadata=metadata)
+        config = core.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
+    except _NO_SUCH_FORMAT as error:
+        raise _not_a_checkpoint(weights.path) from error
+    if config is None:
+        return None
+    detected = _Detected(state_dict, "", config)
+    return _build_diffusion_model(detected, _inference_dtype(detected)[0], devices, disable_dynamic=False)
 
 
 def _load_diffusion_model_only(weights: _Weights, model_options: dict[str, Any], disable_dynamic: bool) -> ModelPatcher:

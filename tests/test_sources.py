@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import comfy.model_management as mm
+import comfy.utils
 import pytest
+import safetensors.torch
 import torch
 from computing import computing as computing
 from computing import expected as expected
@@ -17,7 +19,10 @@ from conftest import ROOT
 from placing import lora_for
 from sampling import core_load, sample
 
+from allocation_parser import parse_allocation
+from distorch2.loading import CheckpointError, load_diffusion_model
 from distorch2.moving import Mover
+from distorch2.plan import ComponentRequest
 from distorch2.quantised import plain_tensors
 from distorch2.weights import sources
 
@@ -66,6 +71,37 @@ def test_originals_of_patched_weights_are_read_from_the_file(checkpoints, expect
         assert same(sample(patched, clip), wanted)
         mm.unload_all_models()
         assert bytes_in_files(model)[0] == bytes_in_files(model)[1]
+
+
+class TestDiffusionModelsInFilesOfTheirOwn:
+    """Without DynamicVRAM ComfyUI's loader copies the file."""
+
+    @pytest.fixture(params=["as in a checkpoint", "without a prefix"])
+    def path(self, request, checkpoints, tmp_path):
+        path = checkpoints(KIND)
+        if request.param == "without a prefix":
+            weights = comfy.utils.load_torch_file(path)
+            path = str(tmp_path / "model.safetensors")
+            bare = {name.removeprefix("model.diffusion_model."): weight for name, weight in weights.items()}
+            safetensors.torch.save_file(bare, path)
+        return path
+
+    def test_they_are_built_of_the_file(self, checkpoints, expected, path):
+        model = load_diffusion_model(path, ComponentRequest("sim:0", parse_allocation("sim:0,50%;cpu,*"), "stream"))
+        assert bytes_in_files(model)[0] == bytes_in_files(model)[1]
+        clip = core_load(checkpoints(KIND))[1]
+        assert same(sample(model, clip), expected[KIND])
+        mm.unload_all_models()
+        assert bytes_in_files(model)[0] == bytes_in_files(model)[1]
+
+    def test_what_is_asked_for_otherwise_is_what_comfyui_makes_of_it(self, checkpoints, path):
+        request = ComponentRequest("sim:0", parse_allocation("sim:0,50%;cpu,*"), "stream")
+        model = load_diffusion_model(path, request, model_options={"dtype": torch.float16})
+        assert model.model_dtype() is torch.float16
+
+    def test_a_file_that_is_no_diffusion_model_is_refused(self, checkpoints):
+        with pytest.raises(CheckpointError, match="is not a checkpoint that ComfyUI"):
+            load_diffusion_model(checkpoints("clip_l"), ComponentRequest("sim:0", parse_allocation("sim:0,*")))
 
 
 def test_a_weight_that_somebody_has_replaced_stays(checkpoints):

@@ -77,6 +77,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
         "convert_old_quants",
         "load_torch_file",
         "set_attr_param",
+        "state_dict_prefix_replace",
         "weight_dtype",
     ),
     "comfy.weight_adapter": ("WeightAdapterBase",),
