@@ -15,7 +15,7 @@ from . import device_utils
 from .allocation_parser import AllocationError, parse_allocation
 from .distorch2 import loading
 from .distorch2.comfyui import whole
-from .distorch2.plan import AUTO, DONOR_MODES, ComponentRequest, VirtualVram
+from .distorch2.planning.plan import AUTO, DONOR_MODES, ComponentRequest, VirtualVram
 
 
 class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):

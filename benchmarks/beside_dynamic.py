@@ -70,7 +70,7 @@ def measure(setup: str, folder: Path) -> dict[str, Any]:
     import models
     import torch
 
-    from distorch2.plan import ComponentRequest, VirtualVram
+    from distorch2.planning.plan import ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
     ballast_bytes = torch.cuda.mem_get_info()[0] - FREE_GIB * 1024**3

@@ -109,7 +109,7 @@ def measure(name: str, path: str) -> None:
     import torch
 
     from distorch2.loading import load_checkpoint
-    from distorch2.plan import GIB, ComponentRequest, VirtualVram
+    from distorch2.planning.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
     model: Any = Flux() if name == "Flux" else MiniMax()

@@ -50,7 +50,7 @@ def start_comfyui(dynamic_vram: bool) -> None:
 
 def bytes_by_device(module) -> dict[str, int]:
     """Bytes of all parameters and buffers, by the device on which they are found."""
-    from distorch2.quantised import plain_tensors
+    from distorch2.weights.quantised import plain_tensors
 
     found: dict[str, int] = {}
     for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():

@@ -9,8 +9,8 @@ from typing import Any
 
 import simulator
 
-from distorch2.distribution import Distribution
-from distorch2.transfer import Copy
+from distorch2.moving.transfer import Copy
+from distorch2.serving.distribution import Distribution
 
 
 @dataclass

@@ -32,7 +32,7 @@ TURNS = 4
 
 
 def request_for(gib: float) -> Any:
-    from distorch2.plan import ComponentRequest, VirtualVram
+    from distorch2.planning.plan import ComponentRequest, VirtualVram
 
     return ComponentRequest("cuda:0", VirtualVram(gib, "cpu"))
 
@@ -60,7 +60,7 @@ def measure_bf16(path: str, dynamic_vram: bool, last_first: bool) -> dict[str, A
     import torch
 
     from distorch2.loading import distribute, load_checkpoint, load_diffusion_model
-    from distorch2.plan import GIB
+    from distorch2.planning.plan import GIB
 
     torch.set_grad_enabled(False)
     model, inputs = models.FLUX, models.FLUX.inputs(CASE)
@@ -137,7 +137,7 @@ def measure_gguf(path: str) -> dict[str, Any]:
     import torch
 
     from distorch2.loading import distribute
-    from distorch2.plan import GIB
+    from distorch2.planning.plan import GIB
 
     torch.set_grad_enabled(False)
     spec = importlib.util.spec_from_file_location("comfyui_gguf", Path(os.environ["COMFYUI_GGUF_PATH"], "__init__.py"))

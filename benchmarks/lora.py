@@ -43,7 +43,7 @@ def measure(path: str) -> None:
     import models
     import torch
 
-    from distorch2.plan import GIB, ComponentRequest, VirtualVram
+    from distorch2.planning.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
     with torch.inference_mode():

@@ -22,7 +22,7 @@ from record import ROOT
 from safetensors.torch import save_file
 
 from distorch2.loading import load_checkpoint
-from distorch2.plan import ComponentRequest, VirtualVram
+from distorch2.planning.plan import ComponentRequest, VirtualVram
 
 BATCH_OF_2 = "1024 px, batch of 2"
 IMAGES = {"512 px": (512, 1), "1024 px": (1024, 1), BATCH_OF_2: (1024, 2)}

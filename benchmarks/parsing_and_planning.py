@@ -14,8 +14,8 @@ from record import ROOT, summary, write_results
 sys.path.append(str(ROOT))
 
 from allocation_parser import MAX_LENGTH, AllocationError, parse_allocation
-from distorch2.plan import ComponentRequest, DeviceMemory, Layer, VirtualVram
-from distorch2.planner import make_plan
+from distorch2.planning.plan import ComponentRequest, DeviceMemory, Layer, VirtualVram
+from distorch2.planning.planner import make_plan
 
 RUNS = 50
 NUM_LAYERS = 2_000

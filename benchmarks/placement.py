@@ -64,7 +64,7 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
     import models
     import torch
 
-    from distorch2.plan import GIB, ComponentRequest, VirtualVram
+    from distorch2.planning.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
     model = models.BY_NAME[name]

@@ -98,7 +98,7 @@ def measure(path: Path) -> dict[str, Any]:
     import torch
 
     from distorch2.loading import load_checkpoint
-    from distorch2.plan import GIB, ComponentRequest, VirtualVram
+    from distorch2.planning.plan import GIB, ComponentRequest, VirtualVram
     from distorch2.serving.reading import Reading
 
     torch.set_grad_enabled(False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distorch2.schedule import Schedule
+from distorch2.planning.schedule import Schedule
 
 _PASSES = 4  # one to learn the order, one to fill the staging buffer, and two to agree
 

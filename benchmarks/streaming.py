@@ -67,8 +67,8 @@ def packing_gb_per_second(num_bytes: int = 4 * 1024**3) -> dict[str, float]:
     """The parts of packing as fast as they can be: eight threads that copy to new memory, and page-locking it."""
     import torch
 
-    from distorch2.plan import GROUP_BYTES
-    from distorch2.slab import allocate
+    from distorch2.planning.plan import GROUP_BYTES
+    from distorch2.weights.slab import allocate
 
     source = torch.ones(GROUP_BYTES, dtype=torch.uint8)
     for _ in range(2):  # the first time, the machine may not have given this process the memory yet
@@ -214,7 +214,7 @@ def measure(model, path: str, percentages: list[int]) -> Iterator[dict]:
     import models
     import torch
 
-    from distorch2.plan import GIB, ComponentRequest, VirtualVram
+    from distorch2.planning.plan import GIB, ComponentRequest, VirtualVram
 
     device = str(mm.get_torch_device())
     rows: list[dict] = []

@@ -92,7 +92,7 @@ def measure(path: str, modes: list[str]) -> None:
     import simulator
     import torch
 
-    from distorch2.plan import GIB, ComponentRequest, VirtualVram
+    from distorch2.planning.plan import GIB, ComponentRequest, VirtualVram
 
     torch.set_grad_enabled(False)
     model = models.FLUX

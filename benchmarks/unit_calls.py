@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from simulator import UnitCall
 
-from distorch2.inventory import list_layers
+from distorch2.weights.inventory import list_layers
 
 
 @contextlib.contextmanager

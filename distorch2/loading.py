@@ -22,13 +22,13 @@ import torch
 from .checkpoint_file import CheckpointError, check_file
 from .comfyui import core
 from .comfyui.core import ModelPatcher, mm
+from .comfyui.patcher import DistributedPatcher
 from .comfyui.sharing import clone_sharing, unload
-from .inventory import list_layers, own_tensors
-from .patcher import DistributedPatcher
-from .plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError
-from .planner import make_plan, relaying_donors
-from .quantised import can_be_taken_apart, is_quantised
+from .planning.plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError
+from .planning.planner import make_plan, relaying_donors
 from .report import render_table, rows_of_plan
+from .weights.inventory import list_layers, own_tensors
+from .weights.quantised import can_be_taken_apart, is_quantised
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .plan import LOOKED_UP, RELAYED, RESIDENT, STREAMED, Plan
+from .planning.plan import LOOKED_UP, RELAYED, RESIDENT, STREAMED, Plan
 
 MIB = 1024**2
 _HEADINGS = ("component", "device", "served", "layers", "MiB", "share")

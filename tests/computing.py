@@ -11,7 +11,7 @@ from sampling import runs_of_core, sample
 
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
-from distorch2.plan import ComponentRequest
+from distorch2.planning.plan import ComponentRequest
 
 if not HAS_SIMULATED:
     pytest.skip("for simulated accelerators; this machine has a real one", allow_module_level=True)

@@ -30,7 +30,7 @@ def main(checkpoint: str, allocation: str) -> None:
 
     from allocation_parser import parse_allocation
     from distorch2.loading import load_checkpoint
-    from distorch2.plan import ComponentRequest
+    from distorch2.planning.plan import ComponentRequest
 
     def anonymous() -> float:
         gc.collect()

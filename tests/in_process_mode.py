@@ -34,7 +34,7 @@ def main(checkpoint: str, *flags: str) -> None:
     from sampling import core_load, sample
 
     from distorch2.loading import distribute, load_checkpoint
-    from distorch2.plan import GIB, ComponentRequest, VirtualVram
+    from distorch2.planning.plan import GIB, ComponentRequest, VirtualVram
 
     device = str(mm.get_torch_device())
     with torch.inference_mode():

@@ -15,8 +15,8 @@ import torch
 
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
-from distorch2.plan import ComponentRequest, VirtualVram
-from distorch2.quantised import plain_tensors
+from distorch2.planning.plan import ComponentRequest, VirtualVram
+from distorch2.weights.quantised import plain_tensors
 
 COMPUTE = str(mm.get_torch_device())
 HAS_SIMULATED = COMPUTE == "cpu"

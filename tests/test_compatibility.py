@@ -49,7 +49,7 @@ from sampling import conditioning, core_load, output
 import nodes
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
-from distorch2.plan import ComponentRequest
+from distorch2.planning.plan import ComponentRequest
 
 if HAS_SIMULATED:
     import simulated_accelerators as sim

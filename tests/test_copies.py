@@ -24,9 +24,10 @@ from placing import (
 )
 from sampling import output
 
-from distorch2.distribution import Distribution
-from distorch2.inventory import list_layers
-from distorch2.plan import Placement, Plan
+from distorch2.comfyui.host import COMFYUI
+from distorch2.planning.plan import Placement, Plan
+from distorch2.serving.distribution import Distribution
+from distorch2.weights.inventory import list_layers
 
 KIND = "flux"
 
@@ -97,7 +98,7 @@ def test_a_copy_of_a_served_layer_is_a_layer_of_its_own(way, is_wrapped_before):
     expected = layer(x)
     module = torch.nn.Sequential(layer)
     plan = Plan(accelerator, tuple(Placement(each, "cpu") for each in list_layers(module)))
-    distribution = Distribution(module, plan)
+    distribution = Distribution(module, plan, COMFYUI)
     distribution.place(plan)
     assert torch.allclose(module(x.to(accelerator)).cpu(), expected)
     with torch.inference_mode(False), torch.no_grad():
@@ -199,7 +200,7 @@ def test_gradients_are_those_of_the_resident_model(checkpoint):
     with torch.inference_mode(False):
         stack.to("cpu")
     plan = Plan(COMPUTE, tuple(Placement(layer, DONOR) for layer in list_layers(stack)))
-    distribution = Distribution(stack, plan)
+    distribution = Distribution(stack, plan, COMFYUI)
     distribution.place(plan)
     assert len(plan.groups) > 3 * plan.staging_bytes / plan.groups[0].slab_bytes
     found = gradient(stack, checkpoint)
@@ -210,13 +211,13 @@ def test_gradients_are_those_of_the_resident_model(checkpoint):
 
 
 def test_a_table_on_a_donor_cannot_be_trained_either(monkeypatch):
-    monkeypatch.setattr("distorch2.inventory.LEAST_TABLE_BYTES", 1)
+    monkeypatch.setattr("distorch2.weights.inventory.LEAST_TABLE_BYTES", 1)
     with torch.inference_mode(False):
         module = torch.nn.Sequential(comfy.ops.manual_cast.Embedding(10, 4, dtype=torch.float32))
         torch.nn.init.normal_(module[0].weight)
     plan = Plan(COMPUTE, tuple(Placement(layer, DONOR) for layer in list_layers(module)))
     assert plan.groups[0].is_table
-    distribution = Distribution(module, plan)
+    distribution = Distribution(module, plan, COMFYUI)
     distribution.place(plan)
     module[0].weight.requires_grad_(True)
     with torch.inference_mode(False), torch.enable_grad(), pytest.raises(RuntimeError, match="train a LoRA"):

@@ -17,8 +17,8 @@ from conftest import COMFYUI_PATH, ROOT
 from host import SDISTS, fetch_comfyui
 
 from distorch2.comfyui import core
-from distorch2.donor_share import DonorShare
-from distorch2.patcher import DistributedPatcher
+from distorch2.comfyui.donor_share import DonorShare
+from distorch2.comfyui.patcher import DistributedPatcher
 
 MODULES = {
     "mm": "comfy.model_management",

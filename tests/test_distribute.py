@@ -28,8 +28,8 @@ from sampling import core_load, sample
 from distorch2 import loading
 from distorch2.comfyui.sharing import unload
 from distorch2.loading import distribute, distribute_clip
-from distorch2.plan import ComponentRequest, PlanError, VirtualVram
-from distorch2.quantised import plain_tensors
+from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
+from distorch2.weights.quantised import plain_tensors
 
 KIND = "sd3_no_clip_weights"
 HALF, ALL = partly_on_donor(50), partly_on_donor(100)

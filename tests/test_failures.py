@@ -15,14 +15,15 @@ from placing import (
 from sampling import output
 
 from allocation_parser import AllocationError, parse_allocation
-from distorch2 import failures
 from distorch2.checkpoint_file import CheckpointError, check_file
-from distorch2.distribution import Distribution
+from distorch2.comfyui import failures
+from distorch2.comfyui.host import COMFYUI
 from distorch2.loading import load_checkpoint
-from distorch2.moving import Mover
-from distorch2.pinning import PinnedSlabs
-from distorch2.plan import ComponentRequest, PlanError, VirtualVram
-from distorch2.streaming import StreamedGroup
+from distorch2.moving.modules import Mover
+from distorch2.moving.pinning import PinnedSlabs
+from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
+from distorch2.serving.distribution import Distribution
+from distorch2.serving.streaming import StreamedGroup
 
 # Classes and texts: an exception that has been raised holds what the test had.
 OUT_OF_MEMORY = [
@@ -144,7 +145,7 @@ def test_buffers_are_given_back_when_what_they_are_for_fails(monkeypatch):
         def wait(self):
             raise OSError("a file that is on a drive that is gone")
 
-    pinned = PinnedSlabs(torch.device(COMPUTE))
+    pinned = PinnedSlabs(torch.device(COMPUTE), COMFYUI)
     with pytest.raises(OSError, match="gone"), Mover(torch.device(COMPUTE), pinned) as mover:
         mover._upload = FailingUpload([torch.zeros(8, dtype=torch.uint8) for _ in range(3)])
         assert all(pinned.pin(buffer) for buffer in mover._upload.buffers)
@@ -160,7 +161,7 @@ def test_page_locking_that_is_refused_is_not_asked_for_again(monkeypatch):
     monkeypatch.setattr(mm, "ensure_pin_registerable", lambda num_bytes: True)
     monkeypatch.setattr(mm, "pin_memory", lambda tensor: asked.append(tensor.nbytes) or tensor.nbytes < 50)
     monkeypatch.setattr(mm, "unpin_memory", lambda tensor: True)
-    pinned = PinnedSlabs(torch.device("cuda"))
+    pinned = PinnedSlabs(torch.device("cuda"), COMFYUI)
     slabs = [torch.zeros(size, dtype=torch.uint8) for size in (100, 100, 200, 60, 60, 40, 80)]
     assert [pinned.pin(slab) for slab in slabs] == [False] * 5 + [True, False]
     assert asked == [100, 60, 40]

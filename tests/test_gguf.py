@@ -22,9 +22,9 @@ from placing import (
 )
 from sampling import core_load, sample
 
-from distorch2.inventory import list_layers
 from distorch2.loading import distribute
-from distorch2.quantised import carries_patches, is_gguf, plain_tensors
+from distorch2.weights.inventory import list_layers
+from distorch2.weights.quantised import carries_patches, is_gguf, plain_tensors
 
 PACK = os.environ.get("COMFYUI_GGUF_PATH")
 

@@ -12,8 +12,8 @@ from sampling import sample
 
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
-from distorch2.plan import ComponentRequest, VirtualVram
-from distorch2.quantised import plain_tensors
+from distorch2.planning.plan import ComponentRequest, VirtualVram
+from distorch2.weights.quantised import plain_tensors
 
 KINDS = ["sd3", "flux", "sd15_blocks", "wan", "sd3_fp8_scaled"]
 

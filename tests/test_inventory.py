@@ -2,8 +2,8 @@ import comfy.ops
 import pytest
 import torch
 
-from distorch2.inventory import list_layers
-from distorch2.plan import Layer
+from distorch2.planning.plan import Layer
+from distorch2.weights.inventory import list_layers
 
 pytestmark = pytest.mark.quick
 

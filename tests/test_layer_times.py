@@ -14,7 +14,7 @@ from layer_times import recorded_layers
 from sampling import sample
 from simulator import LayerTime
 
-from distorch2.plan import Group
+from distorch2.planning.plan import Group
 
 KINDS = ("flux", "sd15_blocks_no_clip")
 

@@ -24,12 +24,13 @@ from placing import lora_for
 from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
-from distorch2 import slab
-from distorch2.distribution import Distribution
+from distorch2.comfyui.host import COMFYUI
 from distorch2.loading import distribute, load_checkpoint
-from distorch2.plan import ComponentRequest
-from distorch2.schedule import Schedule
-from distorch2.transfer import Detour, Transfer
+from distorch2.moving.transfer import Detour, Transfer
+from distorch2.planning.plan import ComponentRequest
+from distorch2.planning.schedule import Schedule
+from distorch2.serving.distribution import Distribution
+from distorch2.weights import slab
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
 KINDS = ("sd3_no_clip_weights", "flux", "sd15_blocks", "sd15_blocks_no_clip")
@@ -271,7 +272,7 @@ def failing_allocations(patches, nth):
             raise torch.OutOfMemoryError("planted")
         return allocate(num_bytes, device)
 
-    for module in ("distorch2.streaming", "distorch2.moving"):
+    for module in ("distorch2.serving.streaming", "distorch2.moving.modules"):
         patches.setattr(f"{module}.allocate", fail)
     return made
 
@@ -387,11 +388,11 @@ def with_detours(checkpoints, monkeypatch):
     """(model, clip) of which a half may come by way of sim:1: it is large enough, and twice as fast."""
     model, clip = load(checkpoints, "flux", "sim:0,30%;cpu,70%")
     page_lock_with(monkeypatch, model.distribution, lambda tensor: True, lambda tensor: True)
-    monkeypatch.setattr("distorch2.detour._devices_in_use", lambda: {torch.device("sim:1")})
-    monkeypatch.setattr("distorch2.detour._gains", {})
+    monkeypatch.setattr(type(COMFYUI), "devices_in_use", lambda host: {torch.device("sim:1")})
+    monkeypatch.setattr("distorch2.serving.detour._gains", {})
     for name, value in {"_LEAST_TO_DETOUR_BYTES": 0, "_MEASURED_BYTES": 1024**2, "_SLOT_BYTES": 10_000}.items():
-        monkeypatch.setattr(f"distorch2.detour.{name}", value)
-    monkeypatch.setattr("distorch2.transfer._LEAST_TO_HALVE_BYTES", 1000)
+        monkeypatch.setattr(f"distorch2.serving.detour.{name}", value)
+    monkeypatch.setattr("distorch2.moving.transfer._LEAST_TO_HALVE_BYTES", 1000)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
     measure_with_gain(monkeypatch, 2.0)
     yield model, clip
@@ -423,9 +424,9 @@ def test_half_of_what_is_streamed_comes_by_way_of_another_accelerator(with_detou
 
 def test_nothing_is_done_on_a_device_that_nobody_named(with_detours, expected, monkeypatch):
     model, clip = with_detours
-    monkeypatch.setattr("distorch2.detour._devices_in_use", set)
+    monkeypatch.setattr(type(COMFYUI), "devices_in_use", lambda host: set())
     streams = []
-    monkeypatch.setattr("distorch2.detour.Detour", lambda *arguments: streams.append(arguments))
+    monkeypatch.setattr("distorch2.serving.detour.Detour", lambda *arguments: streams.append(arguments))
     assert same(sample(model, clip), expected["flux"])
     assert model.distribution.transfer.detour is None
     assert streams == []
@@ -464,12 +465,12 @@ def test_no_detour(with_detours, expected, monkeypatch, reason):
     elif reason == "no memory there":
         limit(monkeypatch, 1, INFERENCE_BYTES - 1)
     elif reason == "an error there":
-        monkeypatch.setattr("distorch2.detour.Detour", planted_error)
+        monkeypatch.setattr("distorch2.serving.detour.Detour", planted_error)
     elif reason == "no memory for slots":
         monkeypatch.setattr(mm, "minimum_inference_memory", lambda: 0)
         limit(monkeypatch, 1, 39_999)
     else:
-        monkeypatch.setattr("distorch2.detour._LEAST_TO_DETOUR_BYTES", 1024**3)
+        monkeypatch.setattr("distorch2.serving.detour._LEAST_TO_DETOUR_BYTES", 1024**3)
     assert same(sample(model, clip), expected["flux"])
     assert model.distribution.transfer.detour is None
     assert model.distribution.transfer.copies > 0
@@ -488,7 +489,7 @@ def test_a_staging_buffer_that_does_not_fit_is_made_smaller(checkpoints, expecte
 
     largest = max(group.slab_bytes for group in model.distribution.asked.groups)
     assert largest <= planned // 2
-    monkeypatch.setattr("distorch2.streaming.allocate", at_most)
+    monkeypatch.setattr("distorch2.serving.streaming.allocate", at_most)
     assert same(sample(model, clip), expected["flux"])
     assert model.distribution.streamer.staging.nbytes == max(largest, planned // 2)
     assert model.loaded_size() == sim.used_bytes[0] < model.model_size()
@@ -598,7 +599,7 @@ def test_no_memory_on_the_host_while_comfyui_frees_a_device(checkpoints, expecte
 
     allocate = slab.allocate
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr("distorch2.streaming.allocate", none_on_the_host)
+        patches.setattr("distorch2.serving.streaming.allocate", none_on_the_host)
         # On sim:0 the smaller models go as a whole, and then a part of the largest.
         smaller = shared.loaded_size() + other.loaded_size()
         for device in map(torch.device, ("sim:1", "sim:0")):

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from distorch2.moving import Mover
-from distorch2.pinning import PinnedSlabs
-from distorch2.transfer import Upload
+from distorch2.comfyui.host import COMFYUI
+from distorch2.moving.modules import Mover
+from distorch2.moving.pinning import PinnedSlabs
+from distorch2.moving.transfer import Upload
 
 pytestmark = pytest.mark.quick
 
@@ -66,7 +67,7 @@ def test_a_tensor_stays_the_same_object_and_a_cpu_needs_no_buffers():
     module = torch.nn.Linear(1000, 1000)
     module.weight_comfy_model_dtype = torch.float16
     weight, expected = module.weight, module.weight.detach().half()
-    with Mover(CPU, PinnedSlabs(CPU)) as mover:
+    with Mover(CPU, PinnedSlabs(CPU, COMFYUI)) as mover:
         mover.move(module)
         assert mover._upload is None
     assert module.weight is weight

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocation_parser import parse_allocation
-from distorch2.plan import GIB, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, VirtualVram
-from distorch2.planner import make_plan
+from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, VirtualVram
+from distorch2.planning.planner import make_plan
 
 pytestmark = pytest.mark.quick
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from distorch2.quantised import description, is_quantised, plain_tensors, rebuilder, to_device
+from distorch2.weights.quantised import description, is_quantised, plain_tensors, rebuilder, to_device
 
 pytestmark = pytest.mark.quick
 

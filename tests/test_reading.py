@@ -24,12 +24,13 @@ from placing import (
 )
 from sampling import core_load
 
-from distorch2.distribution import Distribution
-from distorch2.forwards import Forwards
-from distorch2.inventory import list_layers
+from distorch2.comfyui.host import COMFYUI
 from distorch2.loading import load_checkpoint
-from distorch2.plan import Placement, Plan
+from distorch2.planning.plan import Placement, Plan
+from distorch2.serving.distribution import Distribution
+from distorch2.serving.forwards import Forwards
 from distorch2.serving.reading import modules_around
+from distorch2.weights.inventory import list_layers
 
 try:
     import comfy.ldm.minimax.model
@@ -340,12 +341,12 @@ class Reader(torch.nn.Module):
 @pytest.fixture
 def reader(monkeypatch):
     """(module, its distribution), with each layer a group of its own on the donor."""
-    monkeypatch.setattr("distorch2.plan.GROUP_BYTES", 1)
+    monkeypatch.setattr("distorch2.planning.plan.GROUP_BYTES", 1)
     with torch.inference_mode(False):
         module = torch.nn.Sequential(Reader(), Reader())
         placements = tuple(Placement(layer, DONOR) for layer in list_layers(module))
         plan = Plan(COMPUTE, placements)
-        distribution = Distribution(module, plan)
+        distribution = Distribution(module, plan, COMFYUI)
         distribution.place(plan)
         yield module, distribution
         distribution.release({})

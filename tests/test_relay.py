@@ -24,11 +24,11 @@ from simulator import forecast_relay
 from test_compatibility import OWN_KINDS, controlled, controlnet, latents
 from unit_calls import recorded_units
 
-from distorch2.activations import Visit
 from distorch2.loading import load_checkpoint
-from distorch2.plan import ComponentRequest, PlanError, VirtualVram
-from distorch2.relay import _brings_tensors_along
-from distorch2.transfer import Crossing
+from distorch2.moving.transfer import Crossing
+from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
+from distorch2.serving.activations import Visit
+from distorch2.serving.relay import _brings_tensors_along
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
 KINDS = ("sd3_no_clip_weights", "sd3", "flux", "sd15_blocks_no_clip", "wan")

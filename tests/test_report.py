@@ -1,6 +1,6 @@
 import pytest
 
-from distorch2.plan import Layer, Placement, Plan
+from distorch2.planning.plan import Layer, Placement, Plan
 from distorch2.report import render_table, rows_of_plan
 
 pytestmark = pytest.mark.quick

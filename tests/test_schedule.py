@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distorch2.schedule import LearntOrder, Schedule
+from distorch2.planning.schedule import LearntOrder, Schedule
 
 pytestmark = pytest.mark.quick
 

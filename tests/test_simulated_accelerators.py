@@ -17,8 +17,8 @@ from sampling import core_load, runs_of_core, sample
 
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
-from distorch2.plan import ComponentRequest
-from distorch2.transfer import Copy, Detour, Transfer, _context_of
+from distorch2.moving.transfer import Copy, Detour, Transfer, _context_of
+from distorch2.planning.plan import ComponentRequest
 
 HAS_SIMULATED = str(mm.get_torch_device()) == "cpu"
 if HAS_SIMULATED:
@@ -502,7 +502,7 @@ def page_locked_copy(source, target):
 @pytest.mark.quick
 def test_half_of_a_copy_takes_a_detour(mode, monkeypatch):
     """In parts that are smaller than the half; again and again, by way of the same slots."""
-    monkeypatch.setattr("distorch2.transfer._LEAST_TO_HALVE_BYTES", 40)
+    monkeypatch.setattr("distorch2.moving.transfer._LEAST_TO_HALVE_BYTES", 40)
     device = torch.device("sim:0")
     transfer = Transfer(device)
     transfer.detour = detour()
@@ -520,7 +520,7 @@ def test_half_of_a_copy_takes_a_detour(mode, monkeypatch):
 
 def test_what_was_copied_ahead_and_not_used_does_not_come_later(mode, monkeypatch):
     """The second half of the first copy and the first of the second one go to the same place by two ways."""
-    monkeypatch.setattr("distorch2.transfer._LEAST_TO_HALVE_BYTES", 40)
+    monkeypatch.setattr("distorch2.moving.transfer._LEAST_TO_HALVE_BYTES", 40)
     transfer, staging = Transfer(torch.device("sim:0")), torch.zeros(64, dtype=torch.uint8, device="sim:0")
     transfer.detour = detour()
     unused = page_locked_copy(torch.full((64,), 1, dtype=torch.uint8), staging)
@@ -535,7 +535,7 @@ def test_what_was_copied_ahead_and_not_used_does_not_come_later(mode, monkeypatc
 
 
 def test_a_detour_comes_after_what_was_copied_ahead_by_one_way(mode, monkeypatch):
-    monkeypatch.setattr("distorch2.transfer._LEAST_TO_HALVE_BYTES", 40)
+    monkeypatch.setattr("distorch2.moving.transfer._LEAST_TO_HALVE_BYTES", 40)
     transfer, staging = Transfer(torch.device("sim:0")), torch.zeros(64, dtype=torch.uint8, device="sim:0")
     transfer.detour = detour()
     unused = page_locked_copy(torch.full((30,), 1, dtype=torch.uint8), staging[34:])

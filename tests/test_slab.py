@@ -2,7 +2,7 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from distorch2.slab import ALIGNMENT_BYTES, PAGE_BYTES, SlabLayout, allocate
+from distorch2.weights.slab import ALIGNMENT_BYTES, PAGE_BYTES, SlabLayout, allocate
 
 pytestmark = pytest.mark.quick
 

@@ -21,10 +21,10 @@ from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
 from distorch2.loading import CheckpointError, load_diffusion_model
-from distorch2.moving import Mover
-from distorch2.plan import ComponentRequest
-from distorch2.quantised import plain_tensors
+from distorch2.moving.modules import Mover
+from distorch2.planning.plan import ComponentRequest
 from distorch2.weights import sources
+from distorch2.weights.quantised import plain_tensors
 
 pytestmark = [
     pytest.mark.usefixtures("inference_mode", "computing"),

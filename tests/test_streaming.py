@@ -28,14 +28,15 @@ from safetensors.torch import load_file
 from sampling import core_load, runs_of_core, sample
 
 from allocation_parser import parse_allocation
-from distorch2.distribution import Distribution
-from distorch2.inventory import list_layers
+from distorch2.comfyui.host import COMFYUI
+from distorch2.comfyui.patcher import DistributedPatcher
 from distorch2.loading import distribute, load_checkpoint, load_components
-from distorch2.patcher import DistributedPatcher
-from distorch2.plan import GIB, ComponentRequest, DeviceMemory, Placement, Plan, VirtualVram
-from distorch2.planner import make_plan
-from distorch2.slab import allocate
-from distorch2.transfer import Crossing, Transfer
+from distorch2.moving.transfer import Crossing, Transfer
+from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory, Placement, Plan, VirtualVram
+from distorch2.planning.planner import make_plan
+from distorch2.serving.distribution import Distribution
+from distorch2.weights.inventory import list_layers
+from distorch2.weights.slab import allocate
 
 if HAS_SIMULATED:
     import simulated_accelerators as sim
@@ -691,7 +692,7 @@ def test_weights_that_the_file_does_not_have_are_zero():
         embedding = comfy.ops.disable_weight_init.Embedding(3, 5, device="meta", dtype=torch.float16)
         module = torch.nn.Sequential(embedding)
         plan = Plan(COMPUTE, tuple(Placement(layer, device) for layer in list_layers(module)))
-        distribution = Distribution(module, plan)
+        distribution = Distribution(module, plan, COMFYUI)
         distribution.place(plan)
         assert torch.equal(module(torch.tensor([0, 2], device=COMPUTE)).cpu(), torch.zeros(2, 5, dtype=torch.float16))
         distribution.release({})
@@ -706,7 +707,7 @@ def test_page_locked_slabs_are_given_back_when_a_model_is_unloaded_or_dropped(mo
     monkeypatch.setattr(mm, "pin_memory", lambda slab: pinned.append(slab.data_ptr()) or True)
     monkeypatch.setattr(mm, "unpin_memory", lambda slab: pinned.remove(slab.data_ptr()))
     module = torch.nn.Module()
-    distribution = Distribution(module, Plan(COMPUTE, ()))
+    distribution = Distribution(module, Plan(COMPUTE, ()), COMFYUI)
     slabs = [allocate(num_bytes, torch.device("cpu")) for num_bytes in (10, 1000)]
     for slab in slabs:
         assert distribution.pinned.pin(slab)
@@ -757,7 +758,7 @@ def test_a_peer_that_cannot_be_reached_directly_is_streamed_from_by_way_of_the_h
     monkeypatch.setattr(Crossing, "check", lambda crossing: bool(checked.append(crossing)))
     module = torch.nn.Sequential(layer)
     plan = Plan("sim:0", tuple(Placement(each, "sim:1") for each in list_layers(module)))
-    distribution = Distribution(module, plan)
+    distribution = Distribution(module, plan, COMFYUI)
     distribution.place(plan)
     across = sim.counters["copies_across"]
     for _ in range(3):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distorch2 import loading
-from distorch2.quantised import is_quantised, plain_tensors
+from distorch2.weights.quantised import is_quantised, plain_tensors
 
 CPU = torch.device("cpu")
 # Nothing is moved there before a plan says so; with a GPU, ComfyUI asks what it can do.

@@ -16,8 +16,9 @@ from placing import (
 )
 from sampling import core_load, output
 
+from distorch2.comfyui.host import COMFYUI
 from distorch2.loading import load_checkpoint
-from distorch2.schedule import Schedule
+from distorch2.planning.schedule import Schedule
 
 
 @pytest.fixture
@@ -98,11 +99,11 @@ def test_of_an_embedding_only_the_rows_travel(checkpoints):
 def test_an_embedding_gives_the_bits_of_the_whole_table(kind, monkeypatch):
     import comfy.ops
 
-    from distorch2.distribution import Distribution
-    from distorch2.inventory import list_layers
-    from distorch2.plan import Placement, Plan
+    from distorch2.planning.plan import Placement, Plan
+    from distorch2.serving.distribution import Distribution
+    from distorch2.weights.inventory import list_layers
 
-    monkeypatch.setattr("distorch2.inventory.LEAST_TABLE_BYTES", 1)
+    monkeypatch.setattr("distorch2.weights.inventory.LEAST_TABLE_BYTES", 1)
     embedding = comfy.ops.manual_cast.Embedding(1000, 8, dtype=torch.float16)
     torch.nn.init.normal_(embedding.weight)
     if kind == "function":
@@ -117,7 +118,7 @@ def test_an_embedding_gives_the_bits_of_the_whole_table(kind, monkeypatch):
     expected = looked_up().cpu()
     module = torch.nn.Sequential(embedding)
     plan = Plan(COMPUTE, tuple(Placement(layer, DONOR) for layer in list_layers(module)))
-    distribution = Distribution(module, plan)
+    distribution = Distribution(module, plan, COMFYUI)
     distribution.place(plan)
     for _ in range(2):
         assert torch.equal(looked_up().cpu(), expected)

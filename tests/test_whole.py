@@ -17,7 +17,7 @@ from test_compatibility import control_lora, controlled, controlnet, latents, t2
 
 from distorch2.comfyui.whole import place_clip_vision, place_control_net, place_vae
 from distorch2.loading import distribute_clip
-from distorch2.plan import ComponentRequest, PlanError, VirtualVram
+from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
 KINDS = ("sd3_no_clip_weights", "sd15_blocks_no_clip")

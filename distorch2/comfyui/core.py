@@ -76,7 +76,6 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
         "calculate_parameters",
         "convert_old_quants",
         "load_torch_file",
-        "set_attr_param",
         "state_dict_prefix_replace",
         "weight_dtype",
     ),

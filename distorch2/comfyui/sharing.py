@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from ..forwards import drop_copied_forwards
-from ..plan import PlanError
-from ..quantised import unpatched_parameter
+from ..planning.plan import PlanError
+from ..serving.forwards import drop_copied_forwards
+from ..weights.quantised import unpatched_parameter
 from .core import ModelPatcher, mm
 
 SERVED = ""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..forwards import Forwards
-from ..plan import PlanError
+from ..planning.plan import PlanError
+from ..serving.forwards import Forwards
 from .core import ModelPatcher, mm
 from .sharing import clone_sharing
 

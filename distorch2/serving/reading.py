@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ..comfyui.core import mm
-from ..forwards import Forwards
+from ..moving.host import Host
+from .forwards import Forwards
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ class Reading:
     looked up in `root`.
     """
 
-    def __init__(self, root: torch.nn.Module, streamer: _Streamer, known: Collection[str] = ()) -> None:
+    def __init__(self, root: torch.nn.Module, streamer: _Streamer, known: Collection[str], host: Host) -> None:
+        self._host = host
         self._root = weakref.ref(root)
         self._streamer = streamer
         self._only_read = {number for number, layer in enumerate(streamer.layers) if layer.name in known}
@@ -137,7 +138,11 @@ class Reading:
                         inside = self._streamer.copied(number)
                         bound.append((layer, layer.module, inside))
                         layer.module._parameters.update(inside)
-                    elif number in self._undecided and not mm.in_training and type(layer.module._parameters) is dict:
+                    elif (
+                        number in self._undecided
+                        and not self._host.is_training()
+                        and type(layer.module._parameters) is dict
+                    ):
                         watched.append((number, layer.module, _Watched(layer)))
                 if bound:
                     self._log_once()

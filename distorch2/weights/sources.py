@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..quantised import as_parameter, is_quantised, plain_tensors
+from .quantised import as_parameter, is_quantised, plain_tensors
 
 _MAPPINGS = Path("/proc/self/maps")
 _SMALL_BYTES = 64 * 1024

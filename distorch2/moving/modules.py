@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .inventory import loaded_dtypes, own_tensors
+from ..weights.inventory import loaded_dtypes, own_tensors
+from ..weights.quantised import is_quantised, plain_tensors, rebuilder
+from ..weights.slab import allocate
 from .pinning import PinnedSlabs
-from .quantised import is_quantised, plain_tensors, rebuilder
-from .slab import allocate
 from .transfer import Upload
 
 _CPU = torch.device("cpu")

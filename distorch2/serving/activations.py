@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .transfer import Crossing
+from ..moving.transfer import Crossing
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 """Types of what holds no tensors: most of what units are given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import weakref
@@ -12,24 +13,21 @@ from typing import TypeVar, cast
 
 import torch
 
-from .comfyui import core
-from .comfyui.core import mm
+from ..moving.host import Host
+from ..moving.modules import UPLOAD_BYTES, Mover, page_locked_upload
+from ..moving.pinning import PinnedSlabs
+from ..moving.transfer import Transfer
+from ..planning.plan import GIB, Group, Plan
+from ..planning.schedule import LearntOrder
+from ..weights.inventory import layout_of, loaded_dtypes, note_dtype
+from ..weights.quantised import as_parameter, plain_tensors, to_device
+from ..weights.slab import allocate
+from ..weights.sources import Sources
 from .detour import take_detour
-from .donor_share import DonorShare
-from .failures import is_out_of_memory
-from .inventory import layout_of, loaded_dtypes, note_dtype
 from .lookup import Lookup
-from .moving import UPLOAD_BYTES, Mover, page_locked_upload
-from .pinning import PinnedSlabs
-from .plan import GIB, Group, Plan
-from .quantised import as_parameter, plain_tensors, to_device
+from .reading import Reading
 from .relay import Relay, RelayedUnit, StreamerOfUnits
-from .schedule import LearntOrder
-from .serving.reading import Reading
-from .slab import allocate
 from .streaming import StreamedGroup, StreamedLayer, Streamer
-from .transfer import Transfer
-from .weights.sources import Sources
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,8 @@ class Distribution:
     there, without being moved in the plan.
     """
 
-    def __init__(self, module: torch.nn.Module, plan: Plan) -> None:
+    def __init__(self, module: torch.nn.Module, plan: Plan, host: Host) -> None:
+        self._host = host
         self.asked = self.plan = plan
         self.device = torch.device(plan.compute_device)
         self.groups: dict[Group, StreamedGroup] = {}
@@ -55,10 +54,10 @@ class Distribution:
         self.relay: Relay | None = None
         self.lookup: Lookup | None = None
         self.transfer = Transfer(self.device)
-        self.pinned = PinnedSlabs(self.device)
+        self.pinned = PinnedSlabs(self.device, host)
         self.sources = Sources()
         self.shares = [
-            DonorShare(self, torch.device(donor), donor in plan.relays)
+            host.share_on(torch.device(donor), self, donor in plan.relays)
             for donor in plan.donors
             if torch.device(donor) != _CPU
         ]
@@ -222,14 +221,14 @@ class Distribution:
         for name, value in values.items():
             device = plain_tensors(getattr(child, name))[0].device
             note_dtype(child, name, value)
-            core.utils.set_attr_param(child, name, to_device(value, device))
+            setattr(child, name, to_device(value, device))
             self.sources.replaced(child, name, value)
 
     def _pack_anew(self, group: StreamedGroup, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]]) -> None:
         """Serve a group from a new slab with these weights. It is page-locked before they come: from the compute device
         that is faster."""
         replaced = group.slab
-        slab = _there_or_on_host(group.new_slab, replaced.device)
+        slab = self._there_or_on_host(group.new_slab, replaced.device)
         try:
             if self.is_placed:
                 self._pin(group, slab)
@@ -295,14 +294,14 @@ class Distribution:
         with ThreadPoolExecutor(_PACKING_THREADS) as pool:
             for key, group in made.items():
                 if is_cancellable:
-                    mm.throw_exception_if_processing_interrupted()
+                    self._host.raise_if_interrupted()
                 for ahead in itertools.islice(on_host, 2 * _PACKING_THREADS - len(packing)):
                     if ahead in evicted:
                         # In place: other holders of the parameters keep no memory there.
                         self._take_to_the_host(modules[ahead].values())
                     # What a thread allocates, the C library may keep for it when it is freed.
                     packing[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(_CPU))
-                slab = packing.pop(key).result() if key in packing else _there_or_on_host(group.packed, homes[key])
+                slab = packing.pop(key).result() if key in packing else self._there_or_on_host(group.packed, homes[key])
                 replaced = self.groups.get(key)
                 with self.sources.kept(modules[key].values()):
                     group.serve_from(slab)
@@ -328,7 +327,7 @@ class Distribution:
         group = self.groups[key]
         replaced = group.slab
         with self.sources.kept(layer.module for layer in group.living):
-            _there_or_on_host(group.move, device)
+            self._there_or_on_host(group.move, device)
         self.pinned.unpin(replaced)
         if self.is_placed:
             self._pin(group, group.slab)
@@ -351,15 +350,17 @@ class Distribution:
         self._streamed = [layer.name for group in groups for layer in group.layers]
         order = self._order.of(self._streamed, (placement.layer.name for placement in self.plan.placements))
         relay = self._make_relay() if self.plan.relayed_units else None
-        self.streamer, self.relay = _with_staging_buffer(groups, self.transfer, self.plan.staging_bytes, order), relay
-        self.reading = Reading(self._root, self.streamer, self._only_read)
+        self.streamer, self.relay = self._streamer_of(groups, order), relay
+        self.reading = Reading(self._root, self.streamer, self._only_read, self._host)
         self.lookup = Lookup(tables, self.device)
         self._attach()
         self._is_interrupted = False
         moved = [group for key, group in self.groups.items() if not key.is_table]
         self._page_lock([group.slab for group in moved if group.slab.device == _CPU])
         slabs = [group.slab for group in groups if self.pinned.holds(group.slab)]
-        take_detour(self.transfer, slabs, self.streamer.staging, [torch.device(name) for name in self.plan.devices])
+        take_detour(
+            self.transfer, slabs, self.streamer.staging, [torch.device(name) for name in self.plan.devices], self._host
+        )
 
     def _make_relay(self) -> Relay:
         groups = [self.groups[key] for key in self.plan.groups if key.is_relayed]
@@ -369,8 +370,10 @@ class Distribution:
             layers = [self._served[child] for child in module.modules() if child in self._served]
             units.append(RelayedUnit(module, torch.device(donor), layers))
         staging_bytes = max([self.plan.staging_bytes_of_units, *(group.num_bytes for group in groups)])
-        streamer = StreamerOfUnits(groups, self.transfer, staging_bytes, _allocate_outside_compiler)
-        return Relay(self.device, units, streamer, core.is_compiler_active)
+        streamer = StreamerOfUnits(
+            groups, self.transfer, staging_bytes, functools.partial(_allocate_outside_compiler, self._host)
+        )
+        return Relay(self.device, units, streamer, self._host.is_compiler_active)
 
     def _attach(self) -> None:
         for server in (self.lookup, self.streamer, self.reading, self.relay):
@@ -436,43 +439,39 @@ class Distribution:
             self.sources.rebind(module)
         self._move_all(modules, _CPU)
 
+    def _there_or_on_host(self, make: Callable[[torch.device], _T], device: torch.device) -> _T:
+        """What `make` makes on `device`, or on the host where that has no memory left."""
+        try:
+            return make(device)
+        except RuntimeError as error:
+            if device == _CPU or not self._host.is_out_of_memory(error):
+                raise
+            logger.warning(
+                "DisTorch2: %s is full; a group of layers planned for it is on the host (%s)", device, str(error)
+            )
+            return make(_CPU)
+
+    def _streamer_of(self, groups: Sequence[StreamedGroup], order: Sequence[int] | None) -> Streamer:
+        """With a smaller buffer where there is no memory for the one that is planned: the largest group has to fit."""
+        smallest = max((group.num_bytes for group in groups), default=0)
+        num_bytes = max(self.plan.staging_bytes, smallest)
+        while True:
+            try:
+                return Streamer(groups, self.transfer, num_bytes, order)
+            except RuntimeError as error:
+                if num_bytes <= smallest or not self._host.is_out_of_memory(error):
+                    raise
+                num_bytes = max(smallest, num_bytes // 2)
+                logger.warning("DisTorch2: %s is full; streaming through %d MiB", self.device, num_bytes >> 20)
+
     def _find(self, child: torch.nn.Module) -> tuple[StreamedGroup, StreamedLayer] | tuple[None, None]:
         """By the module itself: an object patch may have put another in the place of a streamed one."""
         return self._served.get(child, (None, None))
 
 
-def _there_or_on_host(make: Callable[[torch.device], _T], device: torch.device) -> _T:
-    """What `make` makes on `device`, or on the host where that has no memory left."""
-    try:
-        return make(device)
-    except RuntimeError as error:
-        if device == _CPU or not is_out_of_memory(error):
-            raise
-        logger.warning(
-            "DisTorch2: %s is full; a group of layers planned for it is on the host (%s)", device, str(error)
-        )
-        return make(_CPU)
-
-
-def _with_staging_buffer(
-    groups: Sequence[StreamedGroup], transfer: Transfer, num_bytes: int, order: Sequence[int] | None
-) -> Streamer:
-    """With a smaller buffer where there is no memory for `num_bytes`: the largest group has to fit."""
-    smallest = max((group.num_bytes for group in groups), default=0)
-    num_bytes = max(num_bytes, smallest)
-    while True:
-        try:
-            return Streamer(groups, transfer, num_bytes, order)
-        except RuntimeError as error:
-            if num_bytes <= smallest or not is_out_of_memory(error):
-                raise
-            num_bytes = max(smallest, num_bytes // 2)
-            logger.warning("DisTorch2: %s is full; streaming through %d MiB", transfer.device, num_bytes >> 20)
-
-
-def _allocate_outside_compiler(num_bytes: int, device: torch.device) -> torch.Tensor:
+def _allocate_outside_compiler(host: Host, num_bytes: int, device: torch.device) -> torch.Tensor:
     """For what comes in the middle of a forward, and stays."""
-    with core.outside_compiler():
+    with host.outside_compiler():
         return allocate(num_bytes, device)
 
 

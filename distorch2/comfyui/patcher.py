@@ -22,16 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .comfyui import core
-from .comfyui.core import ModelPatcher, mm
-from .comfyui.sharing import is_shared, unhook_original, unload
-from .distribution import Distribution
-from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
-from .forwards import drop_copied_forwards
-from .inventory import list_layers, own_tensors
-from .moving import Mover
-from .plan import GIB, Layer, Plan
-from .quantised import (
+from ..moving.modules import Mover
+from ..planning.plan import GIB, Layer, Plan
+from ..serving.distribution import Distribution
+from ..serving.forwards import drop_copied_forwards
+from ..weights.inventory import list_layers, own_tensors
+from ..weights.quantised import (
     as_parameter,
     carries_patches,
     carry,
@@ -41,6 +37,11 @@ from .quantised import (
     rebuilder,
     to_device,
 )
+from . import core
+from .core import ModelPatcher, mm
+from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
+from .host import COMFYUI
+from .sharing import is_shared, unhook_original, unload
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ class DistributedPatcher(ModelPatcher):
                 plan = asked.exchanged(device, shared.layers)
             else:
                 plan = Plan.all_on(device, shared.layers)
-            distributions[device] = Distribution(self.model, plan)
+            distributions[device] = Distribution(self.model, plan, COMFYUI)
         return distributions[device]
 
     def model_size(self) -> int:

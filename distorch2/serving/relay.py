@@ -20,12 +20,12 @@ from typing import Any, cast
 
 import torch
 
+from ..moving.transfer import Transfer, on_device
+from ..weights.quantised import to_device
+from ..weights.slab import allocate
 from .activations import Activations, Visit
 from .forwards import Forwards
-from .quantised import to_device
-from .slab import allocate
 from .streaming import StreamedGroup, StreamedLayer, Streamer
-from .transfer import Transfer, on_device
 
 logger = logging.getLogger(__name__)
 

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Protocol
 
 import torch
 
-from .comfyui.core import ModelPatcher, mm
+from ..moving.host import KeepsOnDonors
+from .core import ModelPatcher, mm
 from .failures import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-
-
-class KeepsOnDonors(Protocol):
-    """What a `DonorShare` asks of its `Distribution`, which imports it; all in bytes of slabs."""
-
-    def bytes_planned_on(self, donor: torch.device) -> int: ...
-
-    def bytes_on(self, donor: torch.device) -> int: ...
-
-    def limit(self, donor: torch.device, num_bytes: float) -> None: ...
 
 
 class WeightsOnDonor(torch.nn.Module):

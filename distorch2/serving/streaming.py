@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from ..moving.transfer import Copy, Transfer
+from ..planning.schedule import Schedule
+from ..weights.quantised import is_quantised, to_device
+from ..weights.slab import SlabLayout, allocate
 from .forwards import Forwards
-from .quantised import is_quantised, to_device
-from .schedule import Schedule
-from .slab import SlabLayout, allocate
-from .transfer import Copy, Transfer
 
 
 class StreamedLayer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .comfyui.core import mm
+from .core import mm
 
 OUT_OF_MEMORY = torch.OutOfMemoryError
 """The class for which ComfyUI unloads all models."""

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from .comfyui.core import mm
-from .slab import allocate
-from .transfer import Copy, Detour, Transfer
+from ..moving.host import Host
+from ..moving.transfer import Copy, Detour, Transfer
+from ..weights.slab import allocate
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +28,21 @@ _gains: dict[tuple[torch.device, torch.device], float] = {}
 
 
 def take_detour(
-    transfer: Transfer, slabs: Sequence[torch.Tensor], staging: torch.Tensor, named: Collection[torch.device]
+    transfer: Transfer,
+    slabs: Sequence[torch.Tensor],
+    staging: torch.Tensor,
+    named: Collection[torch.device],
+    host: Host,
 ) -> None:
     """Give `transfer` a detour if that makes copies of the page-locked `slabs` at least `_LEAST_GAIN` times as fast.
 
-    The helper is a device that is `named` in the plan, or one on which ComfyUI has a model: nothing is done on a card
+    The helper is a device that is `named` in the plan, or one on which the host has a model: nothing is done on a card
     that nobody asked for. Overwrites `staging`.
     """
-    in_use = {*named, *_devices_in_use()}
+    in_use = {*named, *host.devices_in_use()}
     others = [
         device
-        for device in mm.get_all_torch_devices()
+        for device in host.devices()
         if device in in_use
         and device.type == transfer.device.type
         and device != transfer.device
@@ -55,7 +59,7 @@ def take_detour(
     for helper in others:
         pair = transfer.device, helper
         try:
-            if mm.get_free_memory(helper) < mm.minimum_inference_memory():
+            if not host.has_room_to_compute(helper):
                 continue
             direct = transfer.bytes_per_second(copies) if pair not in _gains else 0.0
             transfer.detour = Detour(transfer.device, [allocate(_SLOT_BYTES, helper) for _ in range(_NUM_SLOTS)])
@@ -75,10 +79,6 @@ def take_detour(
             return
         transfer.wait()
         transfer.detour = None
-
-
-def _devices_in_use() -> set[torch.device]:
-    return {loaded.device for loaded in mm.current_loaded_models}
 
 
 def _speed(transfer: Transfer, copies: Sequence[Copy]) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..weights.quantised import as_parameter
 from .forwards import Forwards
-from .quantised import as_parameter
 from .streaming import StreamedGroup, StreamedLayer, copied_by_host, refuse_training
 
 _CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .plan import Layer
+from ..planning.plan import Layer
 from .quantised import is_quantised, plain_tensors
 from .slab import SlabLayout
 
