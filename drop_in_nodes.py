@@ -23,9 +23,9 @@ import nodes as comfyui_nodes
 
 from . import device_utils
 from .distorch2 import loading
-from .distorch2.checkpoint_file import check_file
 from .distorch2.comfyui import whole
 from .distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
+from .distorch2.weights.checkpoint_file import check_file
 from .nodes import mistakes_in, placement_of, request_for, selectable_devices
 
 logger = logging.getLogger(__name__)

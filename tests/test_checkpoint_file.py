@@ -3,7 +3,7 @@ import struct
 
 import pytest
 
-from distorch2.checkpoint_file import CheckpointError, check_file
+from distorch2.weights.checkpoint_file import CheckpointError, check_file
 
 pytestmark = pytest.mark.quick
 

@@ -15,7 +15,6 @@ from placing import (
 from sampling import output
 
 from allocation_parser import AllocationError, parse_allocation
-from distorch2.checkpoint_file import CheckpointError, check_file
 from distorch2.comfyui import failures
 from distorch2.comfyui.host import COMFYUI
 from distorch2.loading import load_checkpoint
@@ -24,6 +23,7 @@ from distorch2.moving.pinning import PinnedSlabs
 from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
 from distorch2.serving.distribution import Distribution
 from distorch2.serving.streaming import StreamedGroup
+from distorch2.weights.checkpoint_file import CheckpointError, check_file
 
 # Classes and texts: an exception that has been raised holds what the test had.
 OUT_OF_MEMORY = [

@@ -11,10 +11,10 @@ from sampling import core_load, sample
 
 import distorch2.loading as loading
 from allocation_parser import parse_allocation
-from distorch2.checkpoint_file import CheckpointError
 from distorch2.loading import load_checkpoint, load_components, reload_component
 from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory, PlanError, VirtualVram
 from distorch2.planning.planner import make_plan
+from distorch2.weights.checkpoint_file import CheckpointError
 from distorch2.weights.inventory import list_layers
 
 DEVICE = str(mm.get_torch_device())

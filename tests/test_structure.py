@@ -19,7 +19,7 @@ PURE = [
     "distorch2.planning.planner",
     "distorch2.planning.schedule",
     "distorch2.report",
-    "distorch2.checkpoint_file",
+    "distorch2.weights.checkpoint_file",
 ]
 COMFYUI_MODULES = {"comfy", "comfy_api", "folder_paths", "server", "nodes", "execution", "comfyui_version"}
 # Each may import from those after it, and none before it. "" is the package itself, and what lies beside it.

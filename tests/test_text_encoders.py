@@ -11,7 +11,7 @@ import comfy.utils
 import pytest
 import torch
 
-from distorch2 import loading
+from distorch2.comfyui import loaders
 from distorch2.weights.quantised import is_quantised, plain_tensors
 
 CPU = torch.device("cpu")
@@ -66,8 +66,8 @@ def test_a_text_encoder_has_the_parameters_that_comfyuis_loader_gives_it(checkpo
     for name in weights:
         if name.startswith("cond_stage_model."):
             weights[name] = STORED[stored](weights[name])
-    of_file = loading._Weights("sd15", dict(weights), None)
-    clip = loading._load_model_and_clip(of_file, ACCELERATOR, device, None, with_model=False)[1]
+    of_file = loaders.Weights("sd15", dict(weights), None)
+    clip = loaders.load_model_and_clip(of_file, ACCELERATOR, device, None, with_model=False)[1]
     options = options_for(device)
     core = comfy.sd.load_state_dict_guess_config(
         dict(weights), output_vae=False, output_model=False, te_model_options=options
@@ -114,7 +114,7 @@ def quantised(weights):
 
 
 def built(config, weights, device=ACCELERATOR):
-    return loading._build_text_encoder(loading._Detected(dict(weights), "", config), options_for(device), None, False)
+    return loaders.build_text_encoder(loaders.Detected(dict(weights), "", config), options_for(device), None, False)
 
 
 def cores(config, weights, device=ACCELERATOR):
@@ -173,7 +173,7 @@ def test_a_config_may_learn_about_the_text_encoder_from_the_diffusion_model(unet
         "detector.backbone.language_backbone.encoder.token_embedding.weight": ones.expand(49408, 1024),
         "detector.backbone.language_backbone.encoder.ln_final.weight": ones.expand(1024),
     }
-    model, clip = loading._load_model_and_clip(loading._Weights("sam3", weights, {}), unet_device, clip_device, None)
+    model, clip = loaders.load_model_and_clip(loaders.Weights("sam3", weights, {}), unet_device, clip_device, None)
     assert type(model.model).__name__ == "SAM3"
     name = "sam3_clip.transformer.text_model.final_layer_norm.weight"
     assert torch.equal(clip.cond_stage_model.state_dict()[name].float(), torch.ones(1024))

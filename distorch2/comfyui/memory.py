@@ -1,0 +1,54 @@
+"""What memory there is, as ComfyUI's memory manager counts it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..planning.plan import ComponentRequest, DeviceMemory, PlanError
+from ..planning.planner import relaying_donors
+from .core import mm
+
+_CPU = torch.device("cpu")
+
+
+def memory_of(requests: Sequence[ComponentRequest], *others: str) -> dict[str, DeviceMemory]:
+    """Memory of the devices of these requests and of others that compute, with `cpu` always among them.
+
+    Of a device that computes, what models hold that ComfyUI can evict counts as free, and the room that it leaves for
+    inference does not. What models hold on a device that only keeps weights does not count as free.
+    """
+    homes = {*others, *(request.compute_device for request in requests)}
+    computing = {
+        *homes,
+        *(donor for request in requests for donor in relaying_donors(request, request.allocation.devices)),
+    }
+    keeping = {device for request in requests for device in request.allocation.devices}
+    present = list(dict.fromkeys(["cpu", *(str(device) for device in mm.get_all_torch_devices())]))
+    named = sorted((computing | keeping) - {"cpu"})
+    for name in named:
+        if name not in present:
+            raise PlanError(f"there is no device {name!r}; this machine has {', '.join(present)}")
+        if not hasattr(torch, torch.device(name).type):  # torch.mps and torch.cpu exist; what they lack is not used
+            raise PlanError(
+                f"{name} is of a kind that torch has no streams and events for (DirectML, say): nothing can be kept "
+                "elsewhere for it, or on it for others; use ComfyUI's own loader there"
+            )
+    memory = {"cpu": DeviceMemory(int(mm.get_total_memory(_CPU)))}
+    for name in named:
+        device = torch.device(name)
+        free_bytes = int(mm.get_free_memory(device))
+        if name in computing:
+            loaded = (item for item in mm.current_loaded_models if item.device == device and item.model is not None)
+            free_bytes += int(sum(item.model_loaded_memory() for item in loaded) - mm.minimum_inference_memory())
+        can_compute = all(_supports_all_of(name, home) for home in homes)
+        memory[name] = DeviceMemory(int(mm.get_total_memory(device)), max(0, free_bytes), can_compute)
+    return memory
+
+
+def _supports_all_of(device: str, other: str) -> bool:
+    """Whether `device` has the dtypes and kernels of `other`. Of CUDA's it is known by their compute capability."""
+    if not device.startswith("cuda") or not other.startswith("cuda"):
+        return True
+    return torch.cuda.get_device_capability(device) >= torch.cuda.get_device_capability(other)
