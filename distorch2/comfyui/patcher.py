@@ -15,98 +15,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
-from ..moving.modules import Mover
 from ..planning.plan import GIB, Layer, Plan
 from ..serving.distribution import Distribution
 from ..serving.forwards import drop_copied_forwards
-from ..weights.inventory import list_layers, own_tensors
-from ..weights.quantised import (
-    as_parameter,
-    carries_patches,
-    carry,
-    is_gguf,
-    is_quantised,
-    plain_tensors,
-    rebuilder,
-    to_device,
-)
+from ..weights.inventory import own_tensors
 from . import core
 from .core import ModelPatcher, mm
 from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
 from .host import COMFYUI
-from .sharing import is_shared, unhook_original, unload
+from .lora import WeightPatcher, split_key
+from .patcher_state import ATTRIBUTE, Request, Shared, StandIns, shared_of, stand_ins_of
+from .sharing import unhook_original, unload
 
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-_ATTRIBUTE = "distorch2"
 
 
-class _StandIns(dict[torch.device, "DistributedPatcher"]):
-    """By device. All patchers of a module keep them, and they go with the last: the module does not, nor do they keep
-    each other."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """What was asked for a patcher and its clones. Others of the same module may be planned in another way."""
-
-    plan: Plan | None = None
-    """None where nothing was: everything on the compute device."""
-    high_precision_loras: bool = True
-
-
-@dataclass(eq=False)
-class _Shared:
-    """What all patchers of a module share; the module holds it. A copy of the module gets one of its own."""
-
-    layers: Sequence[Layer]
-    """As they were before any was patched."""
-    distributions: weakref.WeakKeyDictionary[_Request, dict[str, Distribution]] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
-    """By compute device, for each plan that a patcher still has."""
-    placed: Distribution | None = None
-    """The one that has the weights, or had them last."""
-    carried: dict[str, list[tuple]] = field(default_factory=dict)
-    """Weights that have their patches with them, by key, with the patches."""
-    private: set[str] = field(default_factory=set)
-    """Keys of weights in host memory that were another module's too, and have been copied to be written into."""
-    stand_ins: weakref.ref[_StandIns] | None = None
-    has_logged_compilation: bool = False
-
-    def __deepcopy__(self, memo: object) -> _Shared:
-        return _Shared(self.layers)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Shared, (self.layers,)
-
-
-class _Backup(NamedTuple):
-    """The original of a patched weight. ComfyUI reads the first two fields.
-
-    `patches` are those in the weight that is in place, None where that is not known; `kept_dtype` is the dtype in which
-    it is kept, if not that of the original.
-    """
-
-    weight: torch.Tensor
-    inplace_update: bool
-    patches: list[tuple] | None = None
-    kept_dtype: torch.dtype | None = None
-
-
-class DistributedPatcher(ModelPatcher):
+class DistributedPatcher(WeightPatcher):
     """Serves a module's weights from the devices of a plan. Made by `take_over`, or by `with_plan` of another."""
 
-    request = _Request()
-    _stand_ins = _StandIns()
+    request = Request()
+    _stand_ins = StandIns()
     _device_dtype: tuple[torch.dtype | None, bool] | None = None
     """A dtype of computation that was set for the device, and whether weights were cast by force before."""
 
@@ -121,18 +56,18 @@ class DistributedPatcher(ModelPatcher):
         patcher = cls(fresh.model, torch.device(plan.compute_device), _CPU)
         own = {"load_device", "offload_device", "size"}
         patcher.__dict__.update({name: value for name, value in vars(fresh).items() if name not in own})
-        patcher.request = _Request(plan, high_precision_loras)
-        patcher._stand_ins = _stand_ins_of(fresh.model)
+        patcher.request = Request(plan, high_precision_loras)
+        patcher._stand_ins = stand_ins_of(fresh.model)
         patcher.parent = patcher._stand_in()
-        patcher.remove_wrappers_with_key(core.WrappersMP.APPLY_MODEL, _ATTRIBUTE)
-        patcher.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, _ATTRIBUTE, _around_forward)
+        patcher.remove_wrappers_with_key(core.WrappersMP.APPLY_MODEL, ATTRIBUTE)
+        patcher.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, ATTRIBUTE, _around_forward)
         return patcher
 
     def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
         """As ComfyUI's; one with a module of its own is split and serves LoRAs in the same way."""
         clone = super().clone(*arguments, **options)
         clone.request, clone._device_dtype = self.request, self._device_dtype
-        clone._stand_ins = self._stand_ins if clone.model is self.model else _stand_ins_of(clone.model)
+        clone._stand_ins = self._stand_ins if clone.model is self.model else stand_ins_of(clone.model)
         return clone
 
     def set_device_dtype(self, dtype: torch.dtype | None) -> None:
@@ -153,7 +88,7 @@ class DistributedPatcher(ModelPatcher):
         """A clone with another plan. The module has the weights as planned for the patcher that was loaded last."""
         clone = self.clone()
         clone.load_device = torch.device(plan.compute_device)
-        clone.request = _Request(plan, high_precision_loras)
+        clone.request = Request(plan, high_precision_loras)
         clone.parent = clone._stand_in()
         return clone
 
@@ -162,19 +97,19 @@ class DistributedPatcher(ModelPatcher):
         had loaded. It has neither plan nor patches."""
         if self.load_device not in self._stand_ins:
             stand_in = self.clone()
-            stand_in.parent, stand_in.request, stand_in.patches = None, _Request(), {}
-            stand_in._stand_ins = _StandIns()
+            stand_in.parent, stand_in.request, stand_in.patches = None, Request(), {}
+            stand_in._stand_ins = StandIns()
             self._stand_ins[self.load_device] = stand_in
         return self._stand_ins[self.load_device]
 
     @property
-    def _shared(self) -> _Shared:
-        return _shared_of(self.model)
+    def _shared(self) -> Shared:
+        return shared_of(self.model)
 
     @staticmethod
     def layers_of(module: torch.nn.Module) -> Sequence[Layer]:
         """The layers of a module, as they are without patches."""
-        return _shared_of(module).layers
+        return shared_of(module).layers
 
     @property
     def distribution(self) -> Distribution:
@@ -382,48 +317,11 @@ class DistributedPatcher(ModelPatcher):
         if was_injected and self.distribution.relay is not None:
             self.distribution.relay.is_allowed = True
 
-    def patch_weight_to_device(
-        self,
-        key: str,
-        device_to: torch.device | None = None,
-        inplace_update: bool = False,
-        return_weight: bool = False,
-        force_cast: bool = False,
-    ) -> Any:
-        """As ComfyUI's, but always from the original weight, since the one in place may be patched already."""
-        if carries_patches(self._original(key)):
-            if not return_weight:
-                self._carry({**self._shared.carried, key: list(self.patches.get(key, ()))})
-            return self._original(key)
-        if return_weight or key not in self.patches:
-            return self._patched(key, self._original(key), device_to, force_cast)
-        layer_name, name = _split(key)
-        self.model.current_weight_patches_uuid = None  # those of others may be of another clone
-        self.distribution.settle()
-        self._back_up(key)
-        weight = self._patched(key, self._original(key), device_to, force_cast)
-        self.distribution.replace({layer_name: {name: weight}})
-        self.distribution.resume()
-        return None
-
-    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter) -> None:
-        with self._on_compute_device(key):
-            super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
-
-    def patch_cached_hook_weights(self, cached_weights, key, memory_counter) -> None:
-        with self._on_compute_device(key):
-            super().patch_cached_hook_weights(cached_weights, key, memory_counter)
-
     def add_object_patch(self, name: str, obj: Any) -> None:
         """As ComfyUI's, which makes some of shallow copies of modules with another configuration."""
         if isinstance(obj, torch.nn.Module):
             drop_copied_forwards(obj)
         super().add_object_patch(name, obj)
-
-    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
-        if self.hook_backup:
-            self.distribution.settle()
-        super().unpatch_hooks(whitelist_keys_set)
 
     def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
         """As ComfyUI's, with weights on donors in host memory."""
@@ -441,104 +339,10 @@ class DistributedPatcher(ModelPatcher):
             for name, value in state_dict.items()
         }
 
-    def _patch_weights(self, anew: bool = False) -> None:
-        """Bring the weights in place from the patches that they have to those of this clone.
-
-        What changes is computed once, from the original, on the compute device, and its bytes are shipped to its place.
-        All of it, if `anew`.
-        """
-        wanted = {key: list(self.patches[key]) for key in self.patches if self._is_patched_by_comfyui(key)}
-        carried = {key: patches for key, patches in wanted.items() if carries_patches(self._original(key))}
-        self._carry(carried)
-        wanted = {key: patches for key, patches in wanted.items() if key not in carried}
-        changed = [
-            key
-            for key in dict.fromkeys([*self.backup, *wanted])
-            if anew or not (key in wanted and self._is_in_place(key, wanted[key]))
-        ]
-        self._change_weights(changed, wanted)
-
-    def _carry(self, wanted: Mapping[str, list[tuple]]) -> None:
-        """Set the patches of the weights that carry them, by key; all others of these lose theirs. No data changes."""
-        carried = self._shared.carried
-        changed = [key for key in {*carried, *wanted} if not _same(carried.get(key), wanted.get(key))]
-        if changed:
-            self.model.current_weight_patches_uuid = None
-        for key in changed:
-            module, name = self._owner(key)
-            patches = wanted.get(key)
-            carry(getattr(module, name), [(patches, key)] if patches else [])
-        self._shared.carried = dict(wanted)
-
-    def _unpatch_weights(self, keys: Collection[str]) -> None:
-        self._change_weights(keys, {})
-
-    def _change_weights(self, keys: Collection[str], wanted: Mapping[str, list[tuple]]) -> None:
-        """Patch these weights as `wanted` says, each from its original; one that it lacks gets its original back."""
-        if not keys:
-            return
-        self.model.current_weight_patches_uuid = None  # first: what fails in the middle is not taken for patched
-        self.distribution.settle()
-        by_layer = _by_layer(keys)
-        with Mover(self.load_device, self.distribution.pinned) as mover:
-            for batch in self.distribution.batches(by_layer):
-                if wanted:
-                    mm.throw_exception_if_processing_interrupted()
-                of_batch = [key for layer_name in batch for key in by_layer[layer_name].values()]
-                self._change_batch(of_batch, wanted, mover)
-
-    def _change_batch(self, keys: Sequence[str], wanted: Mapping[str, list[tuple]], mover: Mover) -> None:
-        """`_change_weights` for the weights of one group of layers, or of one layer."""
-        originals = {key: mover.copied(self._original(key)) for key in keys if key in wanted}
-        mover.flush()
-        weights: dict[str, dict[str, torch.Tensor]] = {}
-        for key in keys:
-            layer_name, name = _split(key)
-            if key in wanted:
-                weight = self._patched(key, originals.pop(key), self.load_device)
-            else:
-                weight = self.backup[key].weight
-            weights.setdefault(layer_name, {})[name] = weight
-            self._back_up(key)
-        self.distribution.replace(weights)
-        for key in keys:
-            if key in wanted:
-                self.backup[key] = self.backup[key]._replace(patches=wanted[key], kept_dtype=self._kept_dtype(key))
-            else:
-                del self.backup[key]
-
-    def _is_in_place(self, key: str, patches: list[tuple]) -> bool:
-        backup = self.backup.get(key)
-        return backup is not None and _same(backup.patches, patches) and backup.kept_dtype == self._kept_dtype(key)
-
-    def _is_patched_by_comfyui(self, key: str) -> bool:
-        """Not a buffer, nor a parameter of a module whose children have parameters: those ComfyUI leaves alone."""
-        try:
-            module, name = self._owner(key)
-        except AttributeError:  # of a module that an object patch will bring
-            return False
-        own = module._parameters
-        return name in own and all(child_name in own for child_name, _ in module.named_parameters())
-
     def _release(self, distribution: Distribution) -> None:
         self.model.current_weight_patches_uuid = None
         distribution.release(self._originals())
         self._forget_patches()
-
-    def _originals(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Layer name -> name in it -> the weight as it was, for all that are patched."""
-        return {
-            layer_name: {name: self.backup[key].weight for name, key in of_layer.items()}
-            for layer_name, of_layer in _by_layer(self.backup).items()
-        }
-
-    def _forget_patches(self) -> None:
-        self._carry({})
-        self.model.current_weight_patches_uuid = None
-        self.backup.clear()
-        for module in self.model.modules():
-            if hasattr(module, "comfy_patched_weights"):
-                del module.comfy_patched_weights
 
     @contextlib.contextmanager
     def _unserved(self) -> Iterator[None]:
@@ -569,78 +373,9 @@ class DistributedPatcher(ModelPatcher):
             cached = self._planned = (asked, self.patches_uuid, self._compute_dtype, extra)
         return cached[3]
 
-    def _extra_bytes(self) -> dict[str, int]:
-        """Name of a layer -> how much larger its weights are for being kept in the dtype of computation."""
-        extra: dict[str, int] = {}
-        for key in self.patches:
-            dtype = self._kept_dtype(key)
-            if dtype is not None:
-                original, layer_name = self._original(key), _split(key)[0]
-                num_bytes = sum(part.nbytes for part in plain_tensors(original))
-                extra[layer_name] = extra.get(layer_name, 0) + original.numel() * dtype.itemsize - num_bytes
-        return extra
-
-    def _kept_dtype(self, key: str) -> torch.dtype | None:
-        """The dtype to keep the patched weight in, if not that of the original."""
-        if key not in self.patches or not self.request.high_precision_loras or not self._is_patched_by_comfyui(key):
-            return None
-        original = self._original(key)
-        if is_gguf(original) or (not is_quantised(original) and original.dtype.itemsize > 1):
-            return None
-        return self._compute_dtype
-
-    @property
-    def _compute_dtype(self) -> torch.dtype:
-        """That of this clone, which may have it as an object patch."""
-        if hasattr(self.model, "manual_cast_dtype"):
-            return self.get_model_object("manual_cast_dtype") or self.model.get_dtype()
-        return mm.lora_compute_dtype(self.load_device)
-
-    def _original(self, key: str) -> torch.Tensor:
-        """The weight without any clone's patches."""
-        if key in self.backup:
-            return self.backup[key].weight
-        module, name = self._owner(key)
-        return getattr(module, name)
-
-    def _patched(
-        self, key: str, original: torch.Tensor, device: torch.device | None, force_cast: bool = False
-    ) -> torch.Tensor:
-        """`original`, the weight without any clone's patches or a copy of it, with this clone's. Without patches, and
-        unless it is to be cast, ComfyUI returns the original itself."""
-        module, name = self._owner(key)
-        in_place, weight = getattr(module, name), original
-        if device is not None and is_quantised(weight):
-            weight = to_device(weight, device)  # before ComfyUI takes it there in full precision
-        if is_gguf(weight) and key in self.patches:  # as ComfyUI-GGUF: computed in full precision
-            (plain,) = plain_tensors(weight)
-            full = mm.cast_to_device(plain, device or plain.device, torch.float32, copy=True)
-            return rebuilder(weight)([core.lora.calculate_weight(self.patches[key], full, key).to(plain.dtype)])
-        dtype = self._kept_dtype(key)
-        with contextlib.nullcontext() if weight is in_place else self._bound_to(key, weight):
-            if dtype is None:
-                return super().patch_weight_to_device(key, device, return_weight=True, force_cast=force_cast)
-            # As there, but not rounded to the dtype of the original in the end.
-            weight, _, convert = core.get_key_weight(self.model, key)
-            lora_dtype = mm.lora_compute_dtype(device)
-            full = mm.cast_to_device(weight, device or weight.device, lora_dtype, copy=True)
-            full = full if convert is None else convert(full, inplace=True)
-            return core.lora.calculate_weight(self.patches[key], full, key).to(dtype)
-
-    def _back_up(self, key: str) -> None:
-        """Before a weight is replaced: keep the original, and do not take the one in place for what it was."""
-        if key in self.backup:
-            self.backup[key] = self.backup[key]._replace(patches=None)
-        else:
-            weight = self.distribution.kept_weight(*_split(key))
-            if weight is None:
-                module, name = self._owner(key)
-                weight = to_device(getattr(module, name), _CPU, copy=True)
-            self.backup[key] = _Backup(weight, False)
-
     def _set_casting(self) -> None:
         """What ComfyUI's operations ask of their module, as for a model that is loaded completely."""
-        kept_in_full = {_split(key)[0] for key in self.patches if self._kept_dtype(key) is not None}
+        kept_in_full = {split_key(key)[0] for key in self.patches if self._kept_dtype(key) is not None}
         for name, module in self.model.named_modules():
             if not own_tensors(module):
                 continue
@@ -657,41 +392,6 @@ class DistributedPatcher(ModelPatcher):
             module.weight_function.extend(self.weight_wrapper_patches.get(f"{name}.weight", []))
             module.bias_function.extend(self.weight_wrapper_patches.get(f"{name}.bias", []))
             core.move_weight_functions(module, self.load_device)
-
-    def _owner(self, key: str) -> tuple[torch.nn.Module, str]:
-        """The module that has the weight `key`, and the weight's name in it."""
-        layer_name, name = _split(key)
-        return self.model.get_submodule(layer_name), name
-
-    @contextlib.contextmanager
-    def _bound_to(self, key: str, value: torch.Tensor) -> Iterator[None]:
-        """The parameter replaced by one with this value."""
-        module, name = self._owner(key)
-        parameter = module._parameters[name]
-        module._parameters[name] = as_parameter(value)
-        try:
-            yield
-        finally:
-            module._parameters[name] = parameter
-
-    @contextlib.contextmanager
-    def _on_compute_device(self, key: str) -> Iterator[None]:
-        """A weight on a donor replaced by a copy on the compute device, which is written back."""
-        module, name = self._owner(key)
-        weight = getattr(module, name)
-        is_resident = weight.device == self.load_device
-        if not is_resident or self.distribution.relay is not None:
-            self.distribution.settle()
-        if is_resident:
-            if weight.device == _CPU and is_shared(self.model) and key not in self._shared.private:
-                module._parameters[name] = to_device(weight, _CPU, copy=True)
-                self._shared.private.add(key)
-            yield
-            return
-        copy = weight.to(self.load_device, copy=True)
-        with self._bound_to(key, copy):
-            yield
-        weight.data.copy_(copy)
 
     def out_of_memory_message(self, doing: str, advice: str, error: BaseException) -> str:
         plan = self.distribution.plan
@@ -726,48 +426,3 @@ def _around_forward(executor: Any, *arguments: Any, **options: Any) -> Any:
             raise
         advice = f"keep less of it on {patcher.load_device}, or make the image or the batch smaller"
         raise OUT_OF_MEMORY(patcher.out_of_memory_message("running", advice, error)) from error
-
-
-def _shared_of(module: torch.nn.Module) -> _Shared:
-    if _ATTRIBUTE not in vars(module):
-        setattr(module, _ATTRIBUTE, _Shared(list_layers(module)))
-    return vars(module)[_ATTRIBUTE]
-
-
-def _stand_ins_of(module: torch.nn.Module) -> _StandIns:
-    shared = _shared_of(module)
-    stand_ins = shared.stand_ins() if shared.stand_ins is not None else None
-    if stand_ins is None:
-        stand_ins = _StandIns()
-        shared.stand_ins = weakref.ref(stand_ins)
-    return stand_ins
-
-
-def _split(key: str) -> tuple[str, str]:
-    """Name of the layer and name of the weight in it."""
-    layer_name, _, name = key.rpartition(".")
-    return layer_name, name
-
-
-def _by_layer(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Name of the layer -> name of the weight in it -> key."""
-    layers: dict[str, dict[str, str]] = {}
-    for key in keys:
-        layer_name, name = _split(key)
-        layers.setdefault(layer_name, {})[name] = key
-    return layers
-
-
-def _same(left: Any, right: Any) -> bool:
-    """Whether two lists of patches do the same: of tensors, only whether they are the same objects."""
-    if left is right:
-        return True
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(_same, left, right))
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
-    if isinstance(left, core.WeightAdapterBase):
-        return _same(vars(left), vars(right))
-    return isinstance(left, (bool, int, float, str, set)) and left == right
