@@ -22,6 +22,7 @@ from distorch2.moving.modules import Mover
 from distorch2.moving.pinning import PinnedSlabs
 from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
 from distorch2.serving.distribution import Distribution
+from distorch2.serving.stores import Stores
 from distorch2.serving.streaming import StreamedGroup
 from distorch2.weights.checkpoint_file import CheckpointError, check_file
 
@@ -95,14 +96,14 @@ def test_an_error_that_is_none_of_both_stays_what_it_is(checkpoints, monkeypatch
 
 def test_a_device_that_is_lost_while_placing_leaves_nothing_half_placed(checkpoints, monkeypatch):
     model = on_donor(checkpoints)[0]
-    packed = Distribution._pack
+    packed = Stores._pack
 
-    def lost_afterwards(distribution, *arguments):
-        packed(distribution, *arguments)
+    def lost_afterwards(stores, *arguments):
+        packed(stores, *arguments)
         failing_with(LOST[0])()
 
     with monkeypatch.context() as patches:
-        patches.setattr(Distribution, "_pack", lost_afterwards)
+        patches.setattr(Stores, "_pack", lost_afterwards)
         with pytest.raises(RuntimeError, match="restart ComfyUI"):
             mm.load_models_gpu([model])
     assert model.loaded_size() == 0

@@ -303,7 +303,7 @@ def test_an_allocation_that_fails_at_any_point_of_a_load(checkpoints, expected):
         assert same(sample(model, clip), wanted)
         mm.unload_all_models()
         model.distribution.groups.clear()  # so that everything is allocated again
-        model.distribution._served.clear()
+        model.distribution._stores._stored.clear()
     assert failed  # those on the host
     assert len(failed) < nth - 1  # the others are made on the host or smaller
 

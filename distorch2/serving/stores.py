@@ -1,0 +1,302 @@
+"""Stores: which group of layers lies in which slab on which device."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar, cast
+
+import torch
+
+from ..moving.host import Host
+from ..moving.modules import Mover
+from ..moving.pinning import PinnedSlabs
+from ..planning.plan import Group, Plan
+from ..weights.inventory import layout_of, loaded_dtypes, note_dtype
+from ..weights.quantised import as_parameter, plain_tensors, to_device
+from ..weights.sources import Sources
+from .streaming import StreamedGroup, StreamedLayer
+
+logger = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+_T = TypeVar("_T")
+_PACKING_THREADS = 8
+
+
+class Stores:
+    """The weights of one module: slabs on donors, and everything else on `device`, or on the host after `release`.
+
+    `groups` are those that lie in slabs. `pinned` page-locks those on the host while `is_in_use`.
+    """
+
+    def __init__(self, module: torch.nn.Module, device: torch.device, host: Host) -> None:
+        self.device = device
+        self.groups: dict[Group, StreamedGroup] = {}
+        self.sources = Sources()
+        self.pinned = PinnedSlabs(device, host)
+        self.is_in_use = False
+        self._host = host
+        self._limits: dict[torch.device, float] = {}
+        self._module = weakref.ref(module)
+        self._stored: weakref.WeakKeyDictionary[torch.nn.Module, tuple[StreamedGroup, StreamedLayer]]
+        self._stored = weakref.WeakKeyDictionary()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return cast(torch.nn.Module, self._module())
+
+    def holds(self, module: torch.nn.Module) -> bool:
+        """Whether the module's own weights lie in a slab."""
+        return module in self._stored
+
+    def place(self, plan: Plan, is_cancellable: bool = False) -> None:
+        """Put every layer where `plan` has it, one after another.
+
+        What is on the module but not in the plan, since somebody put it there, goes to the compute device as well. If
+        it `is_cancellable`, the host's exception for a cancelled prompt may leave it half done.
+        """
+        module = self.module
+        self.is_in_use = True
+        self.sources.note(module.modules())
+        _fill_missing(module)
+        # What leaves the compute device does so before anything else is put there.
+        homes = self._homes(plan)
+        to_pack = {}
+        for key in plan.groups:
+            if key not in self.groups or not self.groups[key].is_bound():
+                to_pack[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
+            elif self.groups[key].slab.device != homes[key]:
+                self.move(key, homes[key])
+        self._pack(to_pack, homes, set(plan.evicted), is_cancellable)
+        returned = [self._unstore(key).slab for key in list(self.groups) if key not in homes]
+        self._take_the_others_to_the_device()
+        for slab in returned:
+            self.pinned.unpin(slab)
+
+    def place_others(self) -> None:
+        """Put what is on the module and was not there when it was placed on the compute device."""
+        self.sources.note(self.module.modules())
+        self._take_the_others_to_the_device()
+
+    def _take_the_others_to_the_device(self) -> None:
+        self._move_all((child for child in self.module.modules() if child not in self._stored), self.device)
+
+    def release(self, originals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Take everything back to the host.
+
+        Weights that a file has are those of the file again. Slabs on the host stay, if they hold others. `originals`
+        are the weights of patched layers, by layer name and name in it, on the host. Needs no memory of any other
+        device.
+        """
+        module = self.module
+        self.is_in_use = False
+        for layer_name, values in originals.items():
+            child = module.get_submodule(layer_name)
+            for name, value in values.items():
+                child._parameters[name] = as_parameter(value)
+                note_dtype(child, name, value)
+                self.sources.replaced(child, name, value)
+        for key, group in list(self.groups.items()):
+            if group.slab.device != _CPU or all(self.sources.are_known(layer.module) for layer in group.living):
+                for layer in group.living:
+                    self.sources.rebind(layer.module)
+            if group.slab.device != _CPU or not group.is_bound():
+                self._unstore(key)
+        self._take_to_the_host(child for child in module.modules() if child not in self._stored)
+
+    def limit(self, plan: Plan, donor: torch.device, num_bytes: float) -> list[tuple[Group, torch.device]]:
+        """Allow no more than `num_bytes` of slabs on a donor; returns the groups that are to be moved for it, and where
+        they go."""
+        self._limits[donor] = num_bytes
+        homes = self._homes(plan) if self.is_in_use else {}
+        there = [(key, home, self.groups[key]) for key, home in homes.items() if key in self.groups]
+        return [(key, home) for key, home, group in there if group.slab.device != home and group.is_bound()]
+
+    def batches(self, layer_names: Iterable[str]) -> Iterable[list[str]]:
+        """The names, with those of a group together: its weights are best replaced all at once."""
+        group_of = {layer.name: group for group in self.groups for layer in group.layers}
+        batches: dict[object, list[str]] = {}
+        for name in layer_names:
+            batches.setdefault(group_of.get(name, name), []).append(name)
+        return batches.values()
+
+    def replace(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> list[StreamedGroup]:
+        """Give layers new weights, by layer name and name in it, where theirs lie; others that hold the old keep them.
+
+        Returns the groups whose slabs they do not fit: the modules have the weights, and `lay_out_again` is to follow.
+        """
+        in_slabs: dict[StreamedGroup, dict[StreamedLayer, Mapping[str, torch.Tensor]]] = {}
+        others = []
+        for layer_name, values in weights.items():
+            child = self.module.get_submodule(layer_name)
+            group, layer = self.find(child)
+            if group is None or layer is None:
+                self._set(child, values)
+            else:
+                in_slabs.setdefault(group, {})[layer] = values
+        for group, of_layers in in_slabs.items():
+            if all(layer.fits(of_layers.get(layer, {})) for layer in group.living):
+                self._pack_anew(group, of_layers)
+            else:
+                for layer, values in of_layers.items():
+                    self._set(layer.module, values)
+                others.append(group)
+        return others
+
+    def lay_out_again(self, group: StreamedGroup) -> None:
+        """A new slab, of another layout, for the weights that the modules have."""
+        key = next(key for key, each in self.groups.items() if each is group)
+        self._pack({key: {layer.name: layer.module for layer in group.living}}, {key: group.slab.device})
+        if not self.is_in_use:
+            self.pinned.unpin(self.groups[key].slab)
+
+    def kept_weight(self, layer_name: str, name: str) -> torch.Tensor | None:
+        """A weight as it goes on lying in host memory when it is replaced; None if it does not."""
+        child = self.module.get_submodule(layer_name)
+        group, _ = self.find(child)
+        is_on_host = group is not None and group.slab.device == _CPU
+        source = self.sources.of(child, name)
+        return getattr(child, name) if source is None and is_on_host else source
+
+    def move(self, key: Group, device: torch.device) -> None:
+        group = self.groups[key]
+        replaced = group.slab
+        with self.sources.kept(layer.module for layer in group.living):
+            self._there_or_on_host(group.move, device)
+        self.pinned.unpin(replaced)
+        if self.is_in_use:
+            self._pin(group, group.slab)
+
+    def find(self, child: torch.nn.Module) -> tuple[StreamedGroup, StreamedLayer] | tuple[None, None]:
+        """By the module itself: an object patch may have put another in the place of one in a slab."""
+        return self._stored.get(child, (None, None))
+
+    def _set(self, child: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+        """Give a module new parameters, on the devices of those that it has."""
+        for name, value in values.items():
+            device = plain_tensors(getattr(child, name))[0].device
+            note_dtype(child, name, value)
+            setattr(child, name, to_device(value, device))
+            self.sources.replaced(child, name, value)
+
+    def _pack_anew(self, group: StreamedGroup, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]]) -> None:
+        """Serve a group from a new slab with these weights. It is page-locked before they come: from the compute device
+        that is faster."""
+        replaced = group.slab
+        slab = self._there_or_on_host(group.new_slab, replaced.device)
+        try:
+            if self.is_in_use:
+                self._pin(group, slab)
+            with self.sources.kept(layer.module for layer in group.living):
+                group.serve_from(group.fill(slab, values))
+        except BaseException:
+            self.pinned.unpin(slab)
+            raise
+        for layer, of_layer in values.items():
+            for name, value in of_layer.items():
+                self.sources.replaced(layer.module, name, value)
+        self.pinned.unpin(replaced)
+        if self.is_in_use:  # if it could not be, beside the one that it replaces
+            self._pin(group, slab)
+
+    def _homes(self, plan: Plan) -> dict[Group, torch.device]:
+        """Where the slab of every group is to lie: the first on their donors, as far as the limits there allow."""
+        homes, used = {}, dict.fromkeys(self._limits, 0)
+        for key in plan.groups:
+            device = torch.device(key.device)
+            if device in self._limits:
+                if used[device] + key.slab_bytes > self._limits[device]:
+                    device = _CPU
+                else:
+                    used[device] += key.slab_bytes
+            homes[key] = device
+        return homes
+
+    def _pack(
+        self,
+        modules: Mapping[Group, Mapping[str, torch.nn.Module]],
+        homes: Mapping[Group, torch.device],
+        evicted: Collection[Group] = (),
+        is_cancellable: bool = False,
+    ) -> None:
+        """Serve these groups from slabs at their homes, or on the host where a home has no memory.
+
+        On the host several are packed at a time, a few ahead of the one that is page-locked and served here: that is
+        when the weights that they are packed from are let go.
+        """
+        made = {
+            key: StreamedGroup(members, [layout_of(each) for each in members.values()], key.is_table)
+            for key, members in modules.items()
+        }
+        on_host = iter([key for key in made if homes[key] == _CPU])
+        packing: dict[Group, Future[torch.Tensor]] = {}
+        with ThreadPoolExecutor(_PACKING_THREADS) as pool:
+            for key, group in made.items():
+                if is_cancellable:
+                    self._host.raise_if_interrupted()
+                for ahead in itertools.islice(on_host, 2 * _PACKING_THREADS - len(packing)):
+                    if ahead in evicted:
+                        # In place: other holders of the parameters keep no memory there.
+                        self._take_to_the_host(modules[ahead].values())
+                    # What a thread allocates, the C library may keep for it when it is freed.
+                    packing[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(_CPU))
+                slab = packing.pop(key).result() if key in packing else self._there_or_on_host(group.packed, homes[key])
+                replaced = self.groups.get(key)
+                with self.sources.kept(modules[key].values()):
+                    group.serve_from(slab)
+                self.groups[key] = group
+                self._stored.update({layer.module: (group, layer) for layer in group.living})
+                if replaced is not None:
+                    self.pinned.unpin(replaced.slab)
+                self._pin(group, slab)
+
+    def _pin(self, group: StreamedGroup, slab: torch.Tensor) -> None:
+        """Tables are read in place, and need not be page-locked."""
+        if not group.is_table:
+            self.pinned.pin(slab)
+
+    def _unstore(self, key: Group) -> StreamedGroup:
+        group = self.groups.pop(key)
+        for layer in group.living:
+            if self.find(layer.module)[0] is group:
+                del self._stored[layer.module]
+        return group
+
+    def _move_all(self, modules: Iterable[torch.nn.Module], device: torch.device) -> None:
+        modules = list(modules)
+        with self.sources.kept(modules), Mover(device, self.pinned) as mover:
+            for module in modules:
+                mover.move(module)
+
+    def _take_to_the_host(self, modules: Iterable[torch.nn.Module]) -> None:
+        """What a file has is not copied."""
+        modules = list(modules)
+        for module in modules:
+            self.sources.rebind(module)
+        self._move_all(modules, _CPU)
+
+    def _there_or_on_host(self, make: Callable[[torch.device], _T], device: torch.device) -> _T:
+        """What `make` makes on `device`, or on the host where that has no memory left."""
+        try:
+            return make(device)
+        except RuntimeError as error:
+            if device == _CPU or not self._host.is_out_of_memory(error):
+                raise
+            logger.warning(
+                "DisTorch2: %s is full; a group of layers planned for it is on the host (%s)", device, str(error)
+            )
+            return make(_CPU)
+
+
+def _fill_missing(module: torch.nn.Module) -> None:
+    """Zeros for weights that the file does not have: with DynamicVRAM they have no memory yet."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                (dtype,) = loaded_dtypes(child, name)
+                zeros = torch.zeros(parameter.shape, dtype=dtype)
+                child._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
