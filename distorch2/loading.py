@@ -27,13 +27,13 @@ from .planning.plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError
 from .planning.planner import make_plan
 from .report import render_table, rows_of_plan
 from .weights.checkpoint_file import CheckpointError, check_file
+from .weights.devices import CPU
 from .weights.inventory import list_layers, own_tensors
 from .weights.quantised import can_be_taken_apart
 
 logger = logging.getLogger(__name__)
 
 DIFFUSION_MODEL, TEXT_ENCODER, VAE = ("diffusion model", "text encoder", "VAE")
-_CPU = torch.device("cpu")
 _NOT_PAGE_LOCKED = ("xpu", "npu", "mlu")
 """Kinds of accelerators for which ComfyUI page-locks no memory that it has already."""
 _COMPILED = "torch_compile_kwargs"
@@ -196,7 +196,7 @@ def load_diffusion_model(
     """
     check_devices(request)
     check_file(path)
-    devices = {"load_device": torch.device(request.compute_device), "offload_device": _CPU}
+    devices = {"load_device": torch.device(request.compute_device), "offload_device": CPU}
     options = {**(model_options or {}), **devices}
     weights = read(path)
     patcher = None
@@ -226,7 +226,7 @@ def load_text_encoder(
     types = core.sd.CLIPType.__members__
     if clip_type.upper() not in types:
         raise ValueError(f"there is no text encoder type {clip_type!r}; use {', '.join(map(str.lower, types))}")
-    devices = {"load_device": torch.device(request.compute_device), "offload_device": _CPU, "initial_device": _CPU}
+    devices = {"load_device": torch.device(request.compute_device), "offload_device": CPU, "initial_device": CPU}
     try:
         clip = core.sd.load_clip(
             list(paths),

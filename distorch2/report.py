@@ -28,9 +28,9 @@ def rows_of_plan(component: str, plan: Plan) -> list[Row]:
     there; the compute device first."""
     rows = []
     for device in plan.devices:
-        there = [placement for placement in plan.placements if placement.device == device]
+        on_device = [placement for placement in plan.placements if placement.device == device]
         for way in (RELAYED, RESIDENT, STREAMED, LOOKED_UP):
-            served_so = [placement.layer.num_bytes for placement in there if plan.how_served(placement) == way]
+            served_so = [placement.layer.num_bytes for placement in on_device if plan.how_served(placement) == way]
             if served_so:
                 share = sum(served_so) / plan.model_bytes if plan.model_bytes else 1.0
                 rows.append(Row(component, device, way, len(served_so), sum(served_so), share))

@@ -515,7 +515,7 @@ def test_half_of_a_copy_takes_a_detour(mode, monkeypatch):
                 transfer.use(copy)
                 assert torch.equal(copy.target.cpu(), copy.source)
                 copy.source.random_(256)
-    assert [len(copy.is_done) for copy in copies] == [2, 1, 2, 1, 2]
+    assert [len(copy.done_events) for copy in copies] == [2, 1, 2, 1, 2]
 
 
 def test_what_was_copied_ahead_and_not_used_does_not_come_later(mode, monkeypatch):

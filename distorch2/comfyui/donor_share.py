@@ -8,12 +8,11 @@ import weakref
 import torch
 
 from ..moving.host import KeepsOnDonors
+from ..weights.devices import CPU
 from .core import ModelPatcher, mm
 from .failures import is_out_of_memory
 
 logger = logging.getLogger(__name__)
-
-_CPU = torch.device("cpu")
 
 
 class WeightsOnDonor(torch.nn.Module):
@@ -32,7 +31,7 @@ class DonorShare(ModelPatcher):
     """
 
     def __init__(self, distribution: KeepsOnDonors, donor: torch.device, is_relay: bool) -> None:
-        super().__init__(WeightsOnDonor(donor), donor, _CPU)
+        super().__init__(WeightsOnDonor(donor), donor, CPU)
         self._is_relay = is_relay
         self._reference = weakref.ref(distribution)  # which holds this object
 

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from ..weights.checkpoint_file import CheckpointError
+from ..weights.devices import CPU
 from ..weights.quantised import is_quantised
 from . import core
 from .core import ModelPatcher, mm
 
 logger = logging.getLogger(__name__)
 
-_CPU = torch.device("cpu")
 _MAY_BE_MISSING = (".logit_scale", ".transformer.text_projection.weight")
 """Parameters of text encoders that files may lack: ComfyUI does not warn of them either."""
 _DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -95,9 +95,9 @@ def load_model_and_clip(
     disable_dynamic: bool = False,
 ) -> tuple[ModelPatcher | None, core.sd.CLIP | None]:
     """None for what is not asked for or not in the file. ComfyUI's loader takes out of `weights` what it loads."""
-    model_options = {"load_device": torch.device(unet_device), "offload_device": _CPU}
+    model_options = {"load_device": torch.device(unet_device), "offload_device": CPU}
     # The text encoder is not to be on its device before a plan says so: ComfyUI moves it there when it is used.
-    clip_options = {"load_device": torch.device(clip_device), "offload_device": _CPU, "initial_device": _CPU}
+    clip_options = {"load_device": torch.device(clip_device), "offload_device": CPU, "initial_device": CPU}
 
     detected = _detect(weights)
     if detected.config is None:
@@ -109,7 +109,7 @@ def load_model_and_clip(
     # Where the CPU computes with the diffusion model it may copy: the weights stay in host memory, and the file may be
     # replaced meanwhile.
     would_copy = unet_device != "cpu" and not core.loaders_keep_the_mapping(disable_dynamic)
-    if would_copy or first_device != _CPU:
+    if would_copy or first_device != CPU:
         if with_model:
             model = _build_diffusion_model(detected, dtype, model_options, disable_dynamic)
         if with_clip:  # after the diffusion model, of whose weights the config may learn about the text encoder
@@ -177,7 +177,7 @@ def load_vae(weights: Weights, device: str) -> core.sd.VAE:
         metadata=weights.metadata,
     )[2]
     if getattr(vae, "patcher", None) is not None:
-        vae.patcher.offload_device = _CPU  # with --gpu-only ComfyUI names its default GPU
+        vae.patcher.offload_device = CPU  # with --gpu-only ComfyUI names its default GPU
     return vae
 
 
@@ -205,7 +205,7 @@ def _build_diffusion_model(
     cast_from = None if config.quant_config is not None else dtype
     manual_cast_dtype = mm.unet_manual_cast(cast_from, device, config.supported_inference_dtypes)
     core.set_inference_dtype(config, dtype, manual_cast_dtype, device)
-    model = config.get_model(detected.state_dict, detected.prefix, device=_CPU)
+    model = config.get_model(detected.state_dict, detected.prefix, device=CPU)
     patcher = core.patcher_class(disable_dynamic)(model, **model_options)
     with _tensors_as_built(patcher):
         model.load_model_weights(detected.state_dict, detected.prefix, assign=True)
@@ -231,7 +231,7 @@ def build_text_encoder(
         return None
     device = clip_options["load_device"]
     # ComfyUI computes a text encoder on the CPU when its device lacks a dtype of it, which is known when it is built.
-    is_copied = device == _CPU or not all(mm.supports_cast(device, dtype) for dtype in _DTYPES)
+    is_copied = device == CPU or not all(mm.supports_cast(device, dtype) for dtype in _DTYPES)
     clip = core.sd.CLIP(
         target,
         embedding_directory=embedding_directory,

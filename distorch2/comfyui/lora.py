@@ -13,6 +13,7 @@ import torch
 
 from ..moving.modules import Mover
 from ..serving.distribution import Distribution
+from ..weights.devices import CPU
 from ..weights.quantised import (
     as_parameter,
     carries_patches,
@@ -27,8 +28,6 @@ from . import core
 from .core import ModelPatcher, mm
 from .patcher_state import Request, Shared
 from .sharing import is_shared
-
-_CPU = torch.device("cpu")
 
 
 class _Backup(NamedTuple):
@@ -254,7 +253,7 @@ class WeightPatcher(ModelPatcher):
             weight = self.distribution.kept_weight(*split_key(key))
             if weight is None:
                 module, name = self._owner(key)
-                weight = to_device(getattr(module, name), _CPU, copy=True)
+                weight = to_device(getattr(module, name), CPU, copy=True)
             self.backup[key] = _Backup(weight, False)
 
     def _owner(self, key: str) -> tuple[torch.nn.Module, str]:
@@ -282,8 +281,8 @@ class WeightPatcher(ModelPatcher):
         if not is_resident or self.distribution.relay is not None:
             self.distribution.settle()
         if is_resident:
-            if weight.device == _CPU and is_shared(self.model) and key not in self._shared.private:
-                module._parameters[name] = to_device(weight, _CPU, copy=True)
+            if weight.device == CPU and is_shared(self.model) and key not in self._shared.private:
+                module._parameters[name] = to_device(weight, CPU, copy=True)
                 self._shared.private.add(key)
             yield
             return

@@ -8,9 +8,8 @@ import torch
 
 from ..planning.plan import ComponentRequest, DeviceMemory, PlanError
 from ..planning.planner import relaying_donors
+from ..weights.devices import CPU
 from .core import mm
-
-_CPU = torch.device("cpu")
 
 
 def memory_of(requests: Sequence[ComponentRequest], *others: str) -> dict[str, DeviceMemory]:
@@ -35,7 +34,7 @@ def memory_of(requests: Sequence[ComponentRequest], *others: str) -> dict[str, D
                 f"{name} is of a kind that torch has no streams and events for (DirectML, say): nothing can be kept "
                 "elsewhere for it, or on it for others; use ComfyUI's own loader there"
             )
-    memory = {"cpu": DeviceMemory(int(mm.get_total_memory(_CPU)))}
+    memory = {"cpu": DeviceMemory(int(mm.get_total_memory(CPU)))}
     for name in named:
         device = torch.device(name)
         free_bytes = int(mm.get_free_memory(device))

@@ -23,6 +23,7 @@ import torch
 from ..planning.plan import GIB, Layer, Plan
 from ..serving.distribution import Distribution
 from ..serving.forwards import drop_copied_forwards
+from ..weights.devices import CPU
 from ..weights.inventory import own_tensors
 from . import core
 from .core import ModelPatcher, mm
@@ -33,8 +34,6 @@ from .patcher_state import ATTRIBUTE, Request, Shared, StandIns, shared_of, stan
 from .sharing import unhook_original, unload
 
 logger = logging.getLogger(__name__)
-
-_CPU = torch.device("cpu")
 
 
 class DistributedPatcher(WeightPatcher):
@@ -53,7 +52,7 @@ class DistributedPatcher(WeightPatcher):
         that is stored in 8 bits or fewer is kept in the dtype of computation while it is patched.
         """
         unload(fresh.model)
-        patcher = cls(fresh.model, torch.device(plan.compute_device), _CPU)
+        patcher = cls(fresh.model, torch.device(plan.compute_device), CPU)
         own = {"load_device", "offload_device", "size"}
         patcher.__dict__.update({name: value for name, value in vars(fresh).items() if name not in own})
         patcher.request = Request(plan, high_precision_loras)
@@ -250,7 +249,7 @@ class DistributedPatcher(WeightPatcher):
 
     def _place_unpatched(self, compute_bytes: float, is_cancellable: bool = True) -> None:
         """Place the module's own weights, then set this clone's object patches."""
-        self.unpatch_hooks()  # first: what they wrote may be weights of an object patch
+        self.unpatch_hooks()  # first: they may have written into weights that an object patch brought
         if self.model.current_weight_patches_uuid != self.patches_uuid:
             # Backups go by name, and weights of object patches are, or will be, those of another module. And weights
             # larger than this clone has them would take room that is not planned.
@@ -335,7 +334,7 @@ class DistributedPatcher(WeightPatcher):
                 child.comfy_patched_weights = False
         donors = {torch.device(donor) for donor in self.distribution.plan.donors}
         return {
-            name: value.to(_CPU) if getattr(value, "device", _CPU) in donors else value
+            name: value.to(CPU) if getattr(value, "device", CPU) in donors else value
             for name, value in state_dict.items()
         }
 
@@ -402,7 +401,7 @@ class DistributedPatcher(WeightPatcher):
         )
 
     def device_lost_message(self, doing: str, error: BaseException) -> str:
-        devices = " or ".join(device for device in self.distribution.plan.devices if device != str(_CPU))
+        devices = " or ".join(device for device in self.distribution.plan.devices if device != str(CPU))
         reason = str(error).splitlines()[0]
         return f"{devices} failed while {doing} {type(self.model).__name__} ({reason}); restart ComfyUI"
 

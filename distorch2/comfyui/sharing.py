@@ -20,12 +20,12 @@ import torch
 
 from ..planning.plan import PlanError
 from ..serving.forwards import drop_copied_forwards
+from ..weights.devices import CPU
 from ..weights.quantised import unpatched_parameter
 from .core import ModelPatcher, mm
 
 SERVED = ""
 """The use of the copy that is served; that of others is the name of a device that they are on as a whole."""
-_CPU = torch.device("cpu")
 _COPIES = "distorch2_copies"  # attribute of a module: use -> weak reference to the copy
 _CLONE_STATE = "distorch2_clone_state"  # of a copy: what `get_clone_model_override` returned for it
 _HOOK_BACKUP = "distorch2_hook_backup"  # of a copy: that of all its patchers
@@ -113,7 +113,7 @@ def _copy_for(patcher: ModelPatcher, use: str) -> tuple[torch.nn.Module, tuple[A
     copied = reference() if reference is not None else None
     if copied is None:
         copied = _loaded_again(patcher) if patcher.is_dynamic() else _copy(module)
-        _, vars(copied)[_CLONE_STATE] = ModelPatcher(copied, _CPU, _CPU).get_clone_model_override()
+        _, vars(copied)[_CLONE_STATE] = ModelPatcher(copied, CPU, CPU).get_clone_model_override()
         vars(copied)[_HOOK_BACKUP], vars(copied)[_ORIGINAL] = {}, weakref.ref(module)
         vars(module)[_COPIES][use] = weakref.ref(copied)
     else:

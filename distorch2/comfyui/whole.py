@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..planning.plan import PlanError
 from ..serving.forwards import Forwards
+from ..weights.devices import CPU
 from .core import ModelPatcher, mm
 from .sharing import clone_sharing
 
-_CPU = torch.device("cpu")
 _GIVEN_THE_MODEL = ("QwenFunControlNet",)
 """ControlNets that ComfyUI hands the diffusion model."""
 _STAND_IN = "distorch2_stand_in"  # of a copy: a weak reference to the parent of all its patchers
@@ -79,7 +79,7 @@ def place_control_net(control_net: Any, device: torch.device) -> Any:
 def _on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     """A patcher like `patcher` for `device`, with a module that is used there only."""
     placed = clone_sharing(patcher, str(device), disable_dynamic=device.type == "cpu")  # dynamic ones are for GPUs
-    placed.load_device, placed.offload_device, placed.size = device, _CPU, 0
+    placed.load_device, placed.offload_device, placed.size = device, CPU, 0
     if placed.is_dynamic():
         placed.register_load_device(device)
     reference = vars(placed.model).get(_STAND_IN, lambda: None)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ..weights.devices import CPU
 from ..weights.inventory import loaded_dtypes, own_tensors
 from ..weights.quantised import is_quantised, plain_tensors, rebuilder
 from ..weights.slab import allocate
 from .pinning import PinnedSlabs
 from .transfer import Upload
 
-_CPU = torch.device("cpu")
 _BUFFER_BYTES = 8 * 1024**2
 _NUM_BUFFERS = 8
 UPLOAD_BYTES = _NUM_BUFFERS * _BUFFER_BYTES
@@ -72,7 +72,7 @@ class Mover:
 
     def _moved(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         # Other types than torch's own may have a shape that is not that of their data.
-        is_on_host = type(tensor) is torch.Tensor and tensor.device == _CPU != self._device
+        is_on_host = type(tensor) is torch.Tensor and tensor.device == CPU != self._device
         if is_on_host and tensor.is_contiguous() and tensor.nbytes >= _LARGE_BYTES:
             if not self._is_set_up:
                 self._is_set_up, self._upload = True, page_locked_upload(self._device, self._pinned)
@@ -86,7 +86,7 @@ class Mover:
 def page_locked_upload(device: torch.device, pinned: PinnedSlabs) -> Upload | None:
     """An `Upload` by way of buffers of its own, unless not even two can be page-locked."""
     buffers: list[torch.Tensor] = []
-    while len(buffers) < _NUM_BUFFERS and pinned.pin(buffer := allocate(_BUFFER_BYTES, _CPU)):
+    while len(buffers) < _NUM_BUFFERS and pinned.pin(buffer := allocate(_BUFFER_BYTES, CPU)):
         buffers.append(buffer)
     if len(buffers) > 1:
         return Upload(device, buffers)

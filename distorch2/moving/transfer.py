@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 _LEAST_TO_HALVE_BYTES = 2 * 1024**2
-"""Starting one more copy takes longer than the link needs for half of it."""
+"""Below this size, starting a second copy costs more than halving the transfer saves."""
 
 
 class Copy:
@@ -28,10 +28,10 @@ class Copy:
         self.is_pageable = is_on_host and not self.is_page_locked
         backend = _backend_of(target.device)
         self.events = () if backend is None else (backend.Event(), backend.Event())
-        """One for each way that a part of it may take. They are recorded anew each time that it is submitted, since new
-        ones cost more; who waits already waits for what was recorded before."""
-        self.is_done: Sequence[torch.Event] = ()
-        """Those of `events` that were recorded the last time."""
+        """One for each way that a part may take. Reused on every submit: creating events is slower. A wait that was
+        queued earlier still refers to the earlier record."""
+        self.done_events: Sequence[torch.Event] = ()
+        """The events that the last submit recorded."""
         self._begin, self._end = target.data_ptr(), target.data_ptr() + target.nbytes
         self.is_awaited = True
         """Whether the compute device waits for it already, or need not."""
@@ -82,7 +82,7 @@ class Transfer:
                 if self._copied_ahead:
                     self._come_after_those_before(copy)
                 streams = self._start(copy)  # one or two
-                copy.is_done = [stream.record_event(event) for stream, event in zip(streams, copy.events)]
+                copy.done_events = [stream.record_event(event) for stream, event in zip(streams, copy.events)]
                 copy.is_awaited = False
                 if self.detour is not None:
                     self._copied_ahead.append(copy)
@@ -91,7 +91,7 @@ class Transfer:
         """What was copied ahead and not used may still be on its way to where `copy` goes, by another way."""
         self._copied_ahead = [other for other in self._copied_ahead if not other.is_awaited]
         for other in [other for other in self._copied_ahead if other.overlaps(copy)]:
-            for event in other.is_done:
+            for event in other.done_events:
                 self._stream.wait_event(event)
                 if self.detour is not None:
                     self.detour.stream.wait_event(event)
@@ -138,7 +138,7 @@ class Transfer:
         """Let what the compute device is given from now on wait for `copy`."""
         if not copy.is_awaited:
             stream = self._backend.current_stream(self._index)
-            for event in copy.is_done:
+            for event in copy.done_events:
                 stream.wait_event(event)
             copy.is_awaited = True
 
@@ -323,10 +323,10 @@ class Crossing:
         self.is_direct = True
         try:
             with self.leaving(one):
-                there = self.copy(expected.to(one), other)
+                arrived = self.copy(expected.to(one), other)
             with self.leaving(other):
-                back = self.copy(there, one)
-            is_right = torch.equal(there.cpu(), expected) and torch.equal(back.cpu(), expected)
+                back = self.copy(arrived, one)
+            is_right = torch.equal(arrived.cpu(), expected) and torch.equal(back.cpu(), expected)
         except BaseException:
             self.is_direct = None
             raise

@@ -248,9 +248,9 @@ class Plan:
         evicted = self._evicted_names
         groups: list[Group] = []
         for device in self.donors:
-            there = [item for item in self.placements if item.device == device and item.layer.name not in evicted]
+            on_device = [item for item in self.placements if item.device == device and item.layer.name not in evicted]
             for is_relayed in (True, False):  # the last lose their place first when there is less room
-                layers = (item.layer for item in there if self.is_relayed(item) == is_relayed)
+                layers = (item.layer for item in on_device if self.is_relayed(item) == is_relayed)
                 groups += self._grouped(device, layers, is_relayed)
         return (*groups, *self.evicted)
 

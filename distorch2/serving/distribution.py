@@ -14,6 +14,7 @@ from ..moving.host import Host
 from ..moving.pinning import PinnedSlabs
 from ..moving.transfer import Transfer
 from ..planning.plan import GIB, Group, Plan
+from ..weights.devices import CPU
 from .reading import Reading
 from .relay import Relay
 from .serving import Serving
@@ -21,8 +22,6 @@ from .stores import Stores
 from .streaming import StreamedGroup, Streamer
 
 logger = logging.getLogger(__name__)
-
-_CPU = torch.device("cpu")
 
 
 class State(enum.Enum):
@@ -59,7 +58,7 @@ class Distribution:
         self.shares = [
             host.share_on(torch.device(donor), self, donor in plan.relays)
             for donor in plan.donors
-            if torch.device(donor) != _CPU
+            if torch.device(donor) != CPU
         ]
         self._stores = Stores(module, self.device, host)
         self._serving = Serving(self._stores, host)

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
+from ..weights.devices import CPU
 from ..weights.quantised import as_parameter
 from .forwards import Forwards
 from .streaming import StreamedGroup, StreamedLayer, copied_by_host, refuse_training
-
-_CPU = torch.device("cpu")
 
 
 class Lookup:
@@ -39,14 +38,14 @@ class Lookup:
         def serve(*arguments: Any, **options: Any) -> Any:
             module = layer.module
             parameters = module._parameters
-            outside = dict(parameters)
+            stored = dict(parameters)
             try:
                 arguments = self._bind(module, arguments)
                 if previous is None:
                     return type(module).forward(module, *arguments, **options)
                 return previous(*arguments, **options)
             finally:
-                parameters.update(outside)
+                parameters.update(stored)
 
         return torch.compiler.disable(serve)
 
@@ -64,7 +63,7 @@ class Lookup:
         if not isinstance(numbers, torch.Tensor) or module.weight_function:
             module._parameters["weight"] = copied_by_host(table, self._device)
             return arguments
-        asked, places = torch.unique(numbers.to(_CPU).to(table.device), return_inverse=True)
+        asked, places = torch.unique(numbers.to(CPU).to(table.device), return_inverse=True)
         rows = table.detach().index_select(0, asked)
-        module._parameters["weight"] = as_parameter(rows.to(_CPU).to(self._device))
+        module._parameters["weight"] = as_parameter(rows.to(CPU).to(self._device))
         return places.to(numbers.device), *arguments[1:]

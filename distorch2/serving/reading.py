@@ -26,7 +26,7 @@ class _Layer(Protocol):
     """A streamed layer. `outside` are the parameters that its module has outside its forward."""
 
     name: str
-    outside: dict[str, torch.nn.Parameter]
+    stored: dict[str, torch.nn.Parameter]
 
     @property
     def is_alive(self) -> bool: ...
@@ -55,7 +55,7 @@ class _Watched(dict[str, Any]):
 
     def __init__(self, layer: _Layer) -> None:
         super().__init__(layer.module._parameters)
-        self._outside = layer.outside
+        self._stored = layer.stored
         self._own = layer.module._parameters
         vars(layer.module)["_parameters"] = self
 
@@ -74,7 +74,7 @@ class _Watched(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if value is not None:
-            if value is self._outside.get(name):
+            if value is self._stored.get(name):
                 self.is_read = True
             else:
                 self.is_called = True
@@ -135,9 +135,9 @@ class Reading:
                     if not (layer.is_alive and layer.is_bound()):
                         continue
                     if number in self._only_read:
-                        inside = self._streamer.copied(number)
-                        bound.append((layer, layer.module, inside))
-                        layer.module._parameters.update(inside)
+                        staged = self._streamer.copied(number)
+                        bound.append((layer, layer.module, staged))
+                        layer.module._parameters.update(staged)
                     elif (
                         number in self._undecided
                         and not self._host.is_training()
@@ -153,8 +153,8 @@ class Reading:
             finally:
                 for _, of_layer, seen in watched:
                     seen.end(of_layer)
-                for layer, of_layer, inside in bound:
-                    _restore(layer, of_layer, inside)
+                for layer, of_layer, staged in bound:
+                    _restore(layer, of_layer, staged)
             self._decide(module, numbers, [(number, seen) for number, _, seen in watched])
             return result
 
@@ -182,12 +182,12 @@ class Reading:
             )
 
 
-def _restore(layer: _Layer, module: torch.nn.Module, inside: Mapping[str, Any]) -> None:
+def _restore(layer: _Layer, module: torch.nn.Module, staged: Mapping[str, Any]) -> None:
     """Give a layer's module the parameters that it has outside, unless it was given others meanwhile."""
     parameters = module._parameters
-    for name, parameter in inside.items():
+    for name, parameter in staged.items():
         if parameters.get(name) is parameter:
-            parameters[name] = layer.outside[name]
+            parameters[name] = layer.stored[name]
 
 
 def modules_around(root: torch.nn.Module, layer_name: str) -> Iterator[torch.nn.Module]:

@@ -55,7 +55,7 @@ class RelayedUnit:
     def module(self) -> torch.nn.Module | None:
         return self._module()
 
-    def is_there(self) -> bool:
+    def is_on_donor(self) -> bool:
         """Whether all of its weights are on the donor and the module's own, and nothing at home is to be added."""
         return all(group.slab.device == self.donor for group in self._groups) and all(
             layer.is_alive and layer.is_bound() and not _has_functions(layer.module) for _, layer in self._layers
@@ -160,16 +160,16 @@ class Relay:
         def serve(*arguments: Any, **options: Any) -> Any:
             module = cast(torch.nn.Module, unit.module)
             forward = previous or type(module).forward.__get__(module)
-            runs_there = (
+            runs_on_donor = (
                 self.is_allowed
                 and not torch.is_grad_enabled()  # a backward pass does not cross over
                 and not unit.stays_at_home
                 and _device_of(arguments, options) == self.activations.home
-                and unit.is_there()
+                and unit.is_on_donor()
                 and not self._must_stay_at_home()
                 and not _brings_tensors_along((*arguments, *options.values()))
             )
-            if runs_there:
+            if runs_on_donor:
                 try:
                     return self._run(unit, forward, arguments, options)
                 except RuntimeError as error:
@@ -191,9 +191,9 @@ class Relay:
         visit = Visit(self.activations, unit.donor)
         with on_device(unit.donor):
             try:
-                there, options_there = visit.send((arguments, options))
+                on_donor, options_on_donor = visit.send((arguments, options))
                 with unit.others_there():
-                    result = forward(*there, **options_there)
+                    result = forward(*on_donor, **options_on_donor)
                 return visit.bring_home(result)
             finally:
                 visit.restore()

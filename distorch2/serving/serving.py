@@ -13,6 +13,7 @@ from ..moving.modules import UPLOAD_BYTES, page_locked_upload
 from ..moving.transfer import Transfer
 from ..planning.plan import Plan
 from ..planning.schedule import LearntOrder
+from ..weights.devices import CPU
 from ..weights.slab import allocate
 from .detour import take_detour
 from .lookup import Lookup
@@ -22,8 +23,6 @@ from .stores import Stores
 from .streaming import StreamedGroup, Streamer
 
 logger = logging.getLogger(__name__)
-
-_CPU = torch.device("cpu")
 
 
 class Serving:
@@ -53,7 +52,7 @@ class Serving:
         self.lookup = Lookup(tables, stores.device)
         self.attach()
         moved = [group for key, group in stores.groups.items() if not key.is_table]
-        self._page_lock([group.slab for group in moved if group.slab.device == _CPU])
+        self._page_lock([group.slab for group in moved if group.slab.device == CPU])
         slabs = [group.slab for group in groups if stores.pinned.holds(group.slab)]
         devices = [torch.device(name) for name in plan.devices]
         take_detour(self.transfer, slabs, self.streamer.staging, devices, self._host)
@@ -129,7 +128,7 @@ class Serving:
                 given_up.append(locked.pop())
                 self._stores.pinned.unpin(given_up[-1])
             self.transfer.upload = upload
-        if len(locked) < len(slabs) and self._stores.device != _CPU:
+        if len(locked) < len(slabs) and self._stores.device != CPU:
             logger.info(
                 "DisTorch2: %d of %d groups of layers on the host are not page-locked, and are copied more slowly",
                 len(slabs) - len(locked),

@@ -15,6 +15,7 @@ from ..moving.host import Host
 from ..moving.modules import Mover
 from ..moving.pinning import PinnedSlabs
 from ..planning.plan import Group, Plan
+from ..weights.devices import CPU
 from ..weights.inventory import layout_of, loaded_dtypes, note_dtype
 from ..weights.quantised import as_parameter, plain_tensors, to_device
 from ..weights.sources import Sources
@@ -22,7 +23,6 @@ from .streaming import StreamedGroup, StreamedLayer
 
 logger = logging.getLogger(__name__)
 
-_CPU = torch.device("cpu")
 _T = TypeVar("_T")
 _PACKING_THREADS = 8
 
@@ -101,10 +101,10 @@ class Stores:
                 note_dtype(child, name, value)
                 self.sources.replaced(child, name, value)
         for key, group in list(self.groups.items()):
-            if group.slab.device != _CPU or all(self.sources.are_known(layer.module) for layer in group.living):
+            if group.slab.device != CPU or all(self.sources.are_known(layer.module) for layer in group.living):
                 for layer in group.living:
                     self.sources.rebind(layer.module)
-            if group.slab.device != _CPU or not group.is_bound():
+            if group.slab.device != CPU or not group.is_bound():
                 self._unstore(key)
         self._take_to_the_host(child for child in module.modules() if child not in self._stored)
 
@@ -113,8 +113,8 @@ class Stores:
         they go."""
         self._limits[donor] = num_bytes
         homes = self._homes(plan) if self.is_in_use else {}
-        there = [(key, home, self.groups[key]) for key, home in homes.items() if key in self.groups]
-        return [(key, home) for key, home, group in there if group.slab.device != home and group.is_bound()]
+        in_slabs = [(key, home, self.groups[key]) for key, home in homes.items() if key in self.groups]
+        return [(key, home) for key, home, group in in_slabs if group.slab.device != home and group.is_bound()]
 
     def batches(self, layer_names: Iterable[str]) -> Iterable[list[str]]:
         """The names, with those of a group together: its weights are best replaced all at once."""
@@ -158,7 +158,7 @@ class Stores:
         """A weight as it goes on lying in host memory when it is replaced; None if it does not."""
         child = self.module.get_submodule(layer_name)
         group, _ = self.find(child)
-        is_on_host = group is not None and group.slab.device == _CPU
+        is_on_host = group is not None and group.slab.device == CPU
         source = self.sources.of(child, name)
         return getattr(child, name) if source is None and is_on_host else source
 
@@ -192,7 +192,7 @@ class Stores:
             if self.is_in_use:
                 self._pin(group, slab)
             with self.sources.kept(layer.module for layer in group.living):
-                group.serve_from(group.fill(slab, values))
+                group.serve_from(group.pack(slab, values))
         except BaseException:
             self.pinned.unpin(slab)
             raise
@@ -210,7 +210,7 @@ class Stores:
             device = torch.device(key.device)
             if device in self._limits:
                 if used[device] + key.slab_bytes > self._limits[device]:
-                    device = _CPU
+                    device = CPU
                 else:
                     used[device] += key.slab_bytes
             homes[key] = device
@@ -232,7 +232,7 @@ class Stores:
             key: StreamedGroup(members, [layout_of(each) for each in members.values()], key.is_table)
             for key, members in modules.items()
         }
-        on_host = iter([key for key in made if homes[key] == _CPU])
+        on_host = iter([key for key in made if homes[key] == CPU])
         packing: dict[Group, Future[torch.Tensor]] = {}
         with ThreadPoolExecutor(_PACKING_THREADS) as pool:
             for key, group in made.items():
@@ -243,8 +243,10 @@ class Stores:
                         # In place: other holders of the parameters keep no memory there.
                         self._take_to_the_host(modules[ahead].values())
                     # What a thread allocates, the C library may keep for it when it is freed.
-                    packing[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(_CPU))
-                slab = packing.pop(key).result() if key in packing else self._there_or_on_host(group.packed, homes[key])
+                    packing[ahead] = pool.submit(made[ahead].pack, made[ahead].new_slab(CPU))
+                slab = (
+                    packing.pop(key).result() if key in packing else self._there_or_on_host(group.packed_on, homes[key])
+                )
                 replaced = self.groups.get(key)
                 with self.sources.kept(modules[key].values()):
                     group.serve_from(slab)
@@ -277,19 +279,19 @@ class Stores:
         modules = list(modules)
         for module in modules:
             self.sources.rebind(module)
-        self._move_all(modules, _CPU)
+        self._move_all(modules, CPU)
 
     def _there_or_on_host(self, make: Callable[[torch.device], _T], device: torch.device) -> _T:
         """What `make` makes on `device`, or on the host where that has no memory left."""
         try:
             return make(device)
         except RuntimeError as error:
-            if device == _CPU or not self._host.is_out_of_memory(error):
+            if device == CPU or not self._host.is_out_of_memory(error):
                 raise
             logger.warning(
                 "DisTorch2: %s is full; a group of layers planned for it is on the host (%s)", device, str(error)
             )
-            return make(_CPU)
+            return make(CPU)
 
 
 def _fill_missing(module: torch.nn.Module) -> None:

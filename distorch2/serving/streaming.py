@@ -29,7 +29,7 @@ class StreamedLayer:
         self._module = weakref.ref(module)
         self.layout = layout
         self._offset = offset
-        self.outside: dict[str, torch.nn.Parameter] = {}
+        self.stored: dict[str, torch.nn.Parameter] = {}
         """The parameters that the module has outside its forward."""
 
     @property
@@ -48,7 +48,7 @@ class StreamedLayer:
 
     def pack(self, slab: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
         """Copy these weights, by name, and the others of the module into its place in the slab."""
-        self.layout.write(slab[self._offset :], {**self.module._parameters, **values})
+        self.layout.pack(slab[self._offset :], {**self.module._parameters, **values})
 
     def bind(self, slab: torch.Tensor) -> None:
         self._bind(self.views(slab))
@@ -56,7 +56,7 @@ class StreamedLayer:
     def move(self, slab: torch.Tensor) -> None:
         """As `bind`, but the parameters stay the same objects where torch can do that: others may hold them."""
         parameters = self.views(slab)
-        for name, held in self.outside.items():
+        for name, held in self.stored.items():
             view = parameters[name]
             if not is_quantised(view) and torch._has_compatible_shallow_copy_type(held, view):
                 held.data = view.data
@@ -64,7 +64,7 @@ class StreamedLayer:
         self._bind(parameters)
 
     def _bind(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        self.outside = parameters
+        self.stored = parameters
         self._bindings = [(name, parameter, parameter.data_ptr()) for name, parameter in parameters.items()]
         # Not setattr: that costs more, and a compiled module guards on this dict.
         self.module._parameters.update(parameters)
@@ -111,14 +111,14 @@ class StreamedGroup:
     def is_bound(self) -> bool:
         return all(layer.is_bound() for layer in self.living)
 
-    def packed(self, device: torch.device) -> torch.Tensor:
+    def packed_on(self, device: torch.device) -> torch.Tensor:
         """A new slab on `device` with the weights that the modules have."""
-        return self.fill(self.new_slab(device))
+        return self.pack(self.new_slab(device))
 
     def new_slab(self, device: torch.device) -> torch.Tensor:
         return allocate(self.num_bytes, device)
 
-    def fill(
+    def pack(
         self, slab: torch.Tensor, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]] | None = None
     ) -> torch.Tensor:
         """Write these weights, by layer and name, and the others that the modules have. Returns the slab, which is all
@@ -168,7 +168,7 @@ class Streamer:
         self._schedule = Schedule(self._group_of, [group.num_bytes for group in groups], staging_bytes, order)
         self._schedule_version = 0
         self._copies: list[Copy] = []
-        self._inside: list[dict[str, torch.nn.Parameter]] = []
+        self._staged: list[dict[str, torch.nn.Parameter]] = []
         self._forwards = Forwards()
 
     @property
@@ -189,7 +189,7 @@ class Streamer:
         """Fetch everything anew: slabs were replaced or rewritten. No copy may be under way."""
         self._schedule.forget_staged()
         self._schedule_version = 0
-        self._copies, self._inside = [], []  # they hold the slabs that were replaced
+        self._copies, self._staged = [], []  # they hold the slabs that were replaced
 
     def give_up_staging(self) -> None:
         """Until the next layer runs."""
@@ -208,24 +208,24 @@ class Streamer:
             is_for_backward = torch.is_grad_enabled()
             if not is_for_backward and (to_fetch := schedule.enter(index)):
                 self._fetch(to_fetch)
-            inside: Mapping[str, torch.nn.Parameter | None]
-            outside: Mapping[str, torch.nn.Parameter | None]
+            staged: Mapping[str, torch.nn.Parameter | None]
+            stored: Mapping[str, torch.nn.Parameter | None]
             if not is_for_backward and layer.is_bound():
                 transfer.use(self._copies[group])
-                inside, outside = self._inside[index], layer.outside
+                staged, stored = self._staged[index], layer.stored
             else:
                 # Autograd may keep weights until the backward pass, when others are in the staging buffer.
-                outside = dict(parameters)
-                inside = {name: copied_by_host(parameter, transfer.device) for name, parameter in outside.items()}
+                stored = dict(parameters)
+                staged = {name: copied_by_host(parameter, transfer.device) for name, parameter in stored.items()}
             try:
                 # An interrupt is a BaseException and may come anywhere in here: nothing but finally sees them all.
-                parameters.update(inside)
+                parameters.update(staged)
                 if previous is None:
                     result = type(module).forward(module, *arguments, **options)
                 else:
                     result = previous(*arguments, **options)
             finally:
-                parameters.update(outside)
+                parameters.update(stored)
             if not is_for_backward and (to_fetch := schedule.leave(index)):
                 self._fetch(to_fetch)
             return result
@@ -237,12 +237,12 @@ class Streamer:
         """Copies on the compute device of a layer's parameters, which came by way of the staging buffer."""
         layer, device = self.layers[number], self._transfer.device
         if torch.is_grad_enabled():
-            return {name: copied_by_host(parameter, device) for name, parameter in layer.outside.items()}
+            return {name: copied_by_host(parameter, device) for name, parameter in layer.stored.items()}
         if to_fetch := self._schedule.enter(number):
             self._fetch(to_fetch)
         self._transfer.use(self._copies[self._group_of[number]])
         with torch.inference_mode(False):
-            copies = {name: to_device(parameter, device, copy=True) for name, parameter in self._inside[number].items()}
+            copies = {name: to_device(parameter, device, copy=True) for name, parameter in self._staged[number].items()}
         if to_fetch := self._schedule.leave(number):
             self._fetch(to_fetch)
         return copies
@@ -262,12 +262,12 @@ class Streamer:
         self._transfer.wait()
         if self._allocate_later is not None and self.staging.nbytes < self._capacity:
             self.staging = self._allocate_later(self._capacity, self._transfer.device)
-        self._copies, self._inside = [], []
+        self._copies, self._staged = [], []
         for index, group in enumerate(self._groups):
             begin = self._schedule.offsets[index]
             target = self.staging[begin : begin + group.num_bytes]
             self._copies.append(Copy(group.slab, target))
-            self._inside += [layer.views(target) for layer in group.layers]
+            self._staged += [layer.views(target) for layer in group.layers]
         self._schedule_version = self._schedule.version
 
 

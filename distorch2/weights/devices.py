@@ -1,0 +1,5 @@
+"""Devices that have a name of their own here."""
+
+import torch
+
+CPU = torch.device("cpu")
