@@ -1,6 +1,6 @@
 """Which devices this machine has, as torch reports them. Nothing of ComfyUI.
 
-Their memory is asked of ComfyUI's memory manager, in `distorch2.loading`: it knows what it could evict.
+Their memory is asked of ComfyUI's memory manager, in `distorch2.comfyui.memory`: it knows what it could evict.
 """
 
 from __future__ import annotations

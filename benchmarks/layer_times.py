@@ -38,7 +38,7 @@ def recorded_layers(distribution: Distribution, mark: Callable[[], Any]) -> Iter
     """
     groups = [distribution.groups[key] for key in distribution.plan.groups if key.is_streamed]
     number_of = {group.slab.data_ptr(): number for number, group in enumerate(groups)}
-    recorded = RecordedLayers([group.num_bytes for group in groups], distribution.plan.staging_bytes)
+    recorded = RecordedLayers([group.slab_bytes for group in groups], distribution.plan.staging_bytes)
     transfer = distribution.transfer
     use, submit = transfer.use, transfer.submit
     spans: list[tuple[str, int, Any]] = []  # what is going on from an event on, for which layer

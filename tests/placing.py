@@ -70,11 +70,17 @@ def lora_weights(patcher, rank=4):
     return state_dict
 
 
-def lora_for(patcher, strength=1.0, rank=4):
-    """The patcher with such a LoRA, as ComfyUI's loader applies it."""
+def lora_patches(patcher, rank=4):
+    """Such a LoRA as ComfyUI's loader makes patches of it."""
     keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(lora_weights(patcher, rank)), keys)
     assert patches
+    return patches
+
+
+def lora_for(patcher, strength=1.0, rank=4):
+    """The patcher with such a LoRA."""
+    patches = lora_patches(patcher, rank)
     patched = patcher.clone()
     assert set(patched.add_patches(patches, strength)) == set(patches)
     return patched

@@ -24,7 +24,7 @@ from placing import (
 )
 from sampling import output
 
-from distorch2.comfyui.host import COMFYUI
+from distorch2.comfyui.program import COMFYUI
 from distorch2.planning.plan import Placement, Plan
 from distorch2.serving.distribution import Distribution
 from distorch2.weights.inventory import list_layers

@@ -9,6 +9,7 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
+import comfy.utils
 import comfy_extras.nodes_hooks as hook_nodes
 import comfy_extras.nodes_model_advanced as advanced_nodes
 import pytest
@@ -21,6 +22,7 @@ from placing import (
     devices_known_to_comfyui,  # noqa: F401
     inference_mode,  # noqa: F401
     lora_for,
+    lora_patches,
     partly_on_donor,
 )
 from sampling import core_load, sample
@@ -358,6 +360,44 @@ def test_the_entry_of_a_module_leaves_comfyuis_list_and_not_another_whose_patche
     last = mm.current_loaded_models[-1].real_model()
     unload(last)
     assert [loaded.real_model() is last for loaded in mm.current_loaded_models] == [False]
+
+
+def test_hooks_after_a_lora_are_not_written_into_weights_that_both_modules_have(checkpoints):
+    core, _, _ = core_load(checkpoints("wan_fp32"))
+    in_file = comfy.utils.load_torch_file(checkpoints("wan_fp32"))
+    for name, parameter in core.model.diffusion_model.named_parameters():
+        parameter.data = in_file[f"model.diffusion_model.{name}"]  # as with DynamicVRAM
+    before = {name: parameter.detach().clone() for name, parameter in core.model.named_parameters()}
+    ours = distribute(core, HALF, high_precision_loras=False)
+    hooks = comfy.hooks.HookGroup()
+    hook = comfy.hooks.WeightHook(strength_model=1.0)
+    hook.weights, hook.need_weight_init = lora_patches(core), False
+    hooks.add(hook)
+    for patcher in (lora_for(ours), ours):
+        hooked = patcher.clone()
+        hooked.add_hook_patches(hook, hook.weights, 1.0)
+        mm.load_models_gpu([hooked])
+        hooked.patch_hooks(hooks)
+        changed = [
+            name for name, weight in hooked.model.named_parameters() if not torch.equal(weight.cpu(), before[name])
+        ]
+        assert len(changed) > 20
+        assert all(torch.equal(weight, before[name]) for name, weight in core.model.named_parameters())
+        hooked.unpatch_hooks()
+
+
+def test_what_a_patcher_that_is_gone_was_given_is_let_go(checkpoints):
+    core, _, _ = core_load(checkpoints(KIND))
+    given = torch.nn.Identity()
+    first = core.clone()
+    first.model_options["transformer_options"]["given"] = given
+    one = distribute(first, HALF)
+    other = distribute(core, ALL)
+    assert other.model is one.model
+    reference = weakref.ref(given)
+    del given, first, one
+    gc.collect()
+    assert reference() is None
 
 
 class Held:

@@ -16,14 +16,14 @@ from sampling import output
 
 from allocation_parser import AllocationError, parse_allocation
 from distorch2.comfyui import failures
-from distorch2.comfyui.host import COMFYUI
+from distorch2.comfyui.program import COMFYUI
 from distorch2.loading import load_checkpoint
 from distorch2.moving.modules import Mover
 from distorch2.moving.pinning import PinnedSlabs
 from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
 from distorch2.serving.distribution import Distribution
+from distorch2.serving.groups import StoredGroup
 from distorch2.serving.stores import Stores
-from distorch2.serving.streaming import StreamedGroup
 from distorch2.weights.checkpoint_file import CheckpointError, check_file
 
 # Classes and texts: an exception that has been raised holds what the test had.
@@ -68,7 +68,7 @@ def test_what_an_error_means(error):
 def test_out_of_memory_while_placing_has_the_class_for_which_comfyui_unloads_models(checkpoints, monkeypatch, error):
     model = on_donor(checkpoints)[0]
     with monkeypatch.context() as patches:
-        patches.setattr(StreamedGroup, "serve_from", failing_with(error))
+        patches.setattr(StoredGroup, "serve_from", failing_with(error))
         with pytest.raises(mm.OOM_EXCEPTION, match="out of memory while placing SD3: the plan keeps"):
             mm.load_models_gpu([model])
     assert model.loaded_size() == 0

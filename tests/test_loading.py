@@ -124,7 +124,7 @@ def test_every_component_gets_its_device(checkpoints, monkeypatch):
     """On three devices that this machine does not have: nothing moves there before it is used."""
     devices = ("cuda:5", "cuda:6", "cuda:7")
     memory = dict.fromkeys(("cpu", *devices), DeviceMemory(GIB))
-    monkeypatch.setattr(loading, "_memory_of", lambda computing, keeping: memory)
+    monkeypatch.setattr(loading, "memory_of", lambda computing, keeping: memory)
     monkeypatch.setattr(mm, "vae_offload_device", lambda: torch.device("cuda", 4))  # as with --gpu-only
     unet, clip = (ComponentRequest(device, VirtualVram(0.0, "cpu")) for device in devices[:2])
     model, clip, vae = load(checkpoints("sd3"), unet, clip, devices[2])
@@ -145,7 +145,7 @@ def test_what_an_accelerator_computes_with_is_built_of_the_files_own_memory(chec
         return state_dict, metadata
 
     monkeypatch.setattr(comfy.utils, "load_torch_file", reading)
-    monkeypatch.setattr(loading, "_memory_of", lambda *_: dict.fromkeys(("cpu", "cuda:5"), DeviceMemory(GIB)))
+    monkeypatch.setattr(loading, "memory_of", lambda *_: dict.fromkeys(("cpu", "cuda:5"), DeviceMemory(GIB)))
     monkeypatch.setattr(mm, "unet_dtype", lambda *_, **options: options["weight_dtype"])  # as on a GPU
     request = ComponentRequest("cuda:5", VirtualVram(0.0, "cpu"))
     model, clip, _ = load(checkpoints(kind), request, request)
@@ -214,7 +214,7 @@ class Live:
     def __init__(self, monkeypatch):
         self.references = []
         self.loaded_before = list(mm.current_loaded_models)
-        for name in ("_load_model_and_clip", "_load_vae", "_read"):
+        for name in ("load_model_and_clip", "load_vae", "read"):
             monkeypatch.setattr(loading, name, self._remembering(getattr(loading, name)))
 
     def _remembering(self, function):
@@ -259,7 +259,7 @@ def test_an_interrupt_while_loading_leaves_nothing_behind(checkpoints, monkeypat
     sample(*load(checkpoints("sd3"))[:2])
 
 
-@pytest.mark.parametrize("step", ["_load_model_and_clip", "make_plan", "list_layers"])
+@pytest.mark.parametrize("step", ["load_model_and_clip", "make_plan", "list_layers"])
 @pytest.mark.quick
 def test_a_failure_while_loading_leaves_nothing_behind(checkpoints, monkeypatch, step):
     live = Live(monkeypatch)

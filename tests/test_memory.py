@@ -24,7 +24,7 @@ from placing import lora_for
 from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
-from distorch2.comfyui.host import COMFYUI
+from distorch2.comfyui.program import COMFYUI
 from distorch2.loading import distribute, load_checkpoint
 from distorch2.moving.transfer import Detour, Transfer
 from distorch2.planning.plan import ComponentRequest
@@ -272,7 +272,7 @@ def failing_allocations(patches, nth):
             raise torch.OutOfMemoryError("planted")
         return allocate(num_bytes, device)
 
-    for module in ("distorch2.serving.streaming", "distorch2.moving.modules"):
+    for module in ("distorch2.serving.groups", "distorch2.serving.streaming", "distorch2.moving.modules"):
         patches.setattr(f"{module}.allocate", fail)
     return made
 
@@ -599,7 +599,7 @@ def test_no_memory_on_the_host_while_comfyui_frees_a_device(checkpoints, expecte
 
     allocate = slab.allocate
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr("distorch2.serving.streaming.allocate", none_on_the_host)
+        patches.setattr("distorch2.serving.groups.allocate", none_on_the_host)
         # On sim:0 the smaller models go as a whole, and then a part of the largest.
         smaller = shared.loaded_size() + other.loaded_size()
         for device in map(torch.device, ("sim:1", "sim:0")):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distorch2.comfyui.host import COMFYUI
+from distorch2.comfyui.program import COMFYUI
 from distorch2.moving.modules import Mover
 from distorch2.moving.pinning import PinnedSlabs
 from distorch2.moving.transfer import Upload

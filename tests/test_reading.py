@@ -24,7 +24,7 @@ from placing import (
 )
 from sampling import core_load
 
-from distorch2.comfyui.host import COMFYUI
+from distorch2.comfyui.program import COMFYUI
 from distorch2.loading import load_checkpoint
 from distorch2.planning.plan import Placement, Plan
 from distorch2.serving.distribution import Distribution

@@ -299,7 +299,7 @@ def test_a_share_that_is_evicted_and_comes_back(checkpoints, expected):
 @pytest.mark.parametrize("mode", ["auto", "stream"])
 def test_room_for_inference_is_kept_on_a_donor_that_computes(checkpoints, expected, monkeypatch, mode):
     model, clip = load(checkpoints, "flux", HALF, mode)
-    planned = model.distribution.bytes_planned_on(torch.device("sim:1"))
+    planned = model.distribution.slab_bytes_planned_on(torch.device("sim:1"))
     monkeypatch.setattr(sim, "capacity_bytes", [sim.capacity_bytes[0], planned + INFERENCE_BYTES // 2])
     assert same(sample(model, clip), expected["flux"])
     (share,) = model.distribution.shares

@@ -1,10 +1,13 @@
 """Weights that a file backs are those of the file again when a model is unloaded: nothing is copied back or kept."""
 
+import gc
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import comfy.model_management as mm
 import comfy.utils
@@ -20,10 +23,11 @@ from placing import lora_for
 from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
-from distorch2.loading import CheckpointError, load_diffusion_model
+from distorch2.loading import CheckpointError, distribute, load_diffusion_model
 from distorch2.moving.modules import Mover
 from distorch2.planning.plan import ComponentRequest
 from distorch2.weights import sources
+from distorch2.weights.devices import CPU
 from distorch2.weights.quantised import plain_tensors
 
 pytestmark = [
@@ -33,6 +37,10 @@ pytestmark = [
 KINDS = ("wan_fp32", "sd3_fp8_scaled_no_clip_weights")
 KIND = KINDS[0]
 SPLITS = ["sim:0,*", "sim:0,50%;cpu,*", "cpu,*", "sim:0,40%;sim:1,30%;cpu,*"]
+
+
+def request_for(text):
+    return ComponentRequest("sim:0", parse_allocation(text), "stream")
 
 
 def bytes_in_files(model):
@@ -87,7 +95,7 @@ class TestDiffusionModelsInFilesOfTheirOwn:
         return path
 
     def test_they_are_built_of_the_file(self, checkpoints, expected, path):
-        model = load_diffusion_model(path, ComponentRequest("sim:0", parse_allocation("sim:0,50%;cpu,*"), "stream"))
+        model = load_diffusion_model(path, request_for("sim:0,50%;cpu,*"))
         assert bytes_in_files(model)[0] == bytes_in_files(model)[1]
         clip = core_load(checkpoints(KIND))[1]
         assert same(sample(model, clip), expected[KIND])
@@ -95,7 +103,7 @@ class TestDiffusionModelsInFilesOfTheirOwn:
         assert bytes_in_files(model)[0] == bytes_in_files(model)[1]
 
     def test_what_is_asked_for_otherwise_is_what_comfyui_makes_of_it(self, checkpoints, path):
-        request = ComponentRequest("sim:0", parse_allocation("sim:0,50%;cpu,*"), "stream")
+        request = request_for("sim:0,50%;cpu,*")
         model = load_diffusion_model(path, request, model_options={"dtype": torch.float16})
         assert model.model_dtype() is torch.float16
 
@@ -115,6 +123,67 @@ def test_a_weight_that_somebody_has_replaced_stays(checkpoints):
         layer.weight = torch.nn.Parameter(torch.full_like(layer.weight, 0.5), requires_grad=False)
     mm.unload_all_models()
     assert all((model.model.get_submodule(name).weight == 0.5).all() for name in names)
+
+
+@pytest.mark.parametrize("nth", [3, 40])
+def test_after_a_move_that_failed_weights_are_those_of_the_file(checkpoints, expected, monkeypatch, nth):
+    model, clip = load(checkpoints, KIND, "sim:0,*")
+    moved, calls = Mover._moved, itertools.count()
+
+    def failing(*arguments):
+        if next(calls) == nth:
+            raise torch.OutOfMemoryError("planted")
+        return moved(*arguments)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Mover, "_moved", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            mm.load_models_gpu([model])
+    assert bytes_in_files(model)[0] == bytes_in_files(model)[1]
+    assert same(sample(model, clip), expected[KIND])
+
+
+@pytest.mark.parametrize("text", SPLITS[:3])
+def test_weights_in_another_dtype_than_the_files(checkpoints, monkeypatch, text):
+    """As ComfyUI notes it with DynamicVRAM: nothing is converted when they are given back."""
+    model, _ = load(checkpoints, KIND, text)
+    for module in model.model.modules():
+        for name in module._parameters:
+            setattr(module, f"{name}_comfy_model_dtype", torch.bfloat16)
+    before = bytes_in_files(model)
+    sizes = []
+    for patched in (model, lora_for(model)):
+        mm.load_models_gpu([patched])
+        with monkeypatch.context() as patches:
+            patches.setattr(
+                Mover, "_moved", lambda mover, tensor, dtype: sizes.append(tensor.numel()) or tensor.to(CPU)
+            )
+            mm.unload_all_models()
+        assert bytes_in_files(model) == before
+        assert max(sizes) <= 1000  # those of buffers
+
+
+def test_small_weights_do_not_keep_the_slab_of_another_plan(checkpoints):
+    core, clip, _ = core_load(checkpoints(KIND))  # which copies the file
+    core.model.to("cpu")
+    one = distribute(core, request_for("cpu,*"))
+    sample(one, clip)
+    slabs = [weakref.ref(group.slab) for group in one.distribution.groups.values()]
+    other = distribute(core, request_for("sim:0,50%;cpu,*"))
+    del one
+    sample(other, clip)
+    gc.collect()
+    assert len(slabs) > 3
+    assert not any(slab() is not None for slab in slabs)
+
+
+def test_an_eviction_where_a_file_was_written_into_raises_nothing(checkpoints, tmp_path):
+    path = shutil.copy(checkpoints(KIND), tmp_path / "model.safetensors")
+    model, clip = load(lambda kind: str(path), KIND, "sim:0,*")
+    sample(model, clip)
+    os.utime(path, (0, 0))
+    mm.free_memory(1e30, torch.device("sim:0"))
+    assert sim.used_bytes == [0, 0]
 
 
 def test_evicted_weights_are_not_copied_back(checkpoints, monkeypatch):

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from sampling import core_load, runs_of_core, sample
 
 from allocation_parser import parse_allocation
-from distorch2.comfyui.host import COMFYUI
 from distorch2.comfyui.patcher import DistributedPatcher
+from distorch2.comfyui.program import COMFYUI
 from distorch2.loading import distribute, load_checkpoint, load_components
 from distorch2.moving.transfer import Crossing, Transfer
 from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory, Placement, Plan, VirtualVram

@@ -16,7 +16,7 @@ from placing import (
 )
 from sampling import core_load, output
 
-from distorch2.comfyui.host import COMFYUI
+from distorch2.comfyui.program import COMFYUI
 from distorch2.loading import load_checkpoint
 from distorch2.planning.schedule import Schedule
 

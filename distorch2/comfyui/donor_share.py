@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from ..moving.host import KeepsOnDonors
+from ..moving.program import KeepsOnDonors
 from ..weights.devices import CPU
 from .core import ModelPatcher, mm
 from .failures import is_out_of_memory
@@ -37,7 +37,7 @@ class DonorShare(ModelPatcher):
 
     def model_size(self) -> int:
         distribution = self._reference()
-        return distribution.bytes_planned_on(self.load_device) if distribution is not None else 0
+        return distribution.slab_bytes_planned_on(self.load_device) if distribution is not None else 0
 
     def loaded_size(self) -> int:
         distribution = self._reference()

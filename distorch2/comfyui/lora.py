@@ -152,7 +152,7 @@ class WeightPatcher(ModelPatcher):
                 weight = self.backup[key].weight
             weights.setdefault(layer_name, {})[name] = weight
             self._back_up(key)
-        self.distribution.replace(weights)
+        self.distribution.replace(weights, {split_key(key) for key in keys if key not in wanted})
         for key in keys:
             if key in wanted:
                 self.backup[key] = self.backup[key]._replace(patches=wanted[key], kept_dtype=self._kept_dtype(key))
@@ -281,9 +281,9 @@ class WeightPatcher(ModelPatcher):
         if not is_resident or self.distribution.relay is not None:
             self.distribution.settle()
         if is_resident:
-            if weight.device == CPU and is_shared(self.model) and key not in self._shared.private:
-                module._parameters[name] = to_device(weight, CPU, copy=True)
-                self._shared.private.add(key)
+            if weight.device == CPU and is_shared(self.model) and self._shared.private.get(key) != weight.data_ptr():
+                module._parameters[name] = copy = to_device(weight, CPU, copy=True)
+                self._shared.private[key] = copy.data_ptr()
             yield
             return
         copy = weight.to(self.load_device, copy=True)

@@ -25,15 +25,20 @@ from ..serving.distribution import Distribution
 from ..serving.forwards import drop_copied_forwards
 from ..weights.devices import CPU
 from ..weights.inventory import own_tensors
+from ..weights.sources import SourceChangedError
 from . import core
 from .core import ModelPatcher, mm
 from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
-from .host import COMFYUI
 from .lora import WeightPatcher, split_key
 from .patcher_state import ATTRIBUTE, Request, Shared, StandIns, shared_of, stand_ins_of
+from .program import COMFYUI
 from .sharing import unhook_original, unload
 
 logger = logging.getLogger(__name__)
+
+
+_OF_ONE_PATCHER = {"object_patches", "attachments", "additional_models", "callbacks", "hook_patches"}
+"""Attributes of a patcher that may keep much else alive."""
 
 
 class DistributedPatcher(WeightPatcher):
@@ -97,6 +102,9 @@ class DistributedPatcher(WeightPatcher):
         if self.load_device not in self._stand_ins:
             stand_in = self.clone()
             stand_in.parent, stand_in.request, stand_in.patches = None, Request(), {}
+            stand_in.model_options = {"transformer_options": {}}
+            for name in _OF_ONE_PATCHER & vars(stand_in).keys():
+                setattr(stand_in, name, {})
             stand_in._stand_ins = StandIns()
             self._stand_ins[self.load_device] = stand_in
         return self._stand_ins[self.load_device]
@@ -225,7 +233,7 @@ class DistributedPatcher(WeightPatcher):
             try:
                 with self._all_or_nothing():
                     self._place_unpatched(before - memory_to_free, is_cancellable=False)
-            except OUT_OF_MEMORY as error:
+            except (OUT_OF_MEMORY, SourceChangedError) as error:
                 # An exception here, also that of a cancelled prompt, would break ComfyUI's list of loaded models.
                 # Nothing is on the device any more.
                 logger.warning("DisTorch2: %s", str(error))

@@ -46,8 +46,9 @@ class Shared:
     """The one that has the weights, or had them last."""
     carried: dict[str, list[tuple]] = field(default_factory=dict)
     """Weights that have their patches with them, by key, with the patches."""
-    private: set[str] = field(default_factory=set)
-    """Keys of weights in host memory that were another module's too, and have been copied to be written into."""
+    private: dict[str, int] = field(default_factory=dict)
+    """Weights in host memory that were another module's too, and have been copied to be written into: their keys, and
+    the addresses of the copies."""
     stand_ins: weakref.ref[StandIns] | None = None
     has_logged_compilation: bool = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from ..weights.devices import CPU
@@ -52,9 +54,11 @@ class Mover:
         if self._upload is not None:
             self._upload.flush()
 
-    def move(self, module: torch.nn.Module) -> None:
+    def move(self, module: torch.nn.Module, apart_from: Collection[str] = ()) -> None:
         """Move the tensors of the module itself, to the dtypes they are loaded in."""
         for name, tensor in own_tensors(module).items():
+            if name in apart_from:
+                continue
             with torch.inference_mode(tensor.is_inference()):
                 self._move(module, name, tensor)
 

@@ -1,4 +1,4 @@
-"""Page-locking slabs and upload buffers, in the host's account of page-locked memory: copies from them are fast."""
+"""Page-locking slabs and upload buffers, in ComfyUI's account of page-locked memory: copies from them are fast."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 
 import torch
 
-from .host import Host
+from .program import Program
 
 
 class PinnedSlabs:
-    """Host memory that is page-locked for copies to one device. It must not be freed before `unpin`."""
+    """Program memory that is page-locked for copies to one device. It must not be freed before `unpin`."""
 
-    def __init__(self, device: torch.device, host: Host) -> None:
-        self._host = host
-        self._is_useful = host.can_pin_for(device)
+    def __init__(self, device: torch.device, program: Program) -> None:
+        self._program = program
+        self._is_useful = program.can_pin_for(device)
         self._slabs: dict[int, torch.Tensor] = {}  # by address
         self._refused_bytes = math.inf  # the least that the system has refused
 
@@ -31,12 +31,12 @@ class PinnedSlabs:
             return True
         if not self._is_useful or slab.device.type != "cpu":
             return False
-        if not self._host.may_pin(slab.nbytes):
+        if not self._program.may_pin(slab.nbytes):
             return False
         # Asking again for what was refused costs a warning and a wait for the device each time.
         if slab.nbytes >= self._refused_bytes:
             return False
-        if not self._host.pin(slab):
+        if not self._program.pin(slab):
             self._refused_bytes = slab.nbytes
             return False
         self._slabs[slab.data_ptr()] = slab
@@ -45,7 +45,7 @@ class PinnedSlabs:
     def unpin(self, slab: torch.Tensor) -> None:
         """Give `slab` back if it is page-locked. No copy from it may be under way."""
         if self._slabs.pop(slab.data_ptr(), None) is not None:
-            self._host.unpin(slab)
+            self._program.unpin(slab)
             self._refused_bytes = math.inf
 
     def unpin_all(self) -> None:

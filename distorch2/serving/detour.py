@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from ..moving.host import Host
+from ..moving.program import Program
 from ..moving.transfer import Copy, Detour, Transfer
 from ..weights.slab import allocate
 
@@ -32,17 +32,17 @@ def take_detour(
     slabs: Sequence[torch.Tensor],
     staging: torch.Tensor,
     named: Collection[torch.device],
-    host: Host,
+    program: Program,
 ) -> None:
     """Give `transfer` a detour if that makes copies of the page-locked `slabs` at least `_LEAST_GAIN` times as fast.
 
-    The helper is a device that is `named` in the plan, or one on which the host has a model: nothing is done on a card
+    The helper is a device that is `named` in the plan, or one on which ComfyUI has a model: nothing is done on a card
     that nobody asked for. Overwrites `staging`.
     """
-    in_use = {*named, *host.devices_in_use()}
+    in_use = {*named, *program.devices_in_use()}
     others = [
         device
-        for device in host.devices()
+        for device in program.devices()
         if device in in_use
         and device.type == transfer.device.type
         and device != transfer.device
@@ -59,7 +59,7 @@ def take_detour(
     for helper in others:
         pair = transfer.device, helper
         try:
-            if not host.has_room_to_compute(helper):
+            if not program.has_room_to_compute(helper):
                 continue
             direct = transfer.bytes_per_second(copies) if pair not in _gains else 0.0
             transfer.detour = Detour(transfer.device, [allocate(_SLOT_BYTES, helper) for _ in range(_NUM_SLOTS)])

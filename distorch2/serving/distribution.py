@@ -6,41 +6,41 @@ import contextlib
 import enum
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 
-from ..moving.host import Host
 from ..moving.pinning import PinnedSlabs
+from ..moving.program import Program
 from ..moving.transfer import Transfer
 from ..planning.plan import GIB, Group, Plan
 from ..weights.devices import CPU
+from .groups import StoredGroup
 from .reading import Reading
 from .relay import Relay
 from .serving import Serving
 from .stores import Stores
-from .streaming import StreamedGroup, Streamer
+from .streaming import Streamer
 
 logger = logging.getLogger(__name__)
 
 
 class State(enum.Enum):
     """
-    RELEASED -> SERVED          place
-    SERVED   -> SERVED          place with another plan
-    SERVED   -> INTERRUPTED     replace, with weights that do not fit their slabs
-    INTERRUPTED -> SERVED       resume, place
-    any      -> RELEASED        release
-
-    Where `place` or `resume` raises, the state is INTERRUPTED, and what is left is `release`, or `place` again.
+    RELEASED -> SERVED      place
+    SERVED   -> SERVED      place with another plan
+    SERVED   -> PAUSED      replace, with weights that do not fit their slabs
+    PAUSED   -> SERVED      resume, place
+    any      -> RELEASED    release
+    any      -> PAUSED      place, where it raises after it has stopped serving; `release` or `place` is to follow
     """
 
     RELEASED = enum.auto()
     """On the host. Forwards are the modules' own."""
     SERVED = enum.auto()
     """Where the plan, the evictions and the limits have them; forwards serve what is elsewhere."""
-    INTERRUPTED = enum.auto()
-    """The same places, or on the way there, with the modules' own forwards."""
+    PAUSED = enum.auto()
+    """The same places, or on the way there; forwards are the modules' own."""
 
 
 class Distribution:
@@ -51,17 +51,17 @@ class Distribution:
     there, without being moved in the plan.
     """
 
-    def __init__(self, module: torch.nn.Module, plan: Plan, host: Host) -> None:
+    def __init__(self, module: torch.nn.Module, plan: Plan, program: Program) -> None:
         self.asked = self.plan = plan
         self.device = torch.device(plan.compute_device)
         self.state = State.RELEASED
         self.shares = [
-            host.share_on(torch.device(donor), self, donor in plan.relays)
+            program.share_on(torch.device(donor), self, donor in plan.relays)
             for donor in plan.donors
             if torch.device(donor) != CPU
         ]
-        self._stores = Stores(module, self.device, host)
-        self._serving = Serving(self._stores, host)
+        self._stores = Stores(module, self.device, program)
+        self._serving = Serving(self._stores, program)
         # A dropped module is not unloaded first.
         weakref.finalize(module, _unpin_all, self.transfer, self.pinned).atexit = False
 
@@ -70,7 +70,7 @@ class Distribution:
         return self.state is State.SERVED
 
     @property
-    def groups(self) -> dict[Group, StreamedGroup]:
+    def groups(self) -> dict[Group, StoredGroup]:
         return self._stores.groups
 
     @property
@@ -105,11 +105,11 @@ class Distribution:
         """The staging buffer of relayed units that had to run on the compute device."""
         return self.relay.streamer.staging.nbytes if self.relay is not None else 0
 
-    def bytes_planned_on(self, donor: torch.device) -> int:
+    def slab_bytes_planned_on(self, donor: torch.device) -> int:
         return sum(key.slab_bytes for key in self.plan.groups if torch.device(key.device) == donor)
 
     def bytes_on(self, donor: torch.device) -> int:
-        return sum(group.num_bytes for group in self.groups.values() if group.slab.device == donor)
+        return sum(group.slab_bytes for group in self.groups.values() if group.slab.device == donor)
 
     def place(self, plan: Plan, is_cancellable: bool = False) -> None:
         """Put every layer where `plan` has it, and serve what is elsewhere. The plan is `asked`, perhaps with groups
@@ -120,7 +120,7 @@ class Distribution:
         if self.is_placed and plan.evicted == before.evicted:
             self._stores.place_others()
             return
-        self._interrupt()
+        self._pause()
         self._log_evicted(before)
         self._stores.place(plan, is_cancellable)
         self._serve()
@@ -160,32 +160,35 @@ class Distribution:
         """The names, with those of a group together: its weights are best replaced all at once."""
         return self._stores.batches(layer_names)
 
-    def replace(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def replace(
+        self, weights: Mapping[str, Mapping[str, torch.Tensor]], originals: Collection[tuple[str, str]] = ()
+    ) -> None:
         """Give layers new weights, by layer name and name in it, where theirs lie. To be called after `settle`.
 
-        Whoever holds the old ones keeps them. Weights that do not fit their slabs interrupt serving until `resume`.
+        Whoever holds the old ones keeps them. `originals` are the names of those
+        that are the model's own again. Weights that do not fit their slabs pause serving until `resume`.
         """
-        for group in self._stores.replace(weights):
+        for group in self._stores.replace(weights, originals):
             if self.is_placed:
-                self._interrupt()
+                self._pause()
             self._serving.forget({layer.name for layer in group.living})
             self._stores.lay_out_again(group)
 
     def resume(self) -> None:
         """After `replace`: serve again, if weights of another size made it stop."""
-        if self.state is State.INTERRUPTED:
+        if self.state is State.PAUSED:
             self._serve()
 
     def kept_weight(self, layer_name: str, name: str) -> torch.Tensor | None:
-        """A weight as it goes on lying in host memory when it is replaced; None if it does not."""
+        """As `Stores.kept_weight`."""
         return self._stores.kept_weight(layer_name, name)
 
     def is_on_donor(self, module: torch.nn.Module) -> bool:
         return self._stores.holds(module)
 
-    def _interrupt(self) -> None:
+    def _pause(self) -> None:
         self._serving.stop()
-        self.state = State.INTERRUPTED
+        self.state = State.PAUSED
 
     def _serve(self) -> None:
         try:

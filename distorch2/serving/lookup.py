@@ -11,7 +11,8 @@ import torch
 from ..weights.devices import CPU
 from ..weights.quantised import as_parameter
 from .forwards import Forwards
-from .streaming import StreamedGroup, StreamedLayer, copied_by_host, refuse_training
+from .groups import StoredGroup, StoredLayer
+from .streaming import copied_by_host, refuse_training
 
 
 class Lookup:
@@ -21,7 +22,7 @@ class Lookup:
     bits. The numbers go to where the table lies, and the rows come here, by way of the host.
     """
 
-    def __init__(self, groups: Sequence[StreamedGroup], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[StoredGroup], device: torch.device) -> None:
         self._groups = groups
         self._device = device
         self._forwards = Forwards()
@@ -29,12 +30,12 @@ class Lookup:
     def attach(self) -> None:
         for group in self._groups:
             for layer in group.living:
-                self._forwards.set(layer.module, functools.partial(self._serving, layer))
+                self._forwards.set(layer.module, functools.partial(self._make_forward, layer))
 
     def detach(self) -> None:
         self._forwards.give_back()
 
-    def _serving(self, layer: StreamedLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+    def _make_forward(self, layer: StoredLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         def serve(*arguments: Any, **options: Any) -> Any:
             module = layer.module
             parameters = module._parameters

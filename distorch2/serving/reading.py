@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 import torch
 
-from ..moving.host import Host
+from ..moving.program import Program
 from .forwards import Forwards
 
 logger = logging.getLogger(__name__)
 
 
 class _Layer(Protocol):
-    """A streamed layer. `outside` are the parameters that its module has outside its forward."""
+    """A streamed layer. `stored` are the parameters that its module has outside its forward."""
 
     name: str
     stored: dict[str, torch.nn.Parameter]
@@ -89,8 +89,8 @@ class Reading:
     looked up in `root`.
     """
 
-    def __init__(self, root: torch.nn.Module, streamer: _Streamer, known: Collection[str], host: Host) -> None:
-        self._host = host
+    def __init__(self, root: torch.nn.Module, streamer: _Streamer, known: Collection[str], program: Program) -> None:
+        self._program = program
         self._root = weakref.ref(root)
         self._streamer = streamer
         self._only_read = {number for number, layer in enumerate(streamer.layers) if layer.name in known}
@@ -111,7 +111,7 @@ class Reading:
                 for module in modules_around(root, layer.name):
                     by_module.setdefault(module, []).append(number)
         for module, numbers in by_module.items():
-            self._forwards.set(module, functools.partial(self._serving, weakref.ref(module), numbers))
+            self._forwards.set(module, functools.partial(self._make_forward, weakref.ref(module), numbers))
 
     def detach(self) -> None:
         self._forwards.give_back()
@@ -120,7 +120,7 @@ class Reading:
             if module is not None and isinstance(module._parameters, _Watched):
                 module._parameters.end(module)
 
-    def _serving(
+    def _make_forward(
         self, around: weakref.ref[torch.nn.Module], numbers: Sequence[int], previous: Callable[..., Any] | None
     ) -> Callable[..., Any]:
         layers = self._streamer.layers
@@ -140,7 +140,7 @@ class Reading:
                         layer.module._parameters.update(staged)
                     elif (
                         number in self._undecided
-                        and not self._host.is_training()
+                        and not self._program.is_training()
                         and type(layer.module._parameters) is dict
                     ):
                         watched.append((number, layer.module, _Watched(layer)))

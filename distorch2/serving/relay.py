@@ -25,7 +25,8 @@ from ..weights.quantised import to_device
 from ..weights.slab import allocate
 from .activations import Activations, Visit
 from .forwards import Forwards
-from .streaming import StreamedGroup, StreamedLayer, Streamer
+from .groups import StoredGroup, StoredLayer
+from .streaming import Streamer
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class RelayedUnit:
     """A module all of whose movable weights lie on `donor`, in slabs; `layers` has the group of each."""
 
     def __init__(
-        self, module: torch.nn.Module, donor: torch.device, layers: Sequence[tuple[StreamedGroup, StreamedLayer]]
+        self, module: torch.nn.Module, donor: torch.device, layers: Sequence[tuple[StoredGroup, StoredLayer]]
     ) -> None:
         # Weak, since the module reaches this object through its own forward.
         self._module = weakref.ref(module)
@@ -100,15 +101,15 @@ class StreamerOfUnits(Streamer):
 
     def __init__(
         self,
-        groups: Sequence[StreamedGroup],
+        groups: Sequence[StoredGroup],
         transfer: Transfer,
         staging_bytes: int,
         allocate_later: Callable[[int, torch.device], torch.Tensor] = allocate,
     ) -> None:
         super().__init__(groups, transfer, staging_bytes, allocate_later=allocate_later)
 
-    def _serving(self, index: int, layer: StreamedLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
-        serve, group = super()._serving(index, layer, previous), self._groups[self._group_of[index]]
+    def _make_forward(self, index: int, layer: StoredLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+        serve, group = super()._make_forward(index, layer, previous), self._groups[self._group_of[index]]
 
         def serve_where_called(*arguments: Any, **options: Any) -> Any:
             if _device_of(arguments, options) != group.slab.device:
@@ -141,7 +142,7 @@ class Relay:
         self.streamer.attach()
         for unit in self.units:
             if unit.module is not None:
-                self._forwards.set(unit.module, functools.partial(self._serving, unit))
+                self._forwards.set(unit.module, functools.partial(self._make_forward, unit))
 
     def detach(self) -> None:
         self._forwards.give_back()
@@ -156,7 +157,7 @@ class Relay:
         for unit in self.units:
             unit.forget_others()
 
-    def _serving(self, unit: RelayedUnit, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+    def _make_forward(self, unit: RelayedUnit, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         def serve(*arguments: Any, **options: Any) -> Any:
             module = cast(torch.nn.Module, unit.module)
             forward = previous or type(module).forward.__get__(module)

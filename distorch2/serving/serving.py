@@ -8,19 +8,20 @@ from collections.abc import Sequence
 
 import torch
 
-from ..moving.host import Host
 from ..moving.modules import UPLOAD_BYTES, page_locked_upload
+from ..moving.program import Program
 from ..moving.transfer import Transfer
 from ..planning.plan import Plan
 from ..planning.schedule import LearntOrder
 from ..weights.devices import CPU
 from ..weights.slab import allocate
 from .detour import take_detour
+from .groups import StoredGroup
 from .lookup import Lookup
 from .reading import Reading
 from .relay import Relay, RelayedUnit, StreamerOfUnits
 from .stores import Stores
-from .streaming import StreamedGroup, Streamer
+from .streaming import Streamer
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +30,13 @@ class Serving:
     """Runs one module with the weights that lie in `stores`, from `start` to `stop`. What was learnt of the order in
     which layers run, and of those that are only read, is kept in between."""
 
-    def __init__(self, stores: Stores, host: Host) -> None:
+    def __init__(self, stores: Stores, program: Program) -> None:
         self.streamer: Streamer | None = None
         self.reading: Reading | None = None
         self.relay: Relay | None = None
         self.lookup: Lookup | None = None
         self.transfer = Transfer(stores.device)
-        self._stores, self._host = stores, host
+        self._stores, self._program = stores, program
         self._streamed: list[str] = []  # names of the layers that `streamer` has, by number
         self._order = LearntOrder()
         self._only_read: set[str] = set()  # names of layers
@@ -48,14 +49,14 @@ class Serving:
         order = self._order.of(self._streamed, (placement.layer.name for placement in plan.placements))
         relay = self._make_relay(plan) if plan.relayed_units else None
         self.streamer, self.relay = self._streamer_of(groups, plan.staging_bytes, order), relay
-        self.reading = Reading(stores.module, self.streamer, self._only_read, self._host)
+        self.reading = Reading(stores.module, self.streamer, self._only_read, self._program)
         self.lookup = Lookup(tables, stores.device)
         self.attach()
         moved = [group for key, group in stores.groups.items() if not key.is_table]
         self._page_lock([group.slab for group in moved if group.slab.device == CPU])
         slabs = [group.slab for group in groups if stores.pinned.holds(group.slab)]
         devices = [torch.device(name) for name in plan.devices]
-        take_detour(self.transfer, slabs, self.streamer.staging, devices, self._host)
+        take_detour(self.transfer, slabs, self.streamer.staging, devices, self._program)
 
     def stop(self) -> None:
         if self.streamer is not None and self.streamer.order is not None:
@@ -98,20 +99,20 @@ class Serving:
             found = [stores.find(child) for child in module.modules()]
             layers = [(group, layer) for group, layer in found if group is not None and layer is not None]
             units.append(RelayedUnit(module, torch.device(donor), layers))
-        staging_bytes = max([plan.staging_bytes_of_units, *(group.num_bytes for group in groups)])
-        allocate_later = functools.partial(_allocate_outside_compiler, self._host)
+        staging_bytes = max([plan.staging_bytes_of_units, *(group.slab_bytes for group in groups)])
+        allocate_later = functools.partial(_allocate_outside_compiler, self._program)
         streamer = StreamerOfUnits(groups, self.transfer, staging_bytes, allocate_later)
-        return Relay(stores.device, units, streamer, self._host.is_compiler_active)
+        return Relay(stores.device, units, streamer, self._program.is_compiler_active)
 
-    def _streamer_of(self, groups: Sequence[StreamedGroup], num_bytes: int, order: Sequence[int] | None) -> Streamer:
+    def _streamer_of(self, groups: Sequence[StoredGroup], num_bytes: int, order: Sequence[int] | None) -> Streamer:
         """With a smaller buffer where there is no memory for the one that is planned: the largest group has to fit."""
-        smallest = max((group.num_bytes for group in groups), default=0)
+        smallest = max((group.slab_bytes for group in groups), default=0)
         num_bytes = max(num_bytes, smallest)
         while True:
             try:
                 return Streamer(groups, self.transfer, num_bytes, order)
             except RuntimeError as error:
-                if num_bytes <= smallest or not self._host.is_out_of_memory(error):
+                if num_bytes <= smallest or not self._program.is_out_of_memory(error):
                     raise
                 num_bytes = max(smallest, num_bytes // 2)
                 logger.warning("DisTorch2: %s is full; streaming through %d MiB", self.transfer.device, num_bytes >> 20)
@@ -136,7 +137,7 @@ class Serving:
             )
 
 
-def _allocate_outside_compiler(host: Host, num_bytes: int, device: torch.device) -> torch.Tensor:
+def _allocate_outside_compiler(program: Program, num_bytes: int, device: torch.device) -> torch.Tensor:
     """For what comes in the middle of a forward, and stays."""
-    with host.outside_compiler():
+    with program.outside_compiler():
         return allocate(num_bytes, device)

@@ -11,15 +11,15 @@ from typing import TypeVar, cast
 
 import torch
 
-from ..moving.host import Host
 from ..moving.modules import Mover
 from ..moving.pinning import PinnedSlabs
+from ..moving.program import Program
 from ..planning.plan import Group, Plan
 from ..weights.devices import CPU
 from ..weights.inventory import layout_of, loaded_dtypes, note_dtype
 from ..weights.quantised import as_parameter, plain_tensors, to_device
 from ..weights.sources import Sources
-from .streaming import StreamedGroup, StreamedLayer
+from .groups import StoredGroup, StoredLayer
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +33,16 @@ class Stores:
     `groups` are those that lie in slabs. `pinned` page-locks those on the host while `is_in_use`.
     """
 
-    def __init__(self, module: torch.nn.Module, device: torch.device, host: Host) -> None:
+    def __init__(self, module: torch.nn.Module, device: torch.device, program: Program) -> None:
         self.device = device
-        self.groups: dict[Group, StreamedGroup] = {}
+        self.groups: dict[Group, StoredGroup] = {}
         self.sources = Sources()
-        self.pinned = PinnedSlabs(device, host)
+        self.pinned = PinnedSlabs(device, program)
         self.is_in_use = False
-        self._host = host
+        self._program = program
         self._limits: dict[torch.device, float] = {}
         self._module = weakref.ref(module)
-        self._stored: weakref.WeakKeyDictionary[torch.nn.Module, tuple[StreamedGroup, StreamedLayer]]
+        self._stored: weakref.WeakKeyDictionary[torch.nn.Module, tuple[StoredGroup, StoredLayer]]
         self._stored = weakref.WeakKeyDictionary()
 
     @property
@@ -57,22 +57,23 @@ class Stores:
         """Put every layer where `plan` has it, one after another.
 
         What is on the module but not in the plan, since somebody put it there, goes to the compute device as well. If
-        it `is_cancellable`, the host's exception for a cancelled prompt may leave it half done.
+        it `is_cancellable`, a cancelled prompt raises before the next group; `release` takes back what is placed then.
         """
         module = self.module
         self.is_in_use = True
+        self.sources.check_files()
         self.sources.note(module.modules())
         _fill_missing(module)
         # What leaves the compute device does so before anything else is put there.
-        homes = self._homes(plan)
+        devices = self._devices_of_slabs(plan)
         to_pack = {}
         for key in plan.groups:
             if key not in self.groups or not self.groups[key].is_bound():
                 to_pack[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
-            elif self.groups[key].slab.device != homes[key]:
-                self.move(key, homes[key])
-        self._pack(to_pack, homes, set(plan.evicted), is_cancellable)
-        returned = [self._unstore(key).slab for key in list(self.groups) if key not in homes]
+            elif self.groups[key].slab.device != devices[key]:
+                self.move(key, devices[key])
+        self._pack(to_pack, devices, set(plan.evicted), is_cancellable)
+        returned = [self._unstore(key).slab for key in list(self.groups) if key not in devices]
         self._take_the_others_to_the_device()
         for slab in returned:
             self.pinned.unpin(slab)
@@ -99,7 +100,7 @@ class Stores:
             for name, value in values.items():
                 child._parameters[name] = as_parameter(value)
                 note_dtype(child, name, value)
-                self.sources.replaced(child, name, value)
+                self.sources.replaced(child, name, is_original=True)
         for key, group in list(self.groups.items()):
             if group.slab.device != CPU or all(self.sources.are_known(layer.module) for layer in group.living):
                 for layer in group.living:
@@ -112,9 +113,9 @@ class Stores:
         """Allow no more than `num_bytes` of slabs on a donor; returns the groups that are to be moved for it, and where
         they go."""
         self._limits[donor] = num_bytes
-        homes = self._homes(plan) if self.is_in_use else {}
-        in_slabs = [(key, home, self.groups[key]) for key, home in homes.items() if key in self.groups]
-        return [(key, home) for key, home, group in in_slabs if group.slab.device != home and group.is_bound()]
+        devices = self._devices_of_slabs(plan) if self.is_in_use else {}
+        in_slabs = [(key, device, self.groups[key]) for key, device in devices.items() if key in self.groups]
+        return [(key, device) for key, device, group in in_slabs if group.slab.device != device and group.is_bound()]
 
     def batches(self, layer_names: Iterable[str]) -> Iterable[list[str]]:
         """The names, with those of a group together: its weights are best replaced all at once."""
@@ -124,30 +125,33 @@ class Stores:
             batches.setdefault(group_of.get(name, name), []).append(name)
         return batches.values()
 
-    def replace(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> list[StreamedGroup]:
+    def replace(
+        self, weights: Mapping[str, Mapping[str, torch.Tensor]], originals: Collection[tuple[str, str]] = ()
+    ) -> list[StoredGroup]:
         """Give layers new weights, by layer name and name in it, where theirs lie; others that hold the old keep them.
 
-        Returns the groups whose slabs they do not fit: the modules have the weights, and `lay_out_again` is to follow.
+        `originals` are the names of those that are the model's own again. Returns the groups whose slabs they do not
+        fit: the modules have the weights, and `lay_out_again` is to follow.
         """
-        in_slabs: dict[StreamedGroup, dict[StreamedLayer, Mapping[str, torch.Tensor]]] = {}
+        in_slabs: dict[StoredGroup, dict[StoredLayer, Mapping[str, torch.Tensor]]] = {}
         others = []
         for layer_name, values in weights.items():
             child = self.module.get_submodule(layer_name)
             group, layer = self.find(child)
             if group is None or layer is None:
-                self._set(child, values)
+                self._set(layer_name, child, values, originals)
             else:
                 in_slabs.setdefault(group, {})[layer] = values
         for group, of_layers in in_slabs.items():
             if all(layer.fits(of_layers.get(layer, {})) for layer in group.living):
-                self._pack_anew(group, of_layers)
+                self._pack_anew(group, of_layers, originals)
             else:
                 for layer, values in of_layers.items():
-                    self._set(layer.module, values)
+                    self._set(layer.name, layer.module, values, originals)
                 others.append(group)
         return others
 
-    def lay_out_again(self, group: StreamedGroup) -> None:
+    def lay_out_again(self, group: StoredGroup) -> None:
         """A new slab, of another layout, for the weights that the modules have."""
         key = next(key for key, each in self.groups.items() if each is group)
         self._pack({key: {layer.name: layer.module for layer in group.living}}, {key: group.slab.device})
@@ -155,7 +159,8 @@ class Stores:
             self.pinned.unpin(self.groups[key].slab)
 
     def kept_weight(self, layer_name: str, name: str) -> torch.Tensor | None:
-        """A weight as it goes on lying in host memory when it is replaced; None if it does not."""
+        """A weight as it stays in main memory when it is replaced: in the file's mapping, or in the old slab. Then it
+        needs no copy; None where it needs one."""
         child = self.module.get_submodule(layer_name)
         group, _ = self.find(child)
         is_on_host = group is not None and group.slab.device == CPU
@@ -171,19 +176,30 @@ class Stores:
         if self.is_in_use:
             self._pin(group, group.slab)
 
-    def find(self, child: torch.nn.Module) -> tuple[StreamedGroup, StreamedLayer] | tuple[None, None]:
+    def find(self, child: torch.nn.Module) -> tuple[StoredGroup, StoredLayer] | tuple[None, None]:
         """By the module itself: an object patch may have put another in the place of one in a slab."""
         return self._stored.get(child, (None, None))
 
-    def _set(self, child: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    def _set(
+        self,
+        layer_name: str,
+        child: torch.nn.Module,
+        values: Mapping[str, torch.Tensor],
+        originals: Collection[tuple[str, str]],
+    ) -> None:
         """Give a module new parameters, on the devices of those that it has."""
         for name, value in values.items():
             device = plain_tensors(getattr(child, name))[0].device
             note_dtype(child, name, value)
             setattr(child, name, to_device(value, device))
-            self.sources.replaced(child, name, value)
+            self.sources.replaced(child, name, (layer_name, name) in originals)
 
-    def _pack_anew(self, group: StreamedGroup, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]]) -> None:
+    def _pack_anew(
+        self,
+        group: StoredGroup,
+        values: Mapping[StoredLayer, Mapping[str, torch.Tensor]],
+        originals: Collection[tuple[str, str]],
+    ) -> None:
         """Serve a group from a new slab with these weights. It is page-locked before they come: from the compute device
         that is faster."""
         replaced = group.slab
@@ -191,21 +207,22 @@ class Stores:
         try:
             if self.is_in_use:
                 self._pin(group, slab)
-            with self.sources.kept(layer.module for layer in group.living):
+            changing = {(layer.module, name) for layer, of_layer in values.items() for name in of_layer}
+            with self.sources.kept((layer.module for layer in group.living), changing):
                 group.serve_from(group.pack(slab, values))
         except BaseException:
             self.pinned.unpin(slab)
             raise
         for layer, of_layer in values.items():
-            for name, value in of_layer.items():
-                self.sources.replaced(layer.module, name, value)
+            for name in of_layer:
+                self.sources.replaced(layer.module, name, (layer.name, name) in originals)
         self.pinned.unpin(replaced)
         if self.is_in_use:  # if it could not be, beside the one that it replaces
             self._pin(group, slab)
 
-    def _homes(self, plan: Plan) -> dict[Group, torch.device]:
+    def _devices_of_slabs(self, plan: Plan) -> dict[Group, torch.device]:
         """Where the slab of every group is to lie: the first on their donors, as far as the limits there allow."""
-        homes, used = {}, dict.fromkeys(self._limits, 0)
+        devices, used = {}, dict.fromkeys(self._limits, 0)
         for key in plan.groups:
             device = torch.device(key.device)
             if device in self._limits:
@@ -213,40 +230,41 @@ class Stores:
                     device = CPU
                 else:
                     used[device] += key.slab_bytes
-            homes[key] = device
-        return homes
+            devices[key] = device
+        return devices
 
     def _pack(
         self,
         modules: Mapping[Group, Mapping[str, torch.nn.Module]],
-        homes: Mapping[Group, torch.device],
+        devices: Mapping[Group, torch.device],
         evicted: Collection[Group] = (),
         is_cancellable: bool = False,
     ) -> None:
-        """Serve these groups from slabs at their homes, or on the host where a home has no memory.
+        """Serve these groups from slabs on these devices, or on the host where a device has no memory.
 
         On the host several are packed at a time, a few ahead of the one that is page-locked and served here: that is
         when the weights that they are packed from are let go.
         """
         made = {
-            key: StreamedGroup(members, [layout_of(each) for each in members.values()], key.is_table)
+            key: StoredGroup(members, [layout_of(each) for each in members.values()], key.is_table)
             for key, members in modules.items()
         }
-        on_host = iter([key for key in made if homes[key] == CPU])
+        on_host = iter([key for key in made if devices[key] == CPU])
         packing: dict[Group, Future[torch.Tensor]] = {}
         with ThreadPoolExecutor(_PACKING_THREADS) as pool:
             for key, group in made.items():
                 if is_cancellable:
-                    self._host.raise_if_interrupted()
+                    self._program.raise_if_cancelled()
                 for ahead in itertools.islice(on_host, 2 * _PACKING_THREADS - len(packing)):
                     if ahead in evicted:
-                        # In place: other holders of the parameters keep no memory there.
+                        # The same parameters with other memory: whoever holds them too keeps none of the device.
                         self._take_to_the_host(modules[ahead].values())
                     # What a thread allocates, the C library may keep for it when it is freed.
                     packing[ahead] = pool.submit(made[ahead].pack, made[ahead].new_slab(CPU))
-                slab = (
-                    packing.pop(key).result() if key in packing else self._there_or_on_host(group.packed_on, homes[key])
-                )
+                if key in packing:
+                    slab = packing.pop(key).result()
+                else:
+                    slab = self._there_or_on_host(group.packed_on, devices[key])
                 replaced = self.groups.get(key)
                 with self.sources.kept(modules[key].values()):
                     group.serve_from(slab)
@@ -256,12 +274,12 @@ class Stores:
                     self.pinned.unpin(replaced.slab)
                 self._pin(group, slab)
 
-    def _pin(self, group: StreamedGroup, slab: torch.Tensor) -> None:
+    def _pin(self, group: StoredGroup, slab: torch.Tensor) -> None:
         """Tables are read in place, and need not be page-locked."""
         if not group.is_table:
             self.pinned.pin(slab)
 
-    def _unstore(self, key: Group) -> StreamedGroup:
+    def _unstore(self, key: Group) -> StoredGroup:
         group = self.groups.pop(key)
         for layer in group.living:
             if self.find(layer.module)[0] is group:
@@ -277,16 +295,16 @@ class Stores:
     def _take_to_the_host(self, modules: Iterable[torch.nn.Module]) -> None:
         """What a file has is not copied."""
         modules = list(modules)
-        for module in modules:
-            self.sources.rebind(module)
-        self._move_all(modules, CPU)
+        with self.sources.kept(modules), Mover(CPU, self.pinned) as mover:
+            for module in modules:
+                mover.move(module, apart_from=self.sources.rebind(module))
 
     def _there_or_on_host(self, make: Callable[[torch.device], _T], device: torch.device) -> _T:
         """What `make` makes on `device`, or on the host where that has no memory left."""
         try:
             return make(device)
         except RuntimeError as error:
-            if device == CPU or not self._host.is_out_of_memory(error):
+            if device == CPU or not self._program.is_out_of_memory(error):
                 raise
             logger.warning(
                 "DisTorch2: %s is full; a group of layers planned for it is on the host (%s)", device, str(error)

@@ -1,13 +1,11 @@
 """Serving layers from slabs: a layer's weights are on the compute device while its forward runs, and only then.
 
-Groups of layers are copied into a staging buffer ahead of their use, as a `Schedule` says. Outside its forward a
-layer's parameters are views into its group's slab, so that state dicts, patches and saving see real weights.
+Groups of layers are copied into a staging buffer ahead of their use, as a `Schedule` says.
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,131 +13,10 @@ import torch
 
 from ..moving.transfer import Copy, Transfer
 from ..planning.schedule import Schedule
-from ..weights.quantised import is_quantised, to_device
-from ..weights.slab import SlabLayout, allocate
+from ..weights.quantised import to_device
+from ..weights.slab import allocate
 from .forwards import Forwards
-
-
-class StreamedLayer:
-    """A module whose parameters lie in the slab of its group, `offset` bytes from its start."""
-
-    def __init__(self, name: str, module: torch.nn.Module, layout: SlabLayout, offset: int) -> None:
-        self.name = name
-        # Weak: the module reaches this object through its own forward, and a cycle would keep it alive.
-        self._module = weakref.ref(module)
-        self.layout = layout
-        self._offset = offset
-        self.stored: dict[str, torch.nn.Parameter] = {}
-        """The parameters that the module has outside its forward."""
-
-    @property
-    def is_alive(self) -> bool:
-        """Not when another module has taken its place, and nobody holds it any more."""
-        return self._module() is not None
-
-    @property
-    def module(self) -> torch.nn.Module:
-        return self._module()  # type: ignore[return-value] # a cast would be a call, for every layer in every step
-
-    def views(self, buffer: torch.Tensor) -> dict[str, torch.nn.Parameter]:
-        """The layer's parameters in a buffer that holds its group from the start."""
-        with torch.inference_mode(False):
-            return self.layout.parameters(buffer[self._offset :])
-
-    def pack(self, slab: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
-        """Copy these weights, by name, and the others of the module into its place in the slab."""
-        self.layout.pack(slab[self._offset :], {**self.module._parameters, **values})
-
-    def bind(self, slab: torch.Tensor) -> None:
-        self._bind(self.views(slab))
-
-    def move(self, slab: torch.Tensor) -> None:
-        """As `bind`, but the parameters stay the same objects where torch can do that: others may hold them."""
-        parameters = self.views(slab)
-        for name, held in self.stored.items():
-            view = parameters[name]
-            if not is_quantised(view) and torch._has_compatible_shallow_copy_type(held, view):
-                held.data = view.data
-                parameters[name] = held
-        self._bind(parameters)
-
-    def _bind(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        self.stored = parameters
-        self._bindings = [(name, parameter, parameter.data_ptr()) for name, parameter in parameters.items()]
-        # Not setattr: that costs more, and a compiled module guards on this dict.
-        self.module._parameters.update(parameters)
-
-    def is_bound(self) -> bool:
-        """Whether the module still has the weights in the slab: not after `module.to(...)`, say."""
-        bound = self.module._parameters
-        for name, parameter, address in self._bindings:
-            if bound.get(name) is not parameter or parameter.data_ptr() != address:
-                return False
-        return True
-
-    def fits(self, values: Mapping[str, torch.Tensor]) -> bool:
-        """Whether these weights and the module's others are what is laid out."""
-        return self.layout.fits({**self.module._parameters, **values})
-
-
-class StreamedGroup:
-    """Layers that are moved by one copy of their slab, which is packed from the weights that their modules have.
-
-    A table is not moved, and is not page-locked on the host.
-
-    Only hook patches rewrite a slab that holds weights, as they rewrite a resident weight. Otherwise new weights come
-    in a new slab: others may hold the old ones (a merge, an extraction).
-    """
-
-    slab: torch.Tensor
-    """To be set by `serve_from` before anything else is asked."""
-
-    def __init__(
-        self, modules: Mapping[str, torch.nn.Module], layouts: Sequence[SlabLayout], is_table: bool = False
-    ) -> None:
-        self.is_table = is_table
-        self.layers: list[StreamedLayer] = []
-        self.num_bytes = 0
-        for (name, module), layout in zip(modules.items(), layouts, strict=True):
-            self.layers.append(StreamedLayer(name, module, layout, self.num_bytes))
-            self.num_bytes += layout.num_bytes
-
-    @property
-    def living(self) -> list[StreamedLayer]:
-        return [layer for layer in self.layers if layer.is_alive]
-
-    def is_bound(self) -> bool:
-        return all(layer.is_bound() for layer in self.living)
-
-    def packed_on(self, device: torch.device) -> torch.Tensor:
-        """A new slab on `device` with the weights that the modules have."""
-        return self.pack(self.new_slab(device))
-
-    def new_slab(self, device: torch.device) -> torch.Tensor:
-        return allocate(self.num_bytes, device)
-
-    def pack(
-        self, slab: torch.Tensor, values: Mapping[StreamedLayer, Mapping[str, torch.Tensor]] | None = None
-    ) -> torch.Tensor:
-        """Write these weights, by layer and name, and the others that the modules have. Returns the slab, which is all
-        that it changes: several threads may fill slabs."""
-        with torch.no_grad():  # of a thread, too
-            for layer in self.living:
-                layer.pack(slab, (values or {}).get(layer, {}))
-        return slab
-
-    def serve_from(self, slab: torch.Tensor) -> None:
-        self.slab = slab
-        for layer in self.living:
-            layer.bind(slab)
-
-    def move(self, device: torch.device) -> None:
-        """Serve the same weights from another device."""
-        slab = self.new_slab(device)
-        slab.copy_(self.slab)
-        self.slab = slab
-        for layer in self.living:
-            layer.move(slab)
+from .groups import StoredGroup, StoredLayer
 
 
 class Streamer:
@@ -152,7 +29,7 @@ class Streamer:
 
     def __init__(
         self,
-        groups: Sequence[StreamedGroup],
+        groups: Sequence[StoredGroup],
         transfer: Transfer,
         staging_bytes: int,
         order: Sequence[int] | None = None,
@@ -165,7 +42,7 @@ class Streamer:
         self._allocate_later = allocate_later
         self.staging = allocate(0 if allocate_later else staging_bytes, transfer.device)
         self._group_of = [index for index, group in enumerate(groups) for _ in group.layers]
-        self._schedule = Schedule(self._group_of, [group.num_bytes for group in groups], staging_bytes, order)
+        self._schedule = Schedule(self._group_of, [group.slab_bytes for group in groups], staging_bytes, order)
         self._schedule_version = 0
         self._copies: list[Copy] = []
         self._staged: list[dict[str, torch.nn.Parameter]] = []
@@ -179,7 +56,7 @@ class Streamer:
     def attach(self) -> None:
         for index, layer in enumerate(self.layers):
             if layer.is_alive:
-                self._forwards.set(layer.module, functools.partial(self._serving, index, layer))
+                self._forwards.set(layer.module, functools.partial(self._make_forward, index, layer))
 
     def detach(self) -> None:
         self._transfer.wait()
@@ -192,13 +69,13 @@ class Streamer:
         self._copies, self._staged = [], []  # they hold the slabs that were replaced
 
     def give_up_staging(self) -> None:
-        """Until the next layer runs."""
+        """Until the next layer runs; for one with `allocate_later`."""
         if self.staging.nbytes:
             self._transfer.wait()
             self.forget_staged()
             self.staging = allocate(0, self._transfer.device)
 
-    def _serving(self, index: int, layer: StreamedLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+    def _make_forward(self, index: int, layer: StoredLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         """A forward for the layer's module. It runs once for every layer in every step: little is done, and inline."""
         schedule, transfer, group = self._schedule, self._transfer, self._group_of[index]
 
@@ -265,7 +142,7 @@ class Streamer:
         self._copies, self._staged = [], []
         for index, group in enumerate(self._groups):
             begin = self._schedule.offsets[index]
-            target = self.staging[begin : begin + group.num_bytes]
+            target = self.staging[begin : begin + group.slab_bytes]
             self._copies.append(Copy(group.slab, target))
             self._staged += [layer.views(target) for layer in group.layers]
         self._schedule_version = self._schedule.version

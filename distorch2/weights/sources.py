@@ -1,6 +1,7 @@
 """Where weights come from: memory-mapped files, from which they can be had again, so that nothing else keeps them.
 
-[Note: what a source stands for] A parameter has one while its weight is as it was loaded. What writes into a weight in
+[Note: what a source stands for] A source is used only while the weight in place is as it was loaded; that of a patched
+weight is kept for the time after. What writes into a weight in
 place, other than patches of ComfyUI, lasts until the model is unloaded, as with ComfyUI's DynamicVRAM.
 """
 
@@ -10,7 +11,7 @@ import bisect
 import contextlib
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,10 @@ class _Source:
         return reference() is parameter and address == _address(parameter)
 
 
+class SourceChangedError(RuntimeError):
+    """A file has been written into while weights of it were in use."""
+
+
 class Sources:
     """The sources of the parameters of modules, by module and name."""
 
@@ -76,11 +81,7 @@ class Sources:
         self._files: dict[str, tuple[int, int, int]] = {}
 
     def note(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Before weights are moved: remember where those come from that have not been moved yet.
-
-        Raises `RuntimeError` when a file has been written into since: its mapping has other bytes now.
-        """
-        self._check_files()
+        """Before weights are moved: remember where those come from that have not been moved yet."""
         mappings: _Mappings | None = None
         for module in modules:
             found = self._of.get(module, {})
@@ -111,26 +112,30 @@ class Sources:
         }
 
     @contextlib.contextmanager
-    def kept(self, modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-        """While weights of these modules are moved, and stay what they are."""
-        unchanged = [(each, name) for each in modules for name in self._unchanged(each)]
-        yield
-        for module, name in unchanged:
-            self._of[module][name].in_place = _place_of(module._parameters[name])
+    def kept(
+        self, modules: Iterable[torch.nn.Module], changing: Collection[tuple[torch.nn.Module, str]] = ()
+    ) -> Iterator[None]:
+        """While weights of these modules are moved, and stay what they are, but for those that are `changing`."""
+        names = [(each, name) for each in modules for name in self._unchanged(each) if (each, name) not in changing]
+        try:
+            yield
+        finally:  # of a move that fails, too, weights that have been moved are those of the file
+            for module, name in names:
+                self._of[module][name].in_place = _place_of(module._parameters[name])
 
-    def replaced(self, module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-        """After the parameter was replaced by one with this value, which may be that of the source."""
+    def replaced(self, module: torch.nn.Module, name: str, is_original: bool) -> None:
+        """After the parameter was replaced: by the original, or by a weight that no file has."""
         source = self._of.get(module, {}).get(name)
         if source is not None:
-            is_same = _address(value) == _address(source.parameter)
-            source.in_place = _place_of(module._parameters[name]) if is_same else None
+            source.in_place = _place_of(module._parameters[name]) if is_original else None
 
-    def rebind(self, module: torch.nn.Module) -> None:
-        """Give the module its weights in the file in place of those that are the same.
+    def rebind(self, module: torch.nn.Module) -> list[str]:
+        """Give the module its weights in the file in place of those that are the same; returns their names.
 
         As with torch's own `.to()` a parameter stays the same object where it can.
         """
-        for name in self._unchanged(module):
+        unchanged = self._unchanged(module)
+        for name in unchanged:
             source, held = self._of[module][name], module._parameters[name]
             original = source.parameter
             if not is_quantised(held) and torch._has_compatible_shallow_copy_type(held, original):
@@ -139,6 +144,7 @@ class Sources:
             else:
                 module._parameters[name] = as_parameter(original)
             source.in_place = _place_of(module._parameters[name])
+        return unchanged
 
     def _unchanged(self, module: torch.nn.Module) -> list[str]:
         sources = self._of.get(module, {})
@@ -150,19 +156,20 @@ class Sources:
             path = mappings.path_of(part)
             if path is not None:
                 paths.add(path)
-            elif part.nbytes > _SMALL_BYTES or part.device.type != "cpu":
-                return False
+            elif part.device.type != "cpu" or part.untyped_storage().nbytes() > _SMALL_BYTES:
+                return False  # a small part of something large would keep all of it
         for path in paths - self._files.keys():
             with contextlib.suppress(OSError):  # deleted or replaced: what is mapped stays
                 self._files[path] = _identity(path)
         return True
 
-    def _check_files(self) -> None:
+    def check_files(self) -> None:
+        """Raises `SourceChangedError` when a file has been written into: its mapping has other bytes now."""
         for path, (inode, *state) in self._files.items():
             with contextlib.suppress(OSError):
                 now, *state_now = _identity(path)
                 if now == inode and state_now != state:
-                    raise RuntimeError(f"{path} was written into while it was in use; load the model again")
+                    raise SourceChangedError(f"{path} was written into while it was in use; load the model again")
 
 
 def _identity(path: str) -> tuple[int, int, int]:

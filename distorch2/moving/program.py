@@ -12,15 +12,15 @@ import torch
 class KeepsOnDonors(Protocol):
     """Slabs on donors, in bytes."""
 
-    def bytes_planned_on(self, donor: torch.device) -> int: ...
+    def slab_bytes_planned_on(self, donor: torch.device) -> int: ...
 
     def bytes_on(self, donor: torch.device) -> int: ...
 
     def limit(self, donor: torch.device, num_bytes: float) -> None: ...
 
 
-class Host(Protocol):
-    """ComfyUI's is `COMFYUI` in `comfyui/host.py`."""
+class Program(Protocol):
+    """ComfyUI's is `COMFYUI` in `comfyui/program.py`."""
 
     def can_pin_for(self, device: torch.device) -> bool:
         """Whether page-locked memory makes copies to this device faster."""
@@ -42,15 +42,15 @@ class Host(Protocol):
     def has_room_to_compute(self, device: torch.device) -> bool: ...
 
     def share_on(self, donor: torch.device, owner: KeepsOnDonors, is_relay: bool) -> Any:
-        """What the host's memory manager takes for a model on `donor`: the slabs that `owner` keeps there."""
+        """What the program's memory manager takes for a model on `donor`: the slabs that `owner` keeps there."""
 
-    def raise_if_interrupted(self) -> None: ...
+    def raise_if_cancelled(self) -> None: ...
 
     def is_out_of_memory(self, error: BaseException) -> bool: ...
 
     def is_training(self) -> bool: ...
 
     def is_compiler_active(self) -> bool:
-        """Whether what is allocated now may be replayed by the host's compiler."""
+        """Whether what is allocated now may be replayed by the program's compiler."""
 
     def outside_compiler(self) -> AbstractContextManager[None]: ...

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ..moving.host import KeepsOnDonors
+from ..moving.program import KeepsOnDonors
 from . import core
 from .core import mm
 from .donor_share import DonorShare
@@ -15,7 +15,7 @@ from .failures import is_out_of_memory
 
 
 class _ComfyUI:
-    """See `Host` in `moving/host.py` for what each is."""
+    """See `Program` in `moving/program.py` for what each is."""
 
     def can_pin_for(self, device: torch.device) -> bool:
         return mm.is_device_cuda(device)
@@ -42,7 +42,7 @@ class _ComfyUI:
     def share_on(self, donor: torch.device, owner: KeepsOnDonors, is_relay: bool) -> DonorShare:
         return DonorShare(owner, donor, is_relay)
 
-    def raise_if_interrupted(self) -> None:
+    def raise_if_cancelled(self) -> None:
         mm.throw_exception_if_processing_interrupted()
 
     def is_out_of_memory(self, error: BaseException) -> bool:

@@ -1,0 +1,136 @@
+"""Groups of layers whose weights lie in one slab.
+
+A layer's parameters are views into the slab of its group, so that state dicts, patches and saving see real weights.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..weights.quantised import is_quantised
+from ..weights.slab import SlabLayout, allocate
+
+
+class StoredLayer:
+    """A module whose parameters lie in the slab of its group, `offset` bytes from its start."""
+
+    def __init__(self, name: str, module: torch.nn.Module, layout: SlabLayout, offset: int) -> None:
+        self.name = name
+        # Weak: the module reaches this object through its own forward, and a cycle would keep it alive.
+        self._module = weakref.ref(module)
+        self.layout = layout
+        self._offset = offset
+        self.stored: dict[str, torch.nn.Parameter] = {}
+        """The parameters that the module has outside its forward."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Not when another module has taken its place, and nobody holds it any more."""
+        return self._module() is not None
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._module()  # type: ignore[return-value] # a cast would be a call, for every layer in every step
+
+    def views(self, buffer: torch.Tensor) -> dict[str, torch.nn.Parameter]:
+        """The layer's parameters in a buffer that holds its group from the start."""
+        with torch.inference_mode(False):
+            return self.layout.parameters(buffer[self._offset :])
+
+    def pack(self, slab: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
+        """Copy these weights, by name, and the others of the module into its place in the slab."""
+        self.layout.pack(slab[self._offset :], {**self.module._parameters, **values})
+
+    def bind(self, slab: torch.Tensor) -> None:
+        self._bind(self.views(slab))
+
+    def move(self, slab: torch.Tensor) -> None:
+        """As `bind`, but the parameters stay the same objects where torch can do that: others may hold them."""
+        parameters = self.views(slab)
+        for name, held in self.stored.items():
+            view = parameters[name]
+            if not is_quantised(view) and torch._has_compatible_shallow_copy_type(held, view):
+                held.data = view.data
+                parameters[name] = held
+        self._bind(parameters)
+
+    def _bind(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        self.stored = parameters
+        self._bindings = [(name, parameter, parameter.data_ptr()) for name, parameter in parameters.items()]
+        # Not setattr: that costs more, and a compiled module guards on this dict.
+        self.module._parameters.update(parameters)
+
+    def is_bound(self) -> bool:
+        """Whether the module still has the weights in the slab: not after `module.to(...)`, say."""
+        bound = self.module._parameters
+        for name, parameter, address in self._bindings:
+            if bound.get(name) is not parameter or parameter.data_ptr() != address:
+                return False
+        return True
+
+    def fits(self, values: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these weights and the module's others are what is laid out."""
+        return self.layout.fits({**self.module._parameters, **values})
+
+
+class StoredGroup:
+    """Layers of which one slab has the weights. The slab is packed from those that the modules have.
+
+    Of these, streamed and relayed groups are copied as a whole. A table is read row by row, and is not page-locked.
+
+    Only hook patches rewrite a slab that holds weights, as they rewrite a resident weight. Otherwise new weights come
+    in a new slab: others may hold the old ones (a merge, an extraction).
+    """
+
+    slab: torch.Tensor
+    """Set by `serve_from`. `pack` and `packed_on`, which make it, do not need it."""
+
+    def __init__(
+        self, modules: Mapping[str, torch.nn.Module], layouts: Sequence[SlabLayout], is_table: bool = False
+    ) -> None:
+        self.is_table = is_table
+        self.layers: list[StoredLayer] = []
+        self.slab_bytes = 0
+        for (name, module), layout in zip(modules.items(), layouts, strict=True):
+            self.layers.append(StoredLayer(name, module, layout, self.slab_bytes))
+            self.slab_bytes += layout.num_bytes
+
+    @property
+    def living(self) -> list[StoredLayer]:
+        return [layer for layer in self.layers if layer.is_alive]
+
+    def is_bound(self) -> bool:
+        return all(layer.is_bound() for layer in self.living)
+
+    def packed_on(self, device: torch.device) -> torch.Tensor:
+        """A new slab on `device` with the weights that the modules have."""
+        return self.pack(self.new_slab(device))
+
+    def new_slab(self, device: torch.device) -> torch.Tensor:
+        return allocate(self.slab_bytes, device)
+
+    def pack(
+        self, slab: torch.Tensor, values: Mapping[StoredLayer, Mapping[str, torch.Tensor]] | None = None
+    ) -> torch.Tensor:
+        """Write these weights, by layer and name, and the others that the modules have. Returns the slab, which is all
+        that it changes: several threads may fill slabs."""
+        with torch.no_grad():  # of a thread, too
+            for layer in self.living:
+                layer.pack(slab, (values or {}).get(layer, {}))
+        return slab
+
+    def serve_from(self, slab: torch.Tensor) -> None:
+        self.slab = slab
+        for layer in self.living:
+            layer.bind(slab)
+
+    def move(self, device: torch.device) -> None:
+        """Serve the same weights from another device."""
+        slab = self.new_slab(device)
+        slab.copy_(self.slab)
+        self.slab = slab
+        for layer in self.living:
+            layer.move(slab)
