@@ -25,7 +25,7 @@ from test_compatibility import OWN_KINDS, controlled, controlnet, latents
 from unit_calls import recorded_units
 
 from distorch2.loading import load_checkpoint
-from distorch2.moving.transfer import Crossing
+from distorch2.moving.crossing import Crossing
 from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
 from distorch2.serving.activations import Visit
 from distorch2.serving.relay import _brings_tensors_along

@@ -17,7 +17,8 @@ from sampling import core_load, runs_of_core, sample
 
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
-from distorch2.moving.transfer import Copy, Detour, Transfer, _context_of
+from distorch2.moving.streams import context_of
+from distorch2.moving.transfer import Copy, Detour, Transfer
 from distorch2.planning.plan import ComponentRequest
 
 HAS_SIMULATED = str(mm.get_torch_device()) == "cpu"
@@ -464,10 +465,10 @@ def test_a_transfer_waits_for_its_copies(mode, monkeypatch, accelerator):
 def test_a_stream_is_entered_itself_only_where_torch_can(mode, monkeypatch):
     """Not where torch takes another device to be the accelerator."""
     stream = torch.sim.Stream("sim:1")
-    assert _context_of(stream) is stream
+    assert context_of(stream) is stream
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    assert _context_of(stream) is not stream
-    with _context_of(stream):
+    assert context_of(stream) is not stream
+    with context_of(stream):
         assert torch.sim.current_stream("sim:1") is stream
     assert torch.sim.current_stream("sim:1") is not stream
 

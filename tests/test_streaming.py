@@ -31,7 +31,8 @@ from allocation_parser import parse_allocation
 from distorch2.comfyui.patcher import DistributedPatcher
 from distorch2.comfyui.program import COMFYUI
 from distorch2.loading import distribute, load_checkpoint, load_components
-from distorch2.moving.transfer import Crossing, Transfer
+from distorch2.moving.crossing import Crossing
+from distorch2.moving.transfer import Transfer
 from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory, Placement, Plan, VirtualVram
 from distorch2.planning.planner import make_plan
 from distorch2.serving.distribution import Distribution

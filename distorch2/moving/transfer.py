@@ -1,5 +1,4 @@
-"""Copies of weights to the compute device, and of activations both ways. The only file that deals with streams and
-events."""
+"""Copies of weights to the compute device."""
 
 from __future__ import annotations
 
@@ -7,11 +6,14 @@ import collections
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+
+from .crossing import Crossing
+from .streams import backend_of, context_of
 
 _LEAST_TO_HALVE_BYTES = 2 * 1024**2
 """Below this size, starting a second copy costs more than halving the transfer saves."""
@@ -26,7 +28,7 @@ class Copy:
         is_on_host = source.device.type == "cpu"
         self.is_page_locked = is_on_host and source.is_pinned()
         self.is_pageable = is_on_host and not self.is_page_locked
-        backend = _backend_of(target.device)
+        backend = backend_of(target.device)
         self.events = () if backend is None else (backend.Event(), backend.Event())
         """One for each way that a part may take. Reused on every submit: creating events is slower. A wait that was
         queued earlier still refers to the earlier record."""
@@ -42,10 +44,10 @@ class Copy:
 
 
 class Transfer:
-    """Copies to one device, on a stream of their own where the device has streams; else each is done at once.
+    """Copies to one device: on a stream of their own where the device has streams, else at once.
 
-    `copies` counts what was submitted. What is not page-locked is copied by way of `upload`, if there is one; of what
-    is, a half takes the `detour`, if there is one.
+    `copies` counts the copies that were submitted. Memory that is not page-locked is copied by way of `upload`, if
+    there is one. Of page-locked memory a half takes the `detour`, if there is one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,18 +56,18 @@ class Transfer:
         self.copies = 0
         self.upload: Upload | None = None
         self.detour: Detour | None = None
-        self._backend = _backend_of(device)
+        self._backend = backend_of(device)
         self._stream: Any = None
         self._on_stream: Any = None
         self._donor_streams: dict[torch.device, Any] = {}
         self._reached: dict[torch.device, bool] = {}  # whether copies from a donor arrive
-        self._given: Any = None  # an event: what the device has been given so far is done
-        self._copied_ahead: list[Copy] = []  # with a detour, those that nobody has waited for
+        self._given: Any = None  # an event, recorded after the work that the device has been given so far
+        self._copied_ahead: list[Copy] = []  # with a detour: copies that nobody has waited for
 
     def submit(self, copies: Sequence[Copy]) -> None:
         """Start `copies`, one after another, when the work that the compute device has been given so far is done.
 
-        So what was read from their targets before may be overwritten.
+        That work may still read what the targets hold.
         """
         self.copies += len(copies)
         if self._backend is None:
@@ -74,7 +76,7 @@ class Transfer:
             return
         if self._stream is None:
             self._stream, self._given = self._backend.Stream(self.device), self._backend.Event()
-            self._on_stream = _context_of(self._stream)
+            self._on_stream = context_of(self._stream)
         self._given.record(self._backend.current_stream(self._index))
         self._stream.wait_event(self._given)
         with self._on_stream:
@@ -88,7 +90,7 @@ class Transfer:
                     self._copied_ahead.append(copy)
 
     def _come_after_those_before(self, copy: Copy) -> None:
-        """What was copied ahead and not used may still be on its way to where `copy` goes, by another way."""
+        """A copy that was made ahead and not used may still be writing to the target of `copy`, by another way."""
         self._copied_ahead = [other for other in self._copied_ahead if not other.is_awaited]
         for other in [other for other in self._copied_ahead if other.overlaps(copy)]:
             for event in other.done_events:
@@ -98,14 +100,14 @@ class Transfer:
             self._copied_ahead.remove(other)
 
     def _start(self, copy: Copy) -> Sequence[Any]:
-        """Returns the streams on which it is done."""
+        """Returns the streams that the copy runs on."""
         source, target = copy.source, copy.target
         if self.upload is not None and copy.is_pageable:
             try:
                 self.upload.copy(source, target)
                 self.upload.flush()
             except BaseException:
-                with contextlib.suppress(Exception):  # parts that are left would go where others are by then
+                with contextlib.suppress(Exception):  # later, the parts that are left would overwrite other groups
                     self.upload.wait()
                 raise
         elif self.detour is not None and copy.is_page_locked and source.nbytes >= _LEAST_TO_HALVE_BYTES:
@@ -121,8 +123,8 @@ class Transfer:
         return (self._stream,)
 
     def _stream_on(self, donor: torch.device) -> Any:
-        """For copies from there. On a donor's default stream CUDA would have them wait for all that both devices have
-        been given, and both devices for them."""
+        """The stream for copies from a donor. On the donor's default stream, CUDA would let such copies wait for all
+        work of both devices, and both devices wait for the copies."""
         if donor not in self._donor_streams:
             self._donor_streams[donor] = self._backend.Stream(donor)
         stream = self._donor_streams[donor]
@@ -143,7 +145,7 @@ class Transfer:
             copy.is_awaited = True
 
     def bytes_per_second(self, copies: Sequence[Copy]) -> float:
-        """Measured for these copies, which are done a few times."""
+        """The speed of these copies, measured by doing them a few times."""
         num_bytes, seconds = sum(copy.source.nbytes for copy in copies), []
         for _ in range(3):  # the first time, there may be memory to get and buffers to set up
             self.wait()
@@ -154,7 +156,7 @@ class Transfer:
         return num_bytes / min(seconds)
 
     def wait(self) -> None:
-        """Return when everything is done, so that slabs and staging buffer may be written or freed."""
+        """Return when all copies are done: slabs and staging buffer may be written or freed then."""
         self._copied_ahead.clear()
         if self.detour is not None:
             self.detour.wait()
@@ -174,7 +176,7 @@ class Detour:
     def __init__(self, device: torch.device, slots: Sequence[torch.Tensor]) -> None:
         helper = slots[0].device
         self.slots = slots
-        self._backend = _backend_of(device)
+        self._backend = backend_of(device)
         self.stream = self._backend.Stream(device)
         self._to_helper, self._onward = self._backend.Stream(helper), self._backend.Stream(helper)
         self._to_helper.wait_stream(self._backend.current_stream(helper))  # which may have used the slots' memory
@@ -261,95 +263,3 @@ class Upload:
 def _fill(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():  # which is on for one thread at a time
         return target.copy_(source)
-
-
-class Crossing:
-    """Copies of activations between two devices, each way on a stream of its own where both have streams.
-
-    What the device that receives is given afterwards waits for them. Two devices of the same kind may say that they can
-    reach each other when they cannot: the first copy is checked, and where it is wrong copies go by way of the host.
-    """
-
-    def __init__(self, one: torch.device, other: torch.device) -> None:
-        self._devices = one, other
-        self._have_streams = all(_backend_of(device) is not None for device in self._devices)
-        self._streams = {device: _backend_of(device).Stream(device) for device in self._devices if self._have_streams}
-        self.is_direct: bool | None = None if self._have_streams and one.type == other.type else False
-        """None until it is checked."""
-
-    @contextlib.contextmanager
-    def leaving(self, device: torch.device) -> Iterator[None]:
-        """For copies from `device` of what it has been given to make so far."""
-        if not self._have_streams:
-            yield
-            return
-        if self.is_direct is None:
-            self.check()
-        stream = self._streams[device]
-        stream.wait_stream(_backend_of(device).current_stream(device))
-        with _backend_of(device).stream(stream):
-            yield
-
-    def copy(self, tensor: torch.Tensor, device: torch.device, into: torch.Tensor | None = None) -> torch.Tensor:
-        """A copy of `tensor` on `device`, in new memory or in that of a tensor there, that counts its writes."""
-        if into is None:
-            with torch.inference_mode(False):
-                into = torch.empty_like(tensor, device=device, memory_format=torch.preserve_format)
-        if self.is_direct:
-            into.copy_(tensor, non_blocking=True)  # between devices torch waits for the streams of both, on both
-        elif self._have_streams and tensor.device.type == "cuda" == device.type:
-            self._copy_by_host(tensor, into)
-        else:
-            into.copy_(tensor.cpu())
-        # Streams of another class are of a backend in Python, as the tests have, where torch has no memory to reuse.
-        if self._have_streams and isinstance(self._streams[tensor.device], torch.Stream):
-            tensor.record_stream(self._streams[tensor.device])
-        return into
-
-    def _copy_by_host(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        staged = torch.empty_like(source, device="cpu", pin_memory=True)
-        staged.copy_(source, non_blocking=True)
-        stream, current = self._streams[target.device], _backend_of(target.device).current_stream(target.device)
-        stream.wait_stream(self._streams[source.device])
-        stream.wait_stream(current)  # which may have used the memory before
-        with _backend_of(target.device).stream(stream):
-            target.copy_(staged, non_blocking=True)
-        current.wait_stream(stream)
-
-    def check(self) -> bool:
-        """Whether bytes that are copied directly arrive, both ways; sets `is_direct`."""
-        one, other = self._devices
-        expected = torch.arange(2**16, dtype=torch.int32)
-        self.is_direct = True
-        try:
-            with self.leaving(one):
-                arrived = self.copy(expected.to(one), other)
-            with self.leaving(other):
-                back = self.copy(arrived, one)
-            is_right = torch.equal(arrived.cpu(), expected) and torch.equal(back.cpu(), expected)
-        except BaseException:
-            self.is_direct = None
-            raise
-        self.is_direct = is_right
-        return is_right
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes `device` the current one: some kernels run there, whatever device their arguments are on."""
-    backend = _backend_of(device)
-    return contextlib.nullcontext() if backend is None else backend.device(device)
-
-
-def _context_of(stream: Any) -> contextlib.AbstractContextManager[Any]:
-    """Makes `stream` the current one. It may not be entered while it is entered.
-
-    From torch 2.7 on a stream of the current accelerator is such a context itself, and that costs less.
-    """
-    if hasattr(stream, "__enter__") and torch.accelerator.current_accelerator() == torch.device(stream.device.type):
-        return stream
-    return _backend_of(stream.device).stream(stream)
-
-
-def _backend_of(device: torch.device) -> Any:
-    """torch's module for its streams and events, None where it has none."""
-    return getattr(torch, device.type) if device.type not in ("cpu", "mps") else None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..moving.transfer import Crossing
+from ..moving.crossing import Crossing
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 """Types of what holds no tensors: most of what units are given."""

@@ -20,7 +20,8 @@ from typing import Any, cast
 
 import torch
 
-from ..moving.transfer import Transfer, on_device
+from ..moving.streams import on_device
+from ..moving.transfer import Transfer
 from ..weights.quantised import to_device
 from ..weights.slab import allocate
 from .activations import Activations, Visit

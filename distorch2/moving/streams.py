@@ -1,0 +1,29 @@
+"""torch's streams, by device."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes `device` the current one: some kernels run there, whatever device their arguments are on."""
+    backend = backend_of(device)
+    return contextlib.nullcontext() if backend is None else backend.device(device)
+
+
+def context_of(stream: Any) -> contextlib.AbstractContextManager[Any]:
+    """Makes `stream` the current one. It may not be entered while it is entered.
+
+    From torch 2.7 on a stream of the current accelerator is such a context itself, and that costs less.
+    """
+    if hasattr(stream, "__enter__") and torch.accelerator.current_accelerator() == torch.device(stream.device.type):
+        return stream
+    return backend_of(stream.device).stream(stream)
+
+
+def backend_of(device: torch.device) -> Any:
+    """torch's module for its streams and events, None where it has none."""
+    return getattr(torch, device.type) if device.type not in ("cpu", "mps") else None
