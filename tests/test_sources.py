@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import comfy.model_management as mm
 import comfy.utils
@@ -161,6 +162,18 @@ def test_weights_in_another_dtype_than_the_files(checkpoints, monkeypatch, text)
             mm.unload_all_models()
         assert bytes_in_files(model) == before
         assert max(sizes) <= 1000  # those of buffers
+
+
+def test_weights_that_comfyui_says_are_mapped_need_no_list_of_mappings(checkpoints, expected, monkeypatch):
+    """As on Windows with DynamicVRAM."""
+    model, clip = load(checkpoints, KIND, "sim:0,50%;cpu,*")
+    addresses = {name: weight.data_ptr() for name, weight in model.model.named_parameters()}
+    for weight in model.model.parameters():
+        setattr(weight.untyped_storage(), sources._MAPPED_BY_COMFYUI, ())
+    monkeypatch.setattr(sources, "_MAPPINGS", Path("/nonexistent"))
+    assert same(sample(model, clip), expected[KIND])
+    mm.unload_all_models()
+    assert {name: weight.data_ptr() for name, weight in model.model.named_parameters()} == addresses
 
 
 def test_small_weights_do_not_keep_the_slab_of_another_plan(checkpoints):

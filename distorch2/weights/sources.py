@@ -20,12 +20,14 @@ import torch
 from .quantised import as_parameter, is_quantised, plain_tensors
 
 _MAPPINGS = Path("/proc/self/maps")
+_MAPPED_BY_COMFYUI = "_comfy_tensor_mmap_refs"
+"""Attribute of a storage, with which ComfyUI's loader keeps a mapping alive where DynamicVRAM is on."""
 _SMALL_BYTES = 64 * 1024
 """Biases, scales and the like are kept as they are: what a loader converts or computes lies in no file."""
 
 
 class _Mappings:
-    """The ranges of this process's memory that are files. None are known on systems other than Linux."""
+    """The ranges of this process's memory that are files, as Linux lists them. None are known on other systems."""
 
     def __init__(self) -> None:
         self._begins: list[int] = []
@@ -156,8 +158,11 @@ class Sources:
             path = mappings.path_of(part)
             if path is not None:
                 paths.add(path)
-            elif part.device.type != "cpu" or part.untyped_storage().nbytes() > _SMALL_BYTES:
-                return False  # a small part of something large would keep all of it
+                continue
+            storage = part.untyped_storage()
+            is_small = part.device.type == "cpu" and storage.nbytes() <= _SMALL_BYTES  # not a part of something large
+            if not is_small and not hasattr(storage, _MAPPED_BY_COMFYUI):
+                return False
         for path in paths - self._files.keys():
             with contextlib.suppress(OSError):  # deleted or replaced: what is mapped stays
                 self._files[path] = _identity(path)
