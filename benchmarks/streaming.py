@@ -67,7 +67,7 @@ def packing_gb_per_second(num_bytes: int = 4 * 1024**3) -> dict[str, float]:
     """The parts of packing as fast as they can be: eight threads that copy to new memory, and page-locking it."""
     import torch
 
-    from distorch2.planning.plan import GROUP_BYTES
+    from distorch2.planning.sizing import GROUP_BYTES
     from distorch2.weights.slab import allocate
 
     source = torch.ones(GROUP_BYTES, dtype=torch.uint8)

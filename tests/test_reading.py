@@ -341,7 +341,7 @@ class Reader(torch.nn.Module):
 @pytest.fixture
 def reader(monkeypatch):
     """(module, its distribution), with each layer a group of its own on the donor."""
-    monkeypatch.setattr("distorch2.planning.plan.GROUP_BYTES", 1)
+    monkeypatch.setattr("distorch2.planning.sizing.GROUP_BYTES", 1)
     with torch.inference_mode(False):
         module = torch.nn.Sequential(Reader(), Reader())
         placements = tuple(Placement(layer, DONOR) for layer in list_layers(module))

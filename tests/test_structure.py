@@ -15,9 +15,7 @@ SHIPPED = [*ROOT.glob("*.py"), *(ROOT / "distorch2").rglob("*.py")]
 MAY_IMPORT_COMFYUI = {"nodes.py", "drop_in_nodes.py", "core.py"}
 PURE = [
     "allocation_parser",
-    "distorch2.planning.plan",
-    "distorch2.planning.planner",
-    "distorch2.planning.schedule",
+    *(f"distorch2.planning.{path.stem}" for path in (ROOT / "distorch2" / "planning").glob("*.py")),
     "distorch2.report",
     "distorch2.weights.checkpoint_file",
 ]

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
+from . import sizing
+from .eviction import num_to_evict, spread
+
 GIB = 1024**3
-GROUP_BYTES = 64 * 1024**2
-"""Large enough for a copy at the full speed of the link, and for few copies, each of which costs a model whose step is
-bound by the CPU some 60 microseconds. A small model is cut into at least `MIN_GROUPS`, since the staging buffer has to
-hold a few."""
-MIN_GROUPS = 32
-STAGING_BYTES = 512 * 1024**2
-"""Enough, unless three groups need more: in forecasts of `benchmarks/simulator.py` twice as much gains under 1 % for
-Flux- and SDXL-sized models at any fraction, whether the link or the computation takes longer."""
 SMALL_BYTES = 64 * 1024
 """Layers up to this size cost more to stream than they free."""
 OVERFLOW_DEVICE = "cpu"
@@ -260,21 +254,17 @@ class Plan:
 
     @cached_property
     def group_bytes(self) -> int:
-        return min(GROUP_BYTES, self.model_bytes // MIN_GROUPS)
+        return sizing.group_bytes(self.model_bytes)
 
     @cached_property
     def staging_bytes(self) -> int:
-        """Memory of the compute device through which groups are streamed.
-
-        An eighth of what is streamed, up to `STAGING_BYTES`, but room for three groups at least: two whose layers take
-        turns, and one to copy into.
-        """
-        return _staging_bytes(self._streamed_sizes)
+        """Memory of the compute device through which groups are streamed."""
+        return sizing.staging_bytes(self._streamed_sizes)
 
     @property
     def staging_bytes_of_units(self) -> int:
         """The same for relayed units that have to run on the compute device after all. It is not planned for."""
-        return _staging_bytes([group.slab_bytes for group in self.groups if group.is_relayed])
+        return sizing.staging_bytes([group.slab_bytes for group in self.groups if group.is_relayed])
 
     @property
     def _streamed_sizes(self) -> list[int]:
@@ -309,10 +299,14 @@ class Plan:
         `before`, the plan that is served, has evicted comes back only if two groups more would fit: free memory differs
         a little from prompt to prompt.
         """
-        num_evicted = self._num_evicted(compute_bytes)
+        resident = self.bytes_on(self.compute_device)
+        num_evicted = num_to_evict(self._evictable, resident, self._streamed_sizes, compute_bytes)
         evicted_before = before.evicted if before is not None else ()
         if num_evicted < len(evicted_before) and evicted_before == self._evictable[: len(evicted_before)]:
-            num_evicted = min(len(evicted_before), self._num_evicted(compute_bytes - 2 * self.group_bytes))
+            with_spare = num_to_evict(
+                self._evictable, resident, self._streamed_sizes, compute_bytes - 2 * self.group_bytes
+            )
+            num_evicted = min(len(evicted_before), with_spare)
         evicted = self._evictable[:num_evicted]
         if not evicted:
             return self
@@ -320,25 +314,9 @@ class Plan:
         placements = (Placement(item.layer, device_of.get(item.layer.name, item.device)) for item in self.placements)
         return replace(self, placements=tuple(placements), evicted=evicted)
 
-    def _num_evicted(self, compute_bytes: float) -> int:
-        """How many of `_evictable` have to go, for no more than so many bytes on the compute device."""
-        resident, sizes = self.bytes_on(self.compute_device), self._streamed_sizes
-        least, num_evicted = resident + _staging_bytes(sizes), 0
-        for number, group in enumerate(self._evictable, 1):
-            if least <= compute_bytes:
-                break
-            resident -= group.num_bytes
-            if group.is_streamed:
-                sizes.append(group.slab_bytes)
-            needed = resident + _staging_bytes(sizes)
-            if needed < least:
-                least, num_evicted = needed, number
-        return num_evicted
-
     @cached_property
     def _evictable(self) -> tuple[Group, ...]:
-        """Groups of resident layers in the order of eviction: any number of the first are spread over the model, as the
-        numbers of van der Corput's sequence (1935). Small layers are the last."""
+        """Groups of resident layers in the order of eviction, spread over the model. Small layers are the last."""
         if self.compute_device == OVERFLOW_DEVICE:
             return ()
         movable = [layer for layer in self.layers_on(self.compute_device) if layer.movable and layer.num_bytes]
@@ -346,25 +324,7 @@ class Plan:
             self._grouped(OVERFLOW_DEVICE, (layer for layer in movable if (layer.num_bytes <= SMALL_BYTES) == is_small))
             for is_small in (False, True)
         )
-        num_digits = len(large).bit_length()
-        order = sorted(range(len(large)), key=lambda index: f"{index:0{num_digits}b}"[::-1])
-        return (*(large[index] for index in order), *small)
+        return (*(large[index] for index in spread(len(large))), *small)
 
     def _grouped(self, device: str, layers: Iterable[Layer], is_relayed: bool = False) -> list[Group]:
-        """Consecutive layers together, up to `group_bytes`."""
-        groups: list[Group] = []
-        members: list[Layer] = []
-        num_bytes = 0
-        for layer in layers:
-            is_alone = layer.is_table or (members and members[-1].is_table)
-            if members and (is_alone or num_bytes + layer.slab_bytes > self.group_bytes):
-                groups.append(Group(device, tuple(members), is_relayed))
-                members, num_bytes = [], 0
-            members.append(layer)
-            num_bytes += layer.slab_bytes
-        return [*groups, Group(device, tuple(members), is_relayed)] if members else groups
-
-
-def _staging_bytes(group_sizes: Sequence[int]) -> int:
-    streamed = sum(group_sizes)
-    return min(streamed, max(sum(heapq.nlargest(3, group_sizes)), min(streamed // 8, STAGING_BYTES)))
+        return [Group(device, members, is_relayed) for members in sizing.in_groups(layers, self.group_bytes)]
