@@ -52,7 +52,7 @@ def test_time_is_given_to_the_layer_at_the_last_event():
         for slab, waiting_s in zip(slabs, (2.0, 0.5))
     )
     groups = {
-        Group(f"group {number}", ()): types.SimpleNamespace(slab=slab, num_bytes=100 * (number + 1))
+        Group(f"group {number}", ()): types.SimpleNamespace(slab=slab, slab_bytes=100 * (number + 1))
         for number, slab in enumerate(slabs)
     }
     plan = types.SimpleNamespace(groups=tuple(groups), staging_bytes=300)

@@ -543,11 +543,11 @@ def test_failing_while_patches_are_taken_back_leaves_no_half_patched_model(check
     with monkeypatch.context() as patches:
         calls = []
 
-        def failing(distribution, weights):
+        def failing(distribution, weights, originals):
             calls.append(weights)
             if len(calls) == 2 or percent == 100:
                 raise torch.OutOfMemoryError("planted")
-            replaced(distribution, weights)
+            replaced(distribution, weights, originals)
 
         patches.setattr(Distribution, "replace", failing)
         with pytest.raises(mm.OOM_EXCEPTION, match="out of memory"):

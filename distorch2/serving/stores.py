@@ -100,7 +100,7 @@ class Stores:
             for name, value in values.items():
                 child._parameters[name] = as_parameter(value)
                 note_dtype(child, name, value)
-                self.sources.replaced(child, name, is_original=True)
+                self.sources.replaced(child, name, value, is_original=True)
         for key, group in list(self.groups.items()):
             if group.slab.device != CPU or all(self.sources.are_known(layer.module) for layer in group.living):
                 for layer in group.living:
@@ -192,7 +192,7 @@ class Stores:
             device = plain_tensors(getattr(child, name))[0].device
             note_dtype(child, name, value)
             setattr(child, name, to_device(value, device))
-            self.sources.replaced(child, name, (layer_name, name) in originals)
+            self.sources.replaced(child, name, value, (layer_name, name) in originals)
 
     def _pack_anew(
         self,
@@ -214,8 +214,8 @@ class Stores:
             self.pinned.unpin(slab)
             raise
         for layer, of_layer in values.items():
-            for name in of_layer:
-                self.sources.replaced(layer.module, name, (layer.name, name) in originals)
+            for name, value in of_layer.items():
+                self.sources.replaced(layer.module, name, value, (layer.name, name) in originals)
         self.pinned.unpin(replaced)
         if self.is_in_use:  # if it could not be, beside the one that it replaces
             self._pin(group, slab)

@@ -80,19 +80,22 @@ class Sources:
 
     def __init__(self) -> None:
         self._of: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Source]] = weakref.WeakKeyDictionary()
+        self._patched: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
         self._files: dict[str, tuple[int, int, int]] = {}
 
     def note(self, modules: Iterable[torch.nn.Module]) -> None:
         """Before weights are moved: remember where those come from that have not been moved yet."""
         mappings: _Mappings | None = None
         for module in modules:
-            found = self._of.get(module, {})
+            found, patched = self._of.get(module, {}), self._patched.get(module, ())
             sources = {}
             for name, parameter in module._parameters.items():
                 if parameter is None or parameter.is_meta:
                     continue
                 if name in found and (found[name].in_place is None or found[name].is_in_place(parameter)):
                     sources[name] = found[name]
+                    continue
+                if name in patched:  # before it was ever moved
                     continue
                 mappings = mappings or _Mappings()
                 if self._can_be_had_again(parameter, mappings):
@@ -125,11 +128,20 @@ class Sources:
             for module, name in names:
                 self._of[module][name].in_place = _place_of(module._parameters[name])
 
-    def replaced(self, module: torch.nn.Module, name: str, is_original: bool) -> None:
-        """After the parameter was replaced: by the original, or by a weight that no file has."""
-        source = self._of.get(module, {}).get(name)
-        if source is not None:
-            source.in_place = _place_of(module._parameters[name]) if is_original else None
+    def replaced(self, module: torch.nn.Module, name: str, value: torch.Tensor, is_original: bool) -> None:
+        """After the parameter was replaced by one with this value: by the original, or by a weight that no file has."""
+        patched = self._patched.setdefault(module, set())
+        (patched.discard if is_original else patched.add)(name)
+        sources = self._of.get(module, {})
+        if name not in sources:
+            return
+        source = sources[name].parameter
+        if not is_original:
+            sources[name].in_place = None
+        elif _address(value) == _address(source) or value.dtype != source.dtype:  # itself, or converted
+            sources[name].in_place = _place_of(module._parameters[name])
+        else:  # the weight was patched when its source was noted
+            del sources[name]
 
     def rebind(self, module: torch.nn.Module) -> list[str]:
         """Give the module its weights in the file in place of those that are the same; returns their names.
