@@ -165,8 +165,8 @@ class Distribution:
     ) -> None:
         """Give layers new weights, by layer name and name in it, where theirs lie. To be called after `settle`.
 
-        Whoever holds the old ones keeps them. `originals` are the names of those
-        that are the model's own again. Weights that do not fit their slabs pause serving until `resume`.
+        Whoever holds the old ones keeps them. `originals` are the names of those that are the model's own again.
+        Weights that do not fit their slabs pause serving until `resume`.
         """
         for group in self._stores.replace(weights, originals):
             if self.is_placed:

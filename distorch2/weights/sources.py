@@ -1,8 +1,8 @@
 """Where weights come from: memory-mapped files, from which they can be had again, so that nothing else keeps them.
 
 [Note: what a source stands for] A source is used only while the weight in place is as it was loaded; that of a patched
-weight is kept for the time after. What writes into a weight in
-place, other than patches of ComfyUI, lasts until the model is unloaded, as with ComfyUI's DynamicVRAM.
+weight is kept for the time after. What writes into a weight in place, other than patches of ComfyUI, lasts until the
+model is unloaded, as with ComfyUI's DynamicVRAM.
 """
 
 from __future__ import annotations
@@ -186,7 +186,10 @@ class Sources:
             with contextlib.suppress(OSError):
                 now, *state_now = _identity(path)
                 if now == inode and state_now != state:
-                    raise SourceChangedError(f"{path} was written into while it was in use; load the model again")
+                    raise SourceChangedError(
+                        f"{path} was written into while it was in use; load the model again (in ComfyUI: Free model "
+                        "and node cache, then run the workflow)"
+                    )
 
 
 def _identity(path: str) -> tuple[int, int, int]:
