@@ -2,11 +2,11 @@
 
     allocation = entry *( ";" entry ) [ ";" ]
     entry      = device "," amount
-    device     = "cpu" / "mps" / name [ ":" index ]
+    device     = "cpu" / "mps" / "disk" / name [ ":" index ]
     amount     = number "%"             a ratio when every entry has one, else a part of the model
                / number unit [ "*" ]    bytes, powers of 1024; with "*": whatever remains
                / "*"                    whatever remains
-               / number                 0 to 1: a fraction of that device's total memory
+               / number                 0 to 1: a fraction of that device's total memory; not for "disk"
 
 Blank around tokens is free and case does not matter. `parse_allocation` turns the text into an `Allocation`; nothing
 behind it sees a string again. Standard library only.
@@ -34,7 +34,9 @@ _ONE_CARD_ON_WINDOWS = (
     "; on Windows newer ComfyUIs use the first NVIDIA card only, unless they are started with "
     "--cuda-device all --disable-pinned-memory"
 )
-_UNINDEXED_DEVICES = ("cpu", "mps")
+DISK = "disk"
+"""Weights there are read from their files while the model runs."""
+_UNINDEXED_DEVICES = ("cpu", "mps", DISK)
 
 _EXAMPLES = "use 50%, 2gb, 2gb*, * or a fraction from 0 to 1"
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
@@ -219,6 +221,9 @@ def parse_allocation(text: str, devices: Collection[str] | None = None) -> Alloc
             message = f"{device} stands twice; give each device one entry"
             raise AllocationError(message, text, *_strip(text, start, comma))
         amount = _parse_amount(text, comma + 1, end)
+        if device == DISK and isinstance(amount, MemoryFraction):
+            message = f"a fraction of {DISK} is not defined; use 50%, 2gb, 2gb* or *"
+            raise AllocationError(message, text, *_strip(text, comma + 1, end))
         if isinstance(amount, Remainder):
             if has_remainder:
                 star = text.rindex("*", start, end)

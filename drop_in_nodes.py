@@ -22,6 +22,7 @@ from comfy_api.v0_0_2 import io
 import nodes as comfyui_nodes
 
 from . import device_utils
+from .allocation_parser import DISK
 from .distorch2 import loading
 from .distorch2.comfyui import whole
 from .distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
@@ -145,7 +146,10 @@ class _DropIn:
             },
         )
         if cls.SUFFIX == _SPLIT:
-            own["donor_device"] = (devices, {"default": "cpu", "tooltip": "Where that part is kept."})
+            own["donor_device"] = (
+                [*devices, DISK],
+                {"default": "cpu", "tooltip": "Where that part is kept. disk: in its file."},
+            )
         else:
             own["use_other_vram"] = (
                 "BOOLEAN",

@@ -12,7 +12,7 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from . import device_utils
-from .allocation_parser import AllocationError, parse_allocation
+from .allocation_parser import DISK, AllocationError, parse_allocation
 from .distorch2 import loading
 from .distorch2.comfyui import whole
 from .distorch2.planning.plan import AUTO, DONOR_MODES, ComponentRequest, VirtualVram
@@ -262,9 +262,10 @@ def _placement_inputs(
         ),
         io.Combo.Input(
             f"{prefix}donor_device",
-            options=devices,
+            options=[*devices, DISK],
             default="cpu",
-            tooltip="Where that part is kept. The same as the compute device: everything stays there.",
+            tooltip="Where that part is kept. The same as the compute device: everything stays there. disk: it is read "
+            "from the file in every step, which is slow, and takes no main memory.",
         ),
     ]
 
@@ -311,6 +312,10 @@ def selectable_devices() -> tuple[str, ...]:
     return tuple(name for name in device_utils.list_devices() if name == device_utils.HOST_DEVICE or name in managed)
 
 
+def selectable_donors() -> tuple[str, ...]:
+    return (*selectable_devices(), DISK)
+
+
 def mistakes_in(**allocations: str | None) -> bool | str:
     """What is wrong with allocation strings, by the name of their inputs; True where nothing is.
 
@@ -320,7 +325,7 @@ def mistakes_in(**allocations: str | None) -> bool | str:
     for name, text in allocations.items():
         try:
             if text is not None and text.strip():
-                parse_allocation(text, selectable_devices())
+                parse_allocation(text, selectable_donors())
         except AllocationError as error:
             mistakes.append(f"{name}: {error}")
     return "\n".join(mistakes) or True
@@ -330,7 +335,7 @@ def request_for(
     compute_device: str, virtual_vram_gb: float, donor_device: str, expert_text: str = "", donor_mode: str = AUTO
 ) -> ComponentRequest:
     if expert_text.strip():
-        return ComponentRequest(compute_device, parse_allocation(expert_text, selectable_devices()), donor_mode)
+        return ComponentRequest(compute_device, parse_allocation(expert_text, selectable_donors()), donor_mode)
     return ComponentRequest(compute_device, VirtualVram(virtual_vram_gb, donor_device), donor_mode)
 
 
@@ -338,7 +343,8 @@ def placement_of(patchers: Mapping[str, Any], notes: Iterable[str] = ()) -> dict
     """What web/distorch2.js shows on a node: where the components' weights lie, by component."""
     plans = {component: patcher.distribution.asked for component, patcher in patchers.items()}
     names = ", ".join(type(patcher.model).__name__ for patcher in patchers.values())
-    return {"distorch2_placement": [loading.report_of(names, plans, notes)]}
+    served = {component: patcher.model for component, patcher in patchers.items()}
+    return {"distorch2_placement": [loading.report_of(names, plans, served, notes)]}
 
 
 NODES = (

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,7 @@ import comfy.sd
 import comfy.utils
 import comfy.weight_adapter
 import comfyui_version
+import folder_paths
 import torch
 
 NEEDED: Mapping[str, tuple[str, ...]] = {
@@ -81,6 +84,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
     ),
     "comfy.weight_adapter": ("WeightAdapterBase",),
     "comfyui_version": ("__version__",),
+    "folder_paths": ("get_temp_directory",),
 }
 """Module of ComfyUI -> the names in it that the package uses."""
 
@@ -129,6 +133,7 @@ if _missing := missing():
         f"{', '.join(_missing)}; update ComfyUI or DisTorch2"
     )
 
+_LEAST_HEADROOM_BYTES = 2 * 1024**3
 _PACKAGE = __name__.rpartition(".comfyui.")[0]
 _GGUF_PATCHER = "GGUFModelPatcher"
 _METHODS_THAT_MOVE_WEIGHTS = ("load", "patch_model", "unpatch_model", "partially_load", "partially_unload", "detach")
@@ -172,6 +177,33 @@ def set_inference_dtype(
     """`config.set_inference_dtype(...)`, which takes a device from ComfyUI 0.27 on."""
     takes_device = "device" in inspect.signature(config.set_inference_dtype).parameters
     config.set_inference_dtype(dtype, manual_cast_dtype, **({"device": device} if takes_device else {}))
+
+
+def spare_host_memory() -> float:
+    """Bytes of main memory that may be taken: those available, less what ComfyUI leaves when it takes some itself."""
+    if getattr(args, "high_ram", False):  # the user's word that there is enough
+        return math.inf
+    headroom = max(getattr(_memory_management(), "RAM_CACHE_HEADROOM", 0) / 2, _LEAST_HEADROOM_BYTES)
+    return mm.get_free_memory(torch.device("cpu")) - headroom
+
+
+def release_host_memory(num_bytes: float) -> None:
+    """Have ComfyUI drop results of nodes, of other prompts first, and page-locked weights of models under DynamicVRAM,
+    until so many bytes are spare, or there are none to drop."""
+    drop_results = getattr(_memory_management(), "extra_ram_release", None)
+    if drop_results is not None:
+        drop_results(mm.get_free_memory(torch.device("cpu")) - spare_host_memory() + num_bytes)
+    mm.ensure_pin_budget(num_bytes)
+
+
+def temporary_folder() -> str:
+    folder = folder_paths.get_temp_directory()
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def _memory_management() -> ModuleType | None:
+    return sys.modules.get("comfy.memory_management")
 
 
 # --- the Comfy Compiler (ComfyUI 0.34 and later, with DynamicVRAM)

@@ -276,10 +276,11 @@ class WeightPatcher(ModelPatcher):
     def _on_compute_device(self, key: str) -> Iterator[None]:
         """A weight on a donor replaced by a copy on the compute device, which is written back."""
         module, name = self._owner(key)
-        weight = getattr(module, name)
-        is_resident = weight.device == self.load_device
+        is_resident = getattr(module, name).device == self.load_device
         if not is_resident or self.distribution.relay is not None:
             self.distribution.settle()
+            self.distribution.make_writable(split_key(key)[0])
+        weight = getattr(module, name)
         if is_resident:
             if weight.device == CPU and is_shared(self.model) and self._shared.private.get(key) != weight.data_ptr():
                 module._parameters[name] = copy = to_device(weight, CPU, copy=True)

@@ -8,12 +8,12 @@ import torch
 
 from ..planning.plan import ComponentRequest, DeviceMemory, PlanError
 from ..planning.planner import relaying_donors
-from ..weights.devices import CPU
+from ..weights.devices import CPU, DISK_NAME
 from .core import mm
 
 
 def memory_of(requests: Sequence[ComponentRequest], *others: str) -> dict[str, DeviceMemory]:
-    """Memory of the devices of these requests and of others that compute, with `cpu` always among them.
+    """Memory of the devices of these requests and of others that compute, with `cpu` and `disk` always among them.
 
     Of a device that computes, what models hold that ComfyUI can evict counts as free, and the room that it leaves for
     inference does not. What models hold on a device that only keeps weights does not count as free.
@@ -25,16 +25,18 @@ def memory_of(requests: Sequence[ComponentRequest], *others: str) -> dict[str, D
     }
     keeping = {device for request in requests for device in request.allocation.devices}
     present = list(dict.fromkeys(["cpu", *(str(device) for device in mm.get_all_torch_devices())]))
-    named = sorted((computing | keeping) - {"cpu"})
+    if DISK_NAME in homes:
+        raise PlanError(f"{DISK_NAME} keeps weights and cannot compute; use {', '.join(present)}")
+    named = sorted((computing | keeping) - {"cpu", DISK_NAME})
     for name in named:
         if name not in present:
-            raise PlanError(f"there is no device {name!r}; this machine has {', '.join(present)}")
+            raise PlanError(f"there is no device {name!r}; this machine has {', '.join([*present, DISK_NAME])}")
         if not hasattr(torch, torch.device(name).type):  # torch.mps and torch.cpu exist; what they lack is not used
             raise PlanError(
                 f"{name} is of a kind that torch has no streams and events for (DirectML, say): nothing can be kept "
                 "elsewhere for it, or on it for others; use ComfyUI's own loader there"
             )
-    memory = {"cpu": DeviceMemory(int(mm.get_total_memory(CPU)))}
+    memory = {"cpu": DeviceMemory(int(mm.get_total_memory(CPU))), DISK_NAME: DeviceMemory(0, can_compute=False)}
     for name in named:
         device = torch.device(name)
         free_bytes = int(mm.get_free_memory(device))

@@ -23,9 +23,9 @@ import torch
 from ..planning.plan import GIB, Layer, Plan
 from ..serving.distribution import Distribution
 from ..serving.forwards import drop_copied_forwards
-from ..weights.devices import CPU
+from ..weights.devices import CPU, DISK_NAME, device_of
+from ..weights.files import FileError
 from ..weights.inventory import own_tensors
-from ..weights.sources import SourceChangedError
 from . import core
 from .core import ModelPatcher, mm
 from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
@@ -233,7 +233,7 @@ class DistributedPatcher(WeightPatcher):
             try:
                 with self._all_or_nothing():
                     self._place_unpatched(before - memory_to_free, is_cancellable=False)
-            except (OUT_OF_MEMORY, SourceChangedError) as error:
+            except (OUT_OF_MEMORY, FileError) as error:
                 # An exception here, also that of a cancelled prompt, would break ComfyUI's list of loaded models.
                 # Nothing is on the device any more.
                 logger.warning("DisTorch2: %s", str(error))
@@ -340,7 +340,7 @@ class DistributedPatcher(WeightPatcher):
         finally:
             for child in streamed:
                 child.comfy_patched_weights = False
-        donors = {torch.device(donor) for donor in self.distribution.plan.donors}
+        donors = {device_of(donor) for donor in self.distribution.plan.donors}
         return {
             name: value.to(CPU) if getattr(value, "device", CPU) in donors else value
             for name, value in state_dict.items()
@@ -409,7 +409,9 @@ class DistributedPatcher(WeightPatcher):
         )
 
     def device_lost_message(self, doing: str, error: BaseException) -> str:
-        devices = " or ".join(device for device in self.distribution.plan.devices if device != str(CPU))
+        devices = " or ".join(
+            device for device in self.distribution.plan.devices if device not in (str(CPU), DISK_NAME)
+        )
         reason = str(error).splitlines()[0]
         return f"{devices} failed while {doing} {type(self.model).__name__} ({reason}); restart ComfyUI"
 

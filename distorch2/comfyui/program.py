@@ -39,6 +39,19 @@ class _ComfyUI:
     def has_room_to_compute(self, device: torch.device) -> bool:
         return mm.get_free_memory(device) >= mm.minimum_inference_memory()
 
+    def spare_host_memory(self) -> float:
+        return core.spare_host_memory()
+
+    def release_host_memory(self, num_bytes: float) -> None:
+        core.release_host_memory(num_bytes)
+
+    def is_running(self, module: torch.nn.Module) -> bool:
+        loaded = [each for each in mm.current_loaded_models if each.model is not None and each.currently_used]
+        return any(each.model.model is module for each in loaded)
+
+    def temporary_folder(self) -> str:
+        return core.temporary_folder()
+
     def share_on(self, donor: torch.device, owner: KeepsOnDonors, is_relay: bool) -> DonorShare:
         return DonorShare(owner, donor, is_relay)
 

@@ -41,6 +41,18 @@ class Program(Protocol):
 
     def has_room_to_compute(self, device: torch.device) -> bool: ...
 
+    def spare_host_memory(self) -> float:
+        """Bytes of main memory that may be taken. Less than 0 where there is less than is to be left."""
+
+    def release_host_memory(self, num_bytes: float) -> None:
+        """Drop what can be dropped until so many bytes may be taken."""
+
+    def is_running(self, module: torch.nn.Module) -> bool:
+        """Whether a model is in use now, or has just been loaded for it."""
+
+    def temporary_folder(self) -> str:
+        """Where files may lie that are gone when the program ends. It is made if it is not there."""
+
     def share_on(self, donor: torch.device, owner: KeepsOnDonors, is_relay: bool) -> Any:
         """What the program's memory manager takes for a model on `donor`: the slabs that `owner` keeps there."""
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from ..weights.files import SlabInFiles
 from .crossing import Crossing
+from .file_reader import FileReader, read
 from .streams import backend_of, context_of
 
 _LEAST_TO_HALVE_BYTES = 2 * 1024**2
@@ -22,12 +24,13 @@ _LEAST_TO_HALVE_BYTES = 2 * 1024**2
 class Copy:
     """A copy of `source` into `target`, of as many bytes, that can be submitted again and again."""
 
-    def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def __init__(self, source: torch.Tensor | SlabInFiles, target: torch.Tensor) -> None:
         self.source = source
         self.target = target
-        is_on_host = source.device.type == "cpu"
-        self.is_page_locked = is_on_host and source.is_pinned()
-        self.is_pageable = is_on_host and not self.is_page_locked
+        self.is_page_locked = self.is_pageable = False
+        if not isinstance(source, SlabInFiles) and source.device.type == "cpu":
+            self.is_page_locked = source.is_pinned()
+            self.is_pageable = not self.is_page_locked
         backend = backend_of(target.device)
         self.events = () if backend is None else (backend.Event(), backend.Event())
         """One for each way that a part may take. Reused on every submit: creating events is slower. A wait that was
@@ -47,7 +50,8 @@ class Transfer:
     """Copies to one device: on a stream of their own where the device has streams, else at once.
 
     `copies` counts the copies that were submitted. Memory that is not page-locked is copied by way of `upload`, if
-    there is one. Of page-locked memory a half takes the `detour`, if there is one.
+    there is one. Of page-locked memory a half takes the `detour`, if there is one. What lies in files comes by way of
+    `reader`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -56,6 +60,7 @@ class Transfer:
         self.copies = 0
         self.upload: Upload | None = None
         self.detour: Detour | None = None
+        self.reader: FileReader | None = None
         self._backend = backend_of(device)
         self._stream: Any = None
         self._on_stream: Any = None
@@ -63,6 +68,11 @@ class Transfer:
         self._reached: dict[torch.device, bool] = {}  # whether copies from a donor arrive
         self._given: Any = None  # an event, recorded after the work that the device has been given so far
         self._copied_ahead: list[Copy] = []  # with a detour: copies that nobody has waited for
+
+    def expect(self, copies: Sequence[Copy]) -> None:
+        """These are to be submitted, in about this order, until the next `wait`."""
+        if self.reader is not None:
+            self.reader.expect([copy.source for copy in copies if isinstance(copy.source, SlabInFiles)])
 
     def submit(self, copies: Sequence[Copy]) -> None:
         """Start `copies`, one after another, when the work that the compute device has been given so far is done.
@@ -72,7 +82,7 @@ class Transfer:
         self.copies += len(copies)
         if self._backend is None:
             for copy in copies:
-                copy.target.copy_(copy.source)
+                _copy_now(copy.source, copy.target)
             return
         if self._stream is None:
             self._stream, self._given = self._backend.Stream(self.device), self._backend.Event()
@@ -102,7 +112,10 @@ class Transfer:
     def _start(self, copy: Copy) -> Sequence[Any]:
         """Returns the streams that the copy runs on."""
         source, target = copy.source, copy.target
-        if self.upload is not None and copy.is_pageable:
+        if isinstance(source, SlabInFiles):
+            assert self.reader is not None
+            self.reader.copy(source, target)
+        elif self.upload is not None and copy.is_pageable:
             try:
                 self.upload.copy(source, target)
                 self.upload.flush()
@@ -158,6 +171,8 @@ class Transfer:
     def wait(self) -> None:
         """Return when all copies are done: slabs and staging buffer may be written or freed then."""
         self._copied_ahead.clear()
+        if self.reader is not None:
+            self.reader.forget()
         if self.detour is not None:
             self.detour.wait()
         if self._backend is not None and self._backend.is_initialized():
@@ -258,6 +273,15 @@ class Upload:
             self._filling.clear()
             for _ in self.buffers:
                 next(self._turns)[1].synchronize()
+
+
+def _copy_now(source: torch.Tensor | SlabInFiles, target: torch.Tensor) -> None:
+    if isinstance(source, SlabInFiles):
+        is_on_host = target.device.type == "cpu"
+        source = read(source, target if is_on_host else torch.empty(source.nbytes, dtype=torch.uint8))
+        if is_on_host:
+            return
+    target.copy_(source)
 
 
 def _fill(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import enum
 import logging
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -14,7 +14,8 @@ from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.transfer import Transfer
 from ..planning.plan import GIB, Group, Plan
-from ..weights.devices import CPU
+from ..weights.devices import CPU, DISK, device_of
+from . import host_memory
 from .groups import StoredGroup
 from .reading import Reading
 from .relay import Relay
@@ -56,10 +57,11 @@ class Distribution:
         self.device = torch.device(plan.compute_device)
         self.state = State.RELEASED
         self.shares = [
-            program.share_on(torch.device(donor), self, donor in plan.relays)
+            program.share_on(device_of(donor), self, donor in plan.relays)
             for donor in plan.donors
-            if torch.device(donor) != CPU
+            if device_of(donor) not in (CPU, DISK)
         ]
+        self._logged_overflow = 0
         self._stores = Stores(module, self.device, program)
         self._serving = Serving(self._stores, program)
         # A dropped module is not unloaded first.
@@ -106,10 +108,23 @@ class Distribution:
         return self.relay.streamer.staging.nbytes if self.relay is not None else 0
 
     def slab_bytes_planned_on(self, donor: torch.device) -> int:
-        return sum(key.slab_bytes for key in self.plan.groups if torch.device(key.device) == donor)
+        return sum(key.slab_bytes for key in self.plan.groups if device_of(key.device) == donor)
 
     def bytes_on(self, donor: torch.device) -> int:
-        return sum(group.slab_bytes for group in self.groups.values() if group.slab.device == donor)
+        return sum(group.slab_bytes for group in self.groups.values() if group.device == donor)
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """None when nobody holds it any more."""
+        return self._stores.module
+
+    @property
+    def host_bytes(self) -> int:
+        return self.bytes_on(CPU)
+
+    def give_up_host_memory(self, num_bytes: float) -> None:
+        """Have slabs of so many bytes, or all of those in main memory, lie on the disk, also while they are served."""
+        self._move([(key, DISK) for key in self._stores.to_give_up(num_bytes)])
 
     def place(self, plan: Plan, is_cancellable: bool = False) -> None:
         """Put every layer where `plan` has it, and serve what is elsewhere. The plan is `asked`, perhaps with groups
@@ -117,21 +132,26 @@ class Distribution:
         before, self.plan = self.plan, plan
         if self.relay is not None:
             self.relay.streamer.give_up_staging()
-        if self.is_placed and plan.evicted == before.evicted:
+        host_memory.note_use(self)
+        if self.is_placed and plan.evicted == before.evicted and not self._stores.can_leave_the_disk(plan):
             self._stores.place_others()
             return
         self._pause()
         self._log_evicted(before)
         self._stores.place(plan, is_cancellable)
         self._serve()
+        self._log_overflow()
 
     def limit(self, donor: torch.device, num_bytes: float) -> None:
         """Keep no more than `num_bytes` of slabs on a donor, and the others that are planned for it on the host."""
-        moving = self._stores.limit(self.plan, donor, num_bytes)
+        self._move(self._stores.limit(self.plan, donor, num_bytes))
+
+    def _move(self, moving: Sequence[tuple[Group, torch.device]]) -> None:
         if moving:
             self.settle()
-        for key, home in moving:
-            self._stores.move(key, home)
+            for key, device in moving:
+                self._stores.move(key, device)
+            self._serving.after_moves()
 
     def release(self, originals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Take everything back to the host and stop serving, as `Stores.release` says."""
@@ -183,6 +203,11 @@ class Distribution:
         """As `Stores.kept_weight`."""
         return self._stores.kept_weight(layer_name, name)
 
+    def make_writable(self, layer_name: str) -> None:
+        """As `Stores.make_writable`. To be called after `settle`."""
+        if self._stores.make_writable(layer_name):
+            self._serving.after_moves()
+
     def is_on_donor(self, module: torch.nn.Module) -> bool:
         return self._stores.holds(module)
 
@@ -208,6 +233,17 @@ class Distribution:
                 self.device,
                 "streamed from the host, for want of room" if now else "resident again",
             )
+
+    def _log_overflow(self) -> None:
+        num_bytes = self._stores.overflow_bytes(self.plan)
+        if num_bytes and num_bytes != self._logged_overflow:
+            logger.info(
+                "DisTorch2: %.2f GiB of %s planned for main memory are read from the disk each time it runs, for want "
+                "of room",
+                num_bytes / GIB,
+                type(self._stores.module).__name__,
+            )
+        self._logged_overflow = num_bytes
 
 
 def _unpin_all(transfer: Transfer, pinned: PinnedSlabs) -> None:

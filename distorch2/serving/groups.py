@@ -10,8 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..moving.file_reader import read
+from ..weights.devices import CPU, DISK
+from ..weights.files import Piece, SlabInFiles
 from ..weights.quantised import is_quantised
 from ..weights.slab import SlabLayout, allocate
+from ..weights.sources import Sources
 
 
 class StoredLayer:
@@ -47,6 +51,22 @@ class StoredLayer:
     def bind(self, slab: torch.Tensor) -> None:
         self._bind(self.views(slab))
 
+    def bind_own(self) -> None:
+        """To the parameters that the module has."""
+        own = self.module._parameters
+        self._bind({field.name: own[field.name] for field in self.layout.fields})
+
+    def pieces(self, sources: Sources) -> list[Piece] | None:
+        """Where the module's weights lie in files; None where some are in none as they are loaded."""
+        weights, places = {}, {}
+        for field in self.layout.fields:
+            weight = sources.of(self.module, field.name)
+            places_of_weight = sources.places_of(self.module, field.name)
+            if weight is None or places_of_weight is None:
+                return None
+            weights[field.name], places[field.name] = weight, places_of_weight
+        return self.layout.pieces(weights, places, self._offset)
+
     def move(self, slab: torch.Tensor) -> None:
         """As `bind`, but the parameters stay the same objects where torch can do that: others may hold them."""
         parameters = self.views(slab)
@@ -77,7 +97,7 @@ class StoredLayer:
 
 
 class StoredGroup:
-    """Layers of which one slab has the weights. The slab is packed from those that the modules have.
+    """Layers of which one slab has the weights. The slab is packed from those that the modules have, or lies in files.
 
     Of these, streamed and relayed groups are copied as a whole. A table is read row by row, and is not page-locked.
 
@@ -85,8 +105,10 @@ class StoredGroup:
     in a new slab: others may hold the old ones (a merge, an extraction).
     """
 
-    slab: torch.Tensor
-    """Set by `serve_from`. `pack` and `packed_on`, which make it, do not need it."""
+    slab: torch.Tensor | None = None
+    """The modules' parameters are views of it; None where they are in the mapping of the file that they come from."""
+    in_files: SlabInFiles | None = None
+    """For a group on disk."""
 
     def __init__(
         self, modules: Mapping[str, torch.nn.Module], layouts: Sequence[SlabLayout], is_table: bool = False
@@ -122,15 +144,51 @@ class StoredGroup:
                 layer.pack(slab, (values or {}).get(layer, {}))
         return slab
 
-    def serve_from(self, slab: torch.Tensor) -> None:
-        self.slab = slab
+    @property
+    def device(self) -> torch.device:
+        if self.in_files is not None or self.slab is None:
+            return DISK
+        return self.slab.device
+
+    @property
+    def source(self) -> torch.Tensor | SlabInFiles:
+        """What the weights are copied from."""
+        if self.in_files is not None:
+            return self.in_files
+        assert self.slab is not None
+        return self.slab
+
+    def serve_from(self, slab: torch.Tensor, in_files: SlabInFiles | None = None) -> None:
+        """Bind the modules to a slab. It may be the mapping of one that lies `in_files`."""
+        self.slab, self.in_files = slab, in_files
         for layer in self.living:
             layer.bind(slab)
 
-    def move(self, device: torch.device) -> None:
-        """Serve the same weights from another device."""
-        slab = self.new_slab(device)
-        slab.copy_(self.slab)
-        self.slab = slab
+    def serve_from_files(self, in_files: SlabInFiles) -> None:
+        """The modules have these weights, in the mappings of the files."""
+        self.slab, self.in_files = None, in_files
+        for layer in self.living:
+            layer.bind_own()
+
+    def find_in_files(self, sources: Sources) -> SlabInFiles | None:
+        """The weights that the modules have, where files have all of them."""
+        pieces: list[Piece] = []
+        for layer in self.living:
+            of_layer = layer.pieces(sources)
+            if of_layer is None:
+                return None
+            pieces += of_layer
+        return SlabInFiles(self.slab_bytes, pieces)
+
+    def copied_to(self, device: torch.device) -> torch.Tensor:
+        """A slab in memory of `device` with the same weights."""
+        slab, source = self.new_slab(device), self.source
+        if isinstance(source, SlabInFiles):
+            source = read(source, slab if device == CPU else self.new_slab(CPU))
+        return slab if source is slab else slab.copy_(source)
+
+    def move(self, slab: torch.Tensor, in_files: SlabInFiles | None = None) -> None:
+        """Serve the same weights from another slab, which has them already."""
+        self.slab, self.in_files = slab, in_files
         for layer in self.living:
             layer.move(slab)

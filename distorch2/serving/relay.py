@@ -59,7 +59,7 @@ class RelayedUnit:
 
     def is_on_donor(self) -> bool:
         """Whether all of its weights are on the donor and the module's own, and nothing at home is to be added."""
-        return all(group.slab.device == self.donor for group in self._groups) and all(
+        return all(group.device == self.donor for group in self._groups) and all(
             layer.is_alive and layer.is_bound() and not _has_functions(layer.module) for _, layer in self._layers
         )
 
@@ -113,7 +113,7 @@ class StreamerOfUnits(Streamer):
         serve, group = super()._make_forward(index, layer, previous), self._groups[self._group_of[index]]
 
         def serve_where_called(*arguments: Any, **options: Any) -> Any:
-            if _device_of(arguments, options) != group.slab.device:
+            if _device_of(arguments, options) != group.device:
                 return serve(*arguments, **options)
             module = layer.module
             return (previous or type(module).forward.__get__(module))(*arguments, **options)

@@ -14,17 +14,22 @@ import torch
 from ..moving.modules import Mover
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
+from ..planning.eviction import spread
 from ..planning.plan import Group, Plan
-from ..weights.devices import CPU
+from ..weights.devices import CPU, DISK, device_of
 from ..weights.inventory import layout_of, loaded_dtypes, note_dtype
 from ..weights.quantised import as_parameter, plain_tensors, to_device
 from ..weights.sources import Sources
+from ..weights.temporary import TemporarySlabs
+from . import host_memory
 from .groups import StoredGroup, StoredLayer
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _PACKING_THREADS = 8
+_LEAST_TO_RETURN_BYTES = 1024**3
+"""What is available differs a little from prompt to prompt."""
 
 
 class Stores:
@@ -40,6 +45,7 @@ class Stores:
         self.pinned = PinnedSlabs(device, program)
         self.is_in_use = False
         self._program = program
+        self._temporary = TemporarySlabs(program.temporary_folder)
         self._limits: dict[torch.device, float] = {}
         self._module = weakref.ref(module)
         self._stored: weakref.WeakKeyDictionary[torch.nn.Module, tuple[StoredGroup, StoredLayer]]
@@ -62,26 +68,32 @@ class Stores:
         module = self.module
         self.is_in_use = True
         self.sources.check_files()
-        self.sources.note(module.modules())
+        self._note_sources()
         _fill_missing(module)
         # What leaves the compute device does so before anything else is put there.
-        devices = self._devices_of_slabs(plan)
+        devices = self._devices_of_slabs(plan.groups)
         to_pack = {}
         for key in plan.groups:
             if key not in self.groups or not self.groups[key].is_bound():
                 to_pack[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
-            elif self.groups[key].slab.device != devices[key]:
+            elif self.groups[key].device != devices[key]:
                 self.move(key, devices[key])
         self._pack(to_pack, devices, set(plan.evicted), is_cancellable)
-        returned = [self._unstore(key).slab for key in list(self.groups) if key not in devices]
+        returned = [self._unstore(key) for key in list(self.groups) if key not in devices]
         self._take_the_others_to_the_device()
-        for slab in returned:
-            self.pinned.unpin(slab)
+        for group in returned:
+            self._unpin(group.slab)
 
     def place_others(self) -> None:
         """Put what is on the module and was not there when it was placed on the compute device."""
-        self.sources.note(self.module.modules())
+        self._note_sources()
         self._take_the_others_to_the_device()
+
+    def _note_sources(self) -> None:
+        """Temporary files are none: nothing is to keep them when their slabs are replaced."""
+        in_temporary = [group for group in self.groups.values() if group.device == DISK and group.slab is not None]
+        skipped = {layer.module for group in in_temporary for layer in group.living}
+        self.sources.note(child for child in self.module.modules() if child not in skipped)
 
     def _take_the_others_to_the_device(self) -> None:
         self._move_all((child for child in self.module.modules() if child not in self._stored), self.device)
@@ -102,10 +114,11 @@ class Stores:
                 note_dtype(child, name, value)
                 self.sources.replaced(child, name, value, is_original=True)
         for key, group in list(self.groups.items()):
-            if group.slab.device != CPU or all(self.sources.are_known(layer.module) for layer in group.living):
+            is_on_host = group.slab is not None and group.slab.device == CPU
+            if not is_on_host or all(self.sources.are_known(layer.module) for layer in group.living):
                 for layer in group.living:
                     self.sources.rebind(layer.module)
-            if group.slab.device != CPU or not group.is_bound():
+            if not is_on_host or not group.is_bound():
                 self._unstore(key)
         self._take_to_the_host(child for child in module.modules() if child not in self._stored)
 
@@ -113,9 +126,34 @@ class Stores:
         """Allow no more than `num_bytes` of slabs on a donor; returns the groups that are to be moved for it, and where
         they go."""
         self._limits[donor] = num_bytes
-        devices = self._devices_of_slabs(plan) if self.is_in_use else {}
-        in_slabs = [(key, device, self.groups[key]) for key, device in devices.items() if key in self.groups]
-        return [(key, device) for key, device, group in in_slabs if group.slab.device != device and group.is_bound()]
+        if not self.is_in_use:
+            return []
+        planned = [key for key in plan.groups if device_of(key.device) == donor and key in self.groups]
+        devices = self._devices_of_slabs(planned)
+        return [(key, devices[key]) for key in planned if self._is_to_move(self.groups[key], devices[key])]
+
+    def to_give_up(self, num_bytes: float) -> list[Group]:
+        """Groups in main memory that are to be moved to the disk for so many bytes there: first those that a file has
+        already, spread over the model."""
+        candidates = [key for key, group in self.groups.items() if group.device == CPU and group.is_bound()]
+        candidates = [candidates[index] for index in spread(len(candidates))]
+        candidates.sort(key=lambda key: self.groups[key].find_in_files(self.sources) is None)
+        return _as_many_as(candidates, num_bytes)
+
+    def overflow_bytes(self, plan: Plan) -> int:
+        """Of groups on the disk that are planned for elsewhere."""
+        on_disk = [key for key in plan.groups if key in self.groups and self.groups[key].device == DISK]
+        return sum(key.slab_bytes for key in on_disk if device_of(key.device) != DISK)
+
+    def can_leave_the_disk(self, plan: Plan) -> bool:
+        """Whether there is room in main memory again for groups of `plan` that were to lie there."""
+        lacking = self.overflow_bytes(plan)
+        least = min(lacking, _LEAST_TO_RETURN_BYTES)
+        return lacking > 0 and host_memory.obtainable(self.module, self._program) >= least
+
+    @staticmethod
+    def _is_to_move(group: StoredGroup, device: torch.device) -> bool:
+        return group.device != device and group.is_bound()
 
     def batches(self, layer_names: Iterable[str]) -> Iterable[list[str]]:
         """The names, with those of a group together: its weights are best replaced all at once."""
@@ -144,7 +182,8 @@ class Stores:
                 in_slabs.setdefault(group, {})[layer] = values
         for group, of_layers in in_slabs.items():
             if all(layer.fits(of_layers.get(layer, {})) for layer in group.living):
-                self._pack_anew(group, of_layers, originals)
+                change = self._change_on_disk if group.device == DISK else self._pack_anew
+                change(group, of_layers, originals)
             else:
                 for layer, values in of_layers.items():
                     self._set(layer.name, layer.module, values, originals)
@@ -154,16 +193,14 @@ class Stores:
     def lay_out_again(self, group: StoredGroup) -> None:
         """A new slab, of another layout, for the weights that the modules have."""
         key = next(key for key, each in self.groups.items() if each is group)
-        self._pack({key: {layer.name: layer.module for layer in group.living}}, {key: group.slab.device})
-        if not self.is_in_use:
-            self.pinned.unpin(self.groups[key].slab)
+        self._pack({key: {layer.name: layer.module for layer in group.living}}, {key: group.device})
 
     def kept_weight(self, layer_name: str, name: str) -> torch.Tensor | None:
         """A weight as it stays in main memory when it is replaced: in the file's mapping, or in the old slab. Then it
         needs no copy; None where it needs one."""
         child = self.module.get_submodule(layer_name)
         group, _ = self.find(child)
-        is_on_host = group is not None and group.slab.device == CPU
+        is_on_host = group is not None and group.slab is not None and group.slab.device == CPU
         source = self.sources.of(child, name)
         return getattr(child, name) if source is None and is_on_host else source
 
@@ -171,10 +208,22 @@ class Stores:
         group = self.groups[key]
         replaced = group.slab
         with self.sources.kept(layer.module for layer in group.living):
-            self._there_or_on_host(group.move, device)
-        self.pinned.unpin(replaced)
-        if self.is_in_use:
-            self._pin(group, group.slab)
+            if device == DISK:
+                self._put_on_disk(group)
+            else:
+                group.move(self._there_or_on_host(group.copied_to, device))
+        self._unpin(replaced)
+        self._pin(group)
+
+    def make_writable(self, layer_name: str) -> bool:
+        """For weights to be written in place: those in the mapping of a file get a slab that they alone have. Returns
+        whether they did not have one."""
+        group, _ = self.find(self.module.get_submodule(layer_name))
+        if group is None or group.slab is not None:
+            return False
+        with self.sources.kept(layer.module for layer in group.living):
+            group.move(*self._temporary.store(group.copied_to(CPU)))
+        return True
 
     def find(self, child: torch.nn.Module) -> tuple[StoredGroup, StoredLayer] | tuple[None, None]:
         """By the module itself: an object patch may have put another in the place of one in a slab."""
@@ -203,34 +252,62 @@ class Stores:
         """Serve a group from a new slab with these weights. It is page-locked before they come: from the compute device
         that is faster."""
         replaced = group.slab
-        slab = self._there_or_on_host(group.new_slab, replaced.device)
+        slab = self._there_or_on_host(group.new_slab, group.device)
         try:
-            if self.is_in_use:
-                self._pin(group, slab)
+            if self.is_in_use and not group.is_table:
+                self.pinned.pin(slab)
             changing = {(layer.module, name) for layer, of_layer in values.items() for name in of_layer}
             with self.sources.kept((layer.module for layer in group.living), changing):
                 group.serve_from(group.pack(slab, values))
         except BaseException:
-            self.pinned.unpin(slab)
+            self._unpin(slab)
             raise
         for layer, of_layer in values.items():
             for name, value in of_layer.items():
                 self.sources.replaced(layer.module, name, value, (layer.name, name) in originals)
-        self.pinned.unpin(replaced)
-        if self.is_in_use:  # if it could not be, beside the one that it replaces
-            self._pin(group, slab)
+        self._unpin(replaced)
+        self._pin(group)  # if it could not be, beside the one that it replaces
 
-    def _devices_of_slabs(self, plan: Plan) -> dict[Group, torch.device]:
-        """Where the slab of every group is to lie: the first on their donors, as far as the limits there allow."""
+    def _change_on_disk(
+        self,
+        group: StoredGroup,
+        values: Mapping[StoredLayer, Mapping[str, torch.Tensor]],
+        originals: Collection[tuple[str, str]],
+    ) -> None:
+        for layer, of_layer in values.items():
+            self._set(layer.name, layer.module, of_layer, originals)
+        with self.sources.kept(layer.module for layer in group.living):
+            self._put_on_disk(group)
+
+    def _put_on_disk(self, group: StoredGroup) -> None:
+        """Serve the weights that the modules have from their files; from a temporary one where some have none: those
+        that are patched, or were converted when they were loaded."""
+        for layer in group.living:
+            self.sources.rebind(layer.module)
+        in_files = group.find_in_files(self.sources)
+        if in_files is not None:
+            group.serve_from_files(in_files)
+        else:
+            group.serve_from(*self._temporary.store(group.packed_on(CPU)))
+
+    def _devices_of_slabs(self, keys: Iterable[Group]) -> dict[Group, torch.device]:
+        """Where the slab of every group is to lie: the first on their donors, as far as the limits there allow; the
+        others in main memory, as far as there is room; the others on the disk."""
         devices, used = {}, dict.fromkeys(self._limits, 0)
-        for key in plan.groups:
-            device = torch.device(key.device)
+        for key in keys:
+            device = device_of(key.device)
             if device in self._limits:
                 if used[device] + key.slab_bytes > self._limits[device]:
                     device = CPU
                 else:
                     used[device] += key.slab_bytes
             devices[key] = device
+        is_there = {key for key, group in self.groups.items() if group.device == CPU}
+        coming = [key for key, device in devices.items() if device == CPU and key not in is_there]
+        lacking = host_memory.make_room(sum(key.slab_bytes for key in coming), self.module, self._program)
+        if lacking > 0:
+            in_order = [coming[index] for index in spread(len(coming))]
+            devices |= dict.fromkeys(_as_many_as(in_order, lacking), DISK)
         return devices
 
     def _pack(
@@ -261,23 +338,29 @@ class Stores:
                         self._take_to_the_host(modules[ahead].values())
                     # What a thread allocates, the C library may keep for it when it is freed.
                     packing[ahead] = pool.submit(made[ahead].pack, made[ahead].new_slab(CPU))
-                if key in packing:
-                    slab = packing.pop(key).result()
-                else:
-                    slab = self._there_or_on_host(group.packed_on, devices[key])
                 replaced = self.groups.get(key)
                 with self.sources.kept(modules[key].values()):
-                    group.serve_from(slab)
+                    if devices[key] == DISK:
+                        self._take_to_the_host(modules[key].values())
+                        self._put_on_disk(group)
+                    elif key in packing:
+                        group.serve_from(packing.pop(key).result())
+                    else:
+                        group.serve_from(self._there_or_on_host(group.packed_on, devices[key]))
                 self.groups[key] = group
                 self._stored.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:
-                    self.pinned.unpin(replaced.slab)
-                self._pin(group, slab)
+                    self._unpin(replaced.slab)
+                self._pin(group)
 
-    def _pin(self, group: StoredGroup, slab: torch.Tensor) -> None:
-        """Tables are read in place, and need not be page-locked."""
-        if not group.is_table:
-            self.pinned.pin(slab)
+    def _pin(self, group: StoredGroup) -> None:
+        """Tables are read in place, and need not be page-locked; nor need what is on the disk."""
+        if self.is_in_use and group.slab is not None and not group.is_table and group.device != DISK:
+            self.pinned.pin(group.slab)
+
+    def _unpin(self, slab: torch.Tensor | None) -> None:
+        if slab is not None:
+            self.pinned.unpin(slab)
 
     def _unstore(self, key: Group) -> StoredGroup:
         group = self.groups.pop(key)
@@ -320,3 +403,14 @@ def _fill_missing(module: torch.nn.Module) -> None:
                 (dtype,) = loaded_dtypes(child, name)
                 zeros = torch.zeros(parameter.shape, dtype=dtype)
                 child._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+
+
+def _as_many_as(keys: Iterable[Group], num_bytes: float) -> list[Group]:
+    """The first of them that have so many bytes together."""
+    taken, sum_of_taken = [], 0
+    for key in keys:
+        if sum_of_taken >= num_bytes:
+            break
+        taken.append(key)
+        sum_of_taken += key.slab_bytes
+    return taken

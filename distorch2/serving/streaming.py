@@ -143,8 +143,9 @@ class Streamer:
         for index, group in enumerate(self._groups):
             begin = self._schedule.offsets[index]
             target = self.staging[begin : begin + group.slab_bytes]
-            self._copies.append(Copy(group.slab, target))
+            self._copies.append(Copy(group.source, target))
             self._staged += [layer.views(target) for layer in group.layers]
+        self._transfer.expect(self._copies)
         self._schedule_version = self._schedule.version
 
 

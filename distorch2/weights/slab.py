@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from .files import FileRange, Piece
 from .quantised import description, plain_tensors, rebuilder
 
 ALIGNMENT_BYTES = 256
@@ -41,6 +42,10 @@ class _Part:
     @property
     def num_bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
+
+    def has_bytes_of(self, tensor: torch.Tensor) -> bool:
+        """Whether the bytes of `tensor`, as they lie in memory, are those in the slab."""
+        return (tensor.dtype, tensor.shape, tensor.stride()) == (self.dtype, self.shape, self.stride)
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         flat = buffer[self.offset : self.offset + self.num_bytes].view(self.dtype)
@@ -94,6 +99,23 @@ class SlabLayout:
         for field in self.fields:
             for part, plain in zip(field.parts, plain_tensors(tensors[field.name]), strict=True):
                 part.view(buffer).copy_(plain.view(part.shape))
+
+    def pieces(
+        self, tensors: Mapping[str, torch.Tensor], places: Mapping[str, Sequence[FileRange | torch.Tensor]], offset: int
+    ) -> list[Piece] | None:
+        """The layer, `offset` bytes from the start of a slab, in files: `places` has those of the plain tensors of
+        `tensors`, by name. None where a file has other bytes than the slab would."""
+        pieces = []
+        for field in self.fields:
+            of_field = zip(field.parts, plain_tensors(tensors[field.name]), places[field.name], strict=True)
+            for part, plain, place in of_field:
+                if isinstance(place, torch.Tensor):
+                    value, place = place, torch.empty(part.num_bytes, dtype=torch.uint8)
+                    replace(part, offset=0).view(place).copy_(value.view(part.shape))
+                elif not part.has_bytes_of(plain):
+                    return None
+                pieces.append(Piece(offset + part.offset, place))
+        return pieces
 
     def fits(self, tensors: Mapping[str, torch.Tensor | None]) -> bool:
         """Whether these parameters, by name, are what is laid out."""

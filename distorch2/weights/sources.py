@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import os
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from .files import FileRange, WeightsFile
 from .quantised import as_parameter, is_quantised, plain_tensors
 
 _MAPPINGS = Path("/proc/self/maps")
@@ -26,41 +27,53 @@ _SMALL_BYTES = 64 * 1024
 """Biases, scales and the like are kept as they are: what a loader converts or computes lies in no file."""
 
 
+class _Mapping(NamedTuple):
+    """Bytes of memory that are those of a file from `offset` on."""
+
+    begin: int
+    end: int
+    offset: int
+    path: str
+
+
 class _Mappings:
     """The ranges of this process's memory that are files, as Linux lists them. None are known on other systems."""
 
     def __init__(self) -> None:
-        self._begins: list[int] = []
-        self._ends: list[int] = []
-        self._paths: list[str] = []
+        self._found: list[_Mapping] = []
         for line in _MAPPINGS.read_text().splitlines() if _MAPPINGS.exists() else ():
             # begin-end permissions offset device inode path
-            addresses, *_, inode, path = [*line.split(maxsplit=5), ""][:6]
+            addresses, _, offset, _, inode, path = [*line.split(maxsplit=5), ""][:6]
             if inode == "0":
                 continue
             begin, end = (int(address, 16) for address in addresses.split("-"))
-            if self._ends and self._ends[-1] == begin and self._paths[-1] == path:
-                self._ends[-1] = end
+            each = _Mapping(begin, end, int(offset, 16), path)
+            last = self._found[-1] if self._found else None
+            if last and last.path == path and last.end == begin and last.offset + begin - last.begin == each.offset:
+                self._found[-1] = last._replace(end=end)
             else:
-                self._begins.append(begin)
-                self._ends.append(end)
-                self._paths.append(path)
+                self._found.append(each)
+        self._begins = [each.begin for each in self._found]
 
-    def path_of(self, tensor: torch.Tensor) -> str | None:
-        """The file that has all bytes of a plain tensor."""
+    def place_of(self, tensor: torch.Tensor) -> tuple[str, int] | None:
+        """The file that has all bytes of a plain tensor, and where they begin in it."""
         if tensor.device.type != "cpu" or not tensor.numel():
             return None
         begin = tensor.data_ptr()
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         index = bisect.bisect_right(self._begins, begin) - 1
-        is_inside = index >= 0 and begin + (last + 1) * tensor.itemsize <= self._ends[index]
-        return self._paths[index] if is_inside else None
+        if index < 0 or begin + (last + 1) * tensor.itemsize > self._found[index].end:
+            return None
+        found = self._found[index]
+        return found.path, found.offset + begin - found.begin
 
 
 @dataclass
 class _Source:
     parameter: torch.nn.Parameter
     """As it is in the file."""
+    ranges: Sequence[FileRange | None]
+    """Of its plain tensors, those that are known."""
     in_place: tuple[weakref.ref[torch.nn.Parameter], int] | None
     """The parameter that the module has with the same weight, and its address; None while it has another weight."""
 
@@ -71,17 +84,13 @@ class _Source:
         return reference() is parameter and address == _address(parameter)
 
 
-class SourceChangedError(RuntimeError):
-    """A file has been written into while weights of it were in use."""
-
-
 class Sources:
     """The sources of the parameters of modules, by module and name."""
 
     def __init__(self) -> None:
         self._of: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Source]] = weakref.WeakKeyDictionary()
         self._patched: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
-        self._files: dict[str, tuple[int, int, int]] = {}
+        self._files: dict[str, WeightsFile | None] = {}  # by path; None for one that cannot be opened
 
     def note(self, modules: Iterable[torch.nn.Module]) -> None:
         """Before weights are moved: remember where those come from that have not been moved yet."""
@@ -98,8 +107,9 @@ class Sources:
                 if name in patched:  # before it was ever moved
                     continue
                 mappings = mappings or _Mappings()
-                if self._can_be_had_again(parameter, mappings):
-                    sources[name] = _Source(as_parameter(parameter), _place_of(parameter))
+                ranges = self._ranges_of(parameter, mappings)
+                if ranges is not None:
+                    sources[name] = _Source(as_parameter(parameter), ranges, _place_of(parameter))
             if sources or found:
                 self._of[module] = sources
 
@@ -109,6 +119,19 @@ class Sources:
         if source is None or parameter is None or not source.is_in_place(parameter):
             return None
         return source.parameter if source.parameter.dtype == parameter.dtype else None
+
+    def places_of(self, module: torch.nn.Module, name: str) -> Sequence[FileRange | torch.Tensor] | None:
+        """Where the bytes of a parameter's plain tensors are, for one as in `of`: in a file, or in main memory, as it
+        is with the small ones. None where some are only in the mapping of a file that could not be opened."""
+        parameter = self.of(module, name)
+        if parameter is None:
+            return None
+        places: list[FileRange | torch.Tensor] = []
+        for part, found in zip(plain_tensors(parameter), self._of[module][name].ranges, strict=True):
+            if found is None and part.nbytes > _SMALL_BYTES:
+                return None
+            places.append(part if found is None else found)
+        return places
 
     def are_known(self, module: torch.nn.Module) -> bool:
         """Whether every parameter of a module has a source, also of those that are patched."""
@@ -164,37 +187,48 @@ class Sources:
         sources = self._of.get(module, {})
         return [name for name, source in sources.items() if source.is_in_place(module._parameters.get(name))]
 
-    def _can_be_had_again(self, parameter: torch.nn.Parameter, mappings: _Mappings) -> bool:
-        paths = set()
+    def _ranges_of(self, parameter: torch.nn.Parameter, mappings: _Mappings) -> Sequence[FileRange | None] | None:
+        """Where a file has the parameter's plain tensors, as far as that is known; None if they cannot be had again."""
+        ranges: list[FileRange | None] = []
         for part in plain_tensors(parameter):
-            path = mappings.path_of(part)
-            if path is not None:
-                paths.add(path)
+            place = mappings.place_of(part)
+            if place is not None:
+                path, offset = place
+                if path not in self._files:
+                    self._files[path] = _opened(path)
+                file = self._files[path]
+                ranges.append(None if file is None else FileRange(file, offset, part.nbytes))
                 continue
             storage = part.untyped_storage()
             is_small = part.device.type == "cpu" and storage.nbytes() <= _SMALL_BYTES  # not a part of something large
             if not is_small and not hasattr(storage, _MAPPED_BY_COMFYUI):
-                return False
-        for path in paths - self._files.keys():
-            with contextlib.suppress(OSError):  # deleted or replaced: what is mapped stays
-                self._files[path] = _identity(path)
-        return True
+                return None
+            ranges.append(None)
+        return ranges
 
     def check_files(self) -> None:
-        """Raises `SourceChangedError` when a file has been written into: its mapping has other bytes now."""
-        for path, (inode, *state) in self._files.items():
-            with contextlib.suppress(OSError):
-                now, *state_now = _identity(path)
-                if now == inode and state_now != state:
-                    raise SourceChangedError(
-                        f"{path} was written into while it was in use; load the model again (in ComfyUI: Free model "
-                        "and node cache, then run the workflow)"
-                    )
+        """Raises `FileError` when a file has been written into: its mapping has other bytes now."""
+        for file in self._files.values():
+            if file is not None:
+                file.check()
 
 
-def _identity(path: str) -> tuple[int, int, int]:
-    status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def file_of(module: torch.nn.Module) -> WeightsFile | None:
+    """One that the module's weights come from, if it can be told."""
+    mappings = _Mappings()
+    for parameter in module.parameters():
+        place = mappings.place_of(plain_tensors(parameter)[0]) if parameter.nbytes > _SMALL_BYTES else None
+        if place is not None:
+            return _opened(place[0])
+    return None
+
+
+def _opened(path: str) -> WeightsFile | None:
+    """None where it cannot be: it was deleted or replaced, and what is mapped stays."""
+    try:
+        return WeightsFile.at(path)
+    except OSError:
+        return None
 
 
 def _place_of(parameter: torch.nn.Parameter) -> tuple[weakref.ref[torch.nn.Parameter], int]:

@@ -1,0 +1,451 @@
+"""Weights on the disk: read from their files while the model runs, to the same bits."""
+
+import errno
+import itertools
+import logging
+import os
+import re
+import shutil
+import threading
+import weakref
+from pathlib import Path
+
+import comfy.hooks
+import comfy.model_management as mm
+import folder_paths
+import pytest
+import torch
+from computing import computing as computing
+from computing import expected as expected
+from computing import inference_mode as inference_mode
+from computing import load, same, sim
+from placing import lora_for, lora_patches
+from sampling import core_load, sample
+
+from allocation_parser import parse_allocation
+from distorch2.comfyui import core
+from distorch2.loading import load_components
+from distorch2.moving import file_reader
+from distorch2.moving.file_reader import FileReader
+from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
+from distorch2.weights import sources, temporary
+from distorch2.weights.devices import CPU, DISK
+from distorch2.weights.files import FileError, FileRange, Piece, SlabInFiles, WeightsFile
+
+MIB = 1024**2
+KINDS = ("wan_fp32", "sd3_fp8_scaled_no_clip_weights", "sd3_no_clip_weights")
+"""The last is stored in another dtype than it is loaded in, so that no file has its weights."""
+KIND, CONVERTED = KINDS[0], KINDS[2]
+SPLITS = ["sim:0,50%;disk,*", "disk,100%", "sim:0,30%;cpu,30%;disk,*", "sim:0,30%;sim:1,30%;disk,*"]
+
+pytestmark = [
+    pytest.mark.usefixtures("inference_mode", "computing"),
+    pytest.mark.skipif(not sources._MAPPINGS.exists(), reason="which memory is a file is known on Linux only"),
+]
+
+
+def groups_on(model, device):
+    return [group for group in model.distribution.groups.values() if group.device == device]
+
+
+def open_files():
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [os.readlink(link) for link in links if os.path.islink(link)]
+
+
+@pytest.fixture
+def spare(monkeypatch):
+    """Sets how much main memory may be taken for slabs, of all models together."""
+
+    def limit(mib):
+        def left():
+            slabs = {
+                group.slab.data_ptr(): group.slab.nbytes
+                for module in list(held)
+                for by_device in module.distorch2.distributions.values()
+                for distribution in by_device.values()
+                for group in distribution.groups.values()
+                if group.device == CPU
+            }
+            return mib * MIB - sum(slabs.values())
+
+        monkeypatch.setattr(core, "spare_host_memory", left)
+
+    held = weakref.WeakSet()
+    limit.models = held
+    return limit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", SPLITS)
+def test_latents_are_bit_identical(checkpoints, expected, kind, text):
+    model, clip = load(checkpoints, kind, text)
+    for _ in range(2):
+        for _ in range(2):
+            assert same(sample(model, clip), expected[kind])
+        on_disk = groups_on(model, DISK)
+        assert len(on_disk) >= 3
+        assert any(group.slab is not None for group in on_disk) == (kind == CONVERTED)  # in a temporary file
+        mm.unload_all_models()
+
+
+def test_a_virtual_vram_donor(checkpoints, expected):
+    unet = ComponentRequest("sim:0", VirtualVram(0.1, "disk"))
+    loaded = load_components(checkpoints(KIND), unet, ComponentRequest("cpu", VirtualVram(0, "cpu")), "cpu")
+    assert same(sample(loaded.model, loaded.clip), expected[KIND])
+    assert sum(group.slab_bytes for group in groups_on(loaded.model, DISK)) > 90 * MIB
+    assert re.search(r"diffusion model +disk +streamed +\d+ +1\d\d\.\d", loaded.report)
+    assert re.search(
+        r"diffusion model: 0.1\d GiB are read from the disk each time it runs, about \d+\.\d s at the [1-9\d]*\.\d "
+        "GiB/s of its drive",
+        loaded.report,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", SPLITS[:3])
+def test_loras(checkpoints, kind, text):
+    core_model, core_clip, _ = core_load(checkpoints(kind))
+    plain = sample(core_model, core_clip)
+    wanted = sample(lora_for(core_model), core_clip)
+    model, clip = load(checkpoints, kind, text, high_precision_loras=False)
+    for _ in range(2):
+        patched = lora_for(model)
+        assert same(sample(patched, clip), wanted)
+        assert any(group.slab is not None for group in groups_on(model, DISK))  # in a temporary file
+        assert same(sample(model, clip), plain)  # back from the LoRA, while the model stays loaded
+        assert any(group.slab is not None for group in groups_on(model, DISK)) == (kind == CONVERTED)
+        assert same(sample(patched, clip), wanted)
+        mm.unload_all_models()
+
+
+def test_a_lora_for_which_weights_take_more_memory(checkpoints):
+    kind = KINDS[1]  # fp8, kept in the dtype of computation while it is patched
+    whole, clip = load(checkpoints, kind, "sim:0,*")
+    wanted = sample(lora_for(whole), clip)
+    plain = sample(whole, clip)
+    model, clip = load(checkpoints, kind, "sim:0,30%;disk,*")
+    assert same(sample(lora_for(model), clip), wanted)
+    assert same(sample(model, clip), plain)
+
+
+@pytest.mark.parametrize("text", SPLITS[:3])
+def test_hooks_are_not_written_into_the_mapping_of_a_file(checkpoints, text):
+    def hooked(model):
+        hook = comfy.hooks.WeightHook(strength_model=1.0)
+        hook.weights, hook.need_weight_init = lora_patches(model), False
+        hooks = comfy.hooks.HookGroup()
+        hooks.add(hook)
+        patched = model.clone()
+        patched.add_hook_patches(hook, hook.weights, 1.0)
+        return patched, hooks
+
+    core_model, core_clip, _ = core_load(checkpoints(KIND))
+    plain = sample(core_model, core_clip)
+    patched, hooks = hooked(core_model)
+    wanted = sample(patched, core_clip, hooks=hooks)
+    model, clip = load(checkpoints, KIND, text)
+    before = Path(checkpoints(KIND)).read_bytes()
+    for _ in range(2):
+        patched, hooks = hooked(model)
+        assert same(sample(patched, clip, hooks=hooks), wanted)
+        assert same(sample(model, clip), plain)
+    assert Path(checkpoints(KIND)).read_bytes() == before
+    assert not same(wanted, plain)
+
+
+class TestLittleMainMemory:
+    @pytest.mark.parametrize("text", ["cpu,*", "sim:0,30%;cpu,*", "sim:0,30%;cpu,40%;sim:1,*"])
+    def test_what_has_no_room_is_read_from_the_disk(self, checkpoints, expected, spare, caplog, text):
+        model, clip = load(checkpoints, KIND, text)
+        spare.models.add(model.model)
+        spare(60)
+        with caplog.at_level(logging.INFO):
+            assert same(sample(model, clip), expected[KIND])
+        in_memory = sum(group.slab_bytes for group in groups_on(model, CPU))
+        assert 40 * MIB < in_memory <= 60 * MIB
+        on_disk = sum(group.slab_bytes for group in groups_on(model, DISK))
+        assert on_disk > 0
+        assert f"{on_disk / 1024**3:.2f} GiB of WAN21 planned for main memory are read from the disk" in caplog.text
+        assert same(sample(model, clip), expected[KIND])
+
+    def test_it_is_spread_over_the_model(self, checkpoints, spare):
+        model, clip = load(checkpoints, KIND, "cpu,*")
+        spare.models.add(model.model)
+        spare(120)
+        sample(model, clip)
+        is_on_disk = [group.device == DISK for group in model.distribution.groups.values() if not group.is_table]
+        runs = [len(list(run)) for on_disk, run in itertools.groupby(is_on_disk) if on_disk]
+        assert sum(runs) > 8
+        assert max(runs) <= 3
+
+    def test_the_report_says_so(self, checkpoints, spare):
+        spare(60)
+        cpu = ComponentRequest("cpu", VirtualVram(0, "cpu"))
+        unet = ComponentRequest("sim:0", parse_allocation("cpu,*"))
+        report = load_components(checkpoints(KIND), unet, cpu, "cpu").report
+        assert re.search(r"diffusion model: main memory has room for 0.06 GiB of the 0.2\d GiB planned for cpu", report)
+        assert re.search(r"diffusion model: 0.1\d GiB are read from the disk each time it runs, about", report)
+
+    def test_when_there_is_room_it_is_taken_again(self, checkpoints, expected, spare):
+        model, clip = load(checkpoints, KIND, "cpu,*")
+        spare.models.add(model.model)
+        spare(60)
+        sample(model, clip)
+        spare(62)  # too little to be worth moving
+        sample(model, clip)
+        assert groups_on(model, DISK)
+        spare(10_000)
+        assert same(sample(model, clip), expected[KIND])
+        assert not groups_on(model, DISK)
+
+    def test_a_model_that_is_not_running_gives_its_slabs_up(self, checkpoints, expected, spare):
+        """And has them again for its own turn."""
+        one, clip = load(checkpoints, KIND, "sim:0,20%;cpu,*")
+        other, _ = load(checkpoints, KIND, "sim:0,20%;cpu,*")
+        spare.models.update([one.model, other.model])
+        spare(240)  # each wants 190
+        for _ in range(2):
+            for model, idle in ((one, other), (other, one)):
+                assert same(sample(model, clip), expected[KIND])
+                assert not groups_on(model, DISK)
+                assert sum(group.slab_bytes for group in groups_on(idle, CPU)) <= 60 * MIB
+
+    def test_one_that_is_running_with_it_does_not(self, checkpoints, spare):
+        one, _ = load(checkpoints, KIND, "sim:0,20%;cpu,*")
+        other, _ = load(checkpoints, KIND, "sim:0,20%;cpu,*")
+        spare.models.update([one.model, other.model])
+        spare(240)
+        mm.load_models_gpu([one, other])
+        on_disk = [len(groups_on(model, DISK)) for model in (one, other)]
+        assert sorted(on_disk)[0] == 0 < sorted(on_disk)[1]
+
+    def test_patched_slabs_are_given_up_to_a_temporary_file(self, checkpoints, expected, spare):
+        core_model, core_clip, _ = core_load(checkpoints(KIND))
+        wanted = sample(lora_for(core_model), core_clip)
+        model, clip = load(checkpoints, KIND, "sim:0,20%;cpu,*")
+        patched = lora_for(model)
+        assert same(sample(patched, clip), wanted)
+        model.distribution.give_up_host_memory(1e9)
+        assert not groups_on(model, CPU)
+        assert same(sample(patched, clip), wanted)
+        assert same(sample(model, clip), expected[KIND])
+
+    def test_a_new_lora_does_not_take_what_there_is_not(self, checkpoints, spare):
+        core_model, core_clip, _ = core_load(checkpoints(KIND))
+        wanted = sample(lora_for(core_model), core_clip)
+        model, clip = load(checkpoints, KIND, "cpu,*")
+        spare.models.add(model.model)
+        spare(60)
+        assert same(sample(lora_for(model), clip), wanted)
+        assert sum(group.slab_bytes for group in groups_on(model, CPU)) <= 60 * MIB
+
+    def test_evicted_groups_go_to_the_disk_too(self, checkpoints, expected, spare):
+        model, clip = load(checkpoints, KIND, "sim:0,*")
+        spare.models.add(model.model)
+        spare(20)
+        sample(model, clip)
+        assert model.partially_unload(CPU, 100 * MIB) > 0
+        assert sum(group.slab_bytes for group in groups_on(model, CPU)) <= 20 * MIB
+        assert groups_on(model, DISK)
+        assert same(sample(model, clip), expected[KIND])
+
+
+class TestFiles:
+    @pytest.fixture
+    def path(self, checkpoints, tmp_path):
+        return shutil.copy(checkpoints(KIND), tmp_path / "model.safetensors")
+
+    @pytest.fixture
+    def load_file(self, path):
+        return lambda: load(lambda kind: str(path), KIND, "sim:0,30%;disk,*")
+
+    def test_one_that_is_replaced_or_deleted_is_still_read(self, path, load_file, expected):
+        loaded = load_file()
+        assert same(sample(*loaded), expected[KIND])
+        (other := path.with_suffix(".new")).write_bytes(b"something else")
+        os.replace(other, path)
+        for _ in range(2):
+            assert same(sample(*loaded), expected[KIND])
+            mm.unload_all_models()
+        path.unlink()
+        assert same(sample(*loaded), expected[KIND])
+
+    def test_one_that_was_replaced_before_it_was_used(self, path, load_file, expected):
+        """It cannot be opened any more; what is mapped is."""
+        loaded = load_file()
+        (other := path.with_suffix(".new")).write_bytes(b"something else")
+        os.replace(other, path)
+        assert same(sample(*loaded), expected[KIND])
+        assert any(group.slab is not None for group in groups_on(loaded[0], DISK))
+
+    def test_one_that_cannot_be_read_is_named(self, load_file, expected, monkeypatch):
+        loaded = load_file()
+        sample(*loaded)
+        mm.unload_all_models()
+        read, calls = os.preadv, itertools.count()
+
+        def failing(*arguments):
+            if next(calls) > 20:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(*arguments)
+
+        with monkeypatch.context() as patches:
+            patches.setattr(os, "preadv", failing)
+            with pytest.raises(FileError, match=r"cannot read .*model.safetensors: Input/output error"):
+                sample(*loaded)
+        assert same(sample(*loaded), expected[KIND])
+
+    def test_one_that_ends_early_is_named(self, load_file, expected, monkeypatch):
+        """It is truncated for `preadv` alone: whoever touches the mapping of one that is would be killed."""
+        loaded = load_file()
+        sample(*loaded)
+        monkeypatch.setattr(os, "preadv", lambda *arguments: 0)
+        with pytest.raises(FileError, match=r"model.safetensors ends before byte \d+, where weights were; it was cut"):
+            sample(*loaded)
+        monkeypatch.undo()
+
+    def test_short_reads_are_continued(self, load_file, expected, monkeypatch):
+        loaded = load_file()
+        read = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: read(file, [buffers[0][:100_001]], offset))
+        assert same(sample(*loaded), expected[KIND])
+
+    def test_systems_without_preadv(self, load_file, expected, monkeypatch):
+        loaded = load_file()
+        monkeypatch.delattr(os, "preadv")
+        assert same(sample(*loaded), expected[KIND])
+
+    def test_without_known_mappings_all_is_in_a_temporary_file(self, load_file, expected, monkeypatch, tmp_path):
+        loaded = load_file()
+        monkeypatch.setattr(sources, "_MAPPINGS", tmp_path / "none")
+        assert same(sample(*loaded), expected[KIND])
+        assert all(group.slab is not None for group in groups_on(loaded[0], DISK))
+
+
+class TestTemporaryFiles:
+    @pytest.fixture
+    def folder(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
+        return tmp_path / "temp"
+
+    def test_they_have_no_name_that_could_outlive_the_process(self, checkpoints, expected, folder):
+        model, clip = load(checkpoints, CONVERTED, "sim:0,30%;disk,*")
+        assert same(sample(model, clip), expected[CONVERTED])
+        assert any(str(folder) in path for path in open_files())
+        assert os.listdir(folder) == []
+
+    def test_they_are_closed_when_they_are_not_used_any_more(self, checkpoints, folder, monkeypatch):
+        monkeypatch.setattr(temporary, "_FILE_BYTES", 1 * MIB)
+        model, clip = load(checkpoints, CONVERTED, "sim:0,30%;disk,*")
+        counts = []
+        for patched in (model, lora_for(model), lora_for(model, 0.5), model):
+            sample(patched, clip)
+            counts.append(sum(str(folder) in path for path in open_files()))
+        assert min(counts) >= 4
+        assert max(counts) <= 3 * counts[0]  # originals, patched ones, and those before
+        assert counts[-1] == counts[0]
+
+    def test_a_full_drive_is_named(self, checkpoints, expected, folder, monkeypatch):
+        model, clip = load(checkpoints, CONVERTED, "sim:0,30%;disk,*")
+
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patches:
+            patches.setattr(WeightsFile, "write", full)
+            with pytest.raises(FileError, match=rf"no room in {folder} for \d+ MiB .*No space left on device.*--temp-"):
+                sample(model, clip)
+        assert sim.used_bytes == [0, 0]
+        assert same(sample(model, clip), expected[CONVERTED])
+
+
+class TestReading:
+    @pytest.fixture
+    def slabs(self, tmp_path):
+        """Slabs in two files, with padding and a piece in memory, and their bytes."""
+        generator, made = torch.Generator().manual_seed(0), []
+        files = []
+        for number in range(2):
+            path = tmp_path / f"{number}"
+            content = torch.randint(0, 256, (100_000,), dtype=torch.uint8, generator=generator)
+            path.write_bytes(content.numpy().tobytes())
+            files.append(WeightsFile.at(str(path)))
+        for number in range(6):
+            whole = torch.zeros(20_000 + 1_000 * number, dtype=torch.uint8)
+            in_memory = torch.randint(0, 256, (300,), dtype=torch.uint8, generator=generator)
+            ranges = [(256, FileRange(files[number % 2], 77 + number, 9_999)), (10_300, in_memory)]
+            ranges.append((11_008, FileRange(files[1 - number % 2], 50_000, 8_000 + 900 * number)))
+            pieces = [Piece(offset, source) for offset, source in ranges]
+            for piece in pieces:
+                target = whole[piece.offset : piece.offset + piece.num_bytes]
+                if isinstance(piece.source, torch.Tensor):
+                    target.copy_(piece.source)
+                else:
+                    with open(piece.source.file.path, "rb") as file:
+                        file.seek(piece.source.offset)
+                        target.copy_(torch.frombuffer(bytearray(file.read(piece.num_bytes)), dtype=torch.uint8))
+            made.append((SlabInFiles(whole.nbytes, pieces), whole))
+        return made
+
+    def test_any_part_of_a_slab(self, slabs):
+        for slab, whole in slabs:
+            for begin, end in ((0, slab.nbytes), (0, 10), (300, 301), (10_000, 10_400), (10_255, 11_009), (0, 11_008)):
+                part = torch.zeros(end - begin, dtype=torch.uint8)
+                assert torch.equal(slab.read_into(part, begin), whole[begin:end])
+
+    @pytest.mark.parametrize("num_buffers", [1, 2, 5, 40])
+    def test_in_any_order(self, slabs, num_buffers):
+        buffers = torch.zeros(num_buffers * 4096, dtype=torch.uint8).split(4096)
+        reader = FileReader(torch.device("sim:0"), buffers)
+        reader.expect([slab for slab, _ in slabs])
+        for index in (0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 3, 3, 0, 5, 4, 3, 0, 5, 4, 3, 1):
+            slab, whole = slabs[index]
+            target = torch.zeros(slab.nbytes, dtype=torch.uint8, device="sim:0")
+            reader.copy(slab, target)
+            found = target.cpu()
+            for piece in slab.pieces:
+                bytes_of_piece = slice(piece.offset, piece.offset + piece.num_bytes)
+                assert torch.equal(found[bytes_of_piece], whole[bytes_of_piece])
+        reader.forget()
+
+    def test_what_came_next_the_last_time_is_read_ahead(self, slabs, monkeypatch):
+        read, seen, lock = SlabInFiles.read_into, [], threading.Lock()
+
+        def noting(slab, target, begin=0):
+            with lock:
+                seen.append(slab)
+            return read(slab, target, begin)
+
+        monkeypatch.setattr(SlabInFiles, "read_into", noting)
+        in_order = [slab for slab, _ in slabs]
+        buffers = torch.zeros(3 * 32768, dtype=torch.uint8).split(32768)  # each has room for a slab
+        reader = FileReader(torch.device("sim:0"), buffers)
+        reader.expect(in_order)
+        order = [0, 2, 4, 1]
+        for number in range(4):
+            for index in order:
+                reader.copy(in_order[index], torch.zeros(in_order[index].nbytes, dtype=torch.uint8, device="sim:0"))
+            reader._ahead[-1].reading.result()
+            if number == 1:  # the order is known
+                seen.clear()
+        assert sorted(in_order.index(slab) for slab in seen) == [0, 0, 1, 1, 2, 2, 4, 4]  # nothing in vain
+        reader.forget()
+
+    def test_the_speed_of_a_drive_is_measured_once(self, slabs, monkeypatch):
+        monkeypatch.setattr(file_reader, "_speeds", {})
+        file = slabs[0][0].pieces[0].source.file
+        speed = file_reader.bytes_per_second(file)
+        assert speed > 0
+        monkeypatch.setattr(WeightsFile, "read_into", lambda *arguments: pytest.fail("it was read again"))
+        assert file_reader.bytes_per_second(file) == speed
+
+
+def test_the_disk_cannot_compute(checkpoints):
+    with pytest.raises(PlanError, match="disk keeps weights and cannot compute; use cpu, sim:0"):
+        load_components(
+            checkpoints(KIND),
+            ComponentRequest("disk", VirtualVram(0, "cpu")),
+            ComponentRequest("cpu", VirtualVram(0, "cpu")),
+            "cpu",
+        )
