@@ -1,5 +1,5 @@
-"""One of ComfyUI's memory modes, in a process of its own: short runs of a checkpoint, resident and from the CPU, and of
-ComfyUI's own model, distributed while it stays in use.
+"""One of ComfyUI's memory modes, in a process of its own: short runs of a checkpoint, resident, from the CPU and from
+the disk, and of ComfyUI's own model, distributed while it stays in use.
 
     python tests/in_process_mode.py CHECKPOINT [FLAG ...]
 
@@ -43,8 +43,8 @@ def main(checkpoint: str, *flags: str) -> None:
         of_core = sample(*core_load(checkpoint, clip_device=device)[:2])
         mm.unload_all_models()
         found, model_gib = [], 0.0
-        for part in (0.0, 0.5, 1000.0):
-            request = ComponentRequest(device, VirtualVram(part * model_gib, "cpu"))
+        for part, donor in ((0.0, "cpu"), (0.5, "cpu"), (1000.0, "cpu"), (1000.0, "disk")):
+            request = ComponentRequest(device, VirtualVram(part * model_gib, donor))
             model, clip, _ = load_checkpoint(checkpoint, request, request, device)
             latents = sample(model, clip)
             plan = model.distribution.plan
@@ -57,6 +57,7 @@ def main(checkpoint: str, *flags: str) -> None:
                     "streamed": len(model.distribution.asked.streamed),
                     "evicted": len(plan.evicted),
                     "copies": model.distribution.transfer.copies,
+                    "groups in the checkpoint": sum(each.slab is None for each in model.distribution.groups.values()),
                 }
             )
             mm.unload_all_models()

@@ -36,6 +36,7 @@ from distorch2.moving.transfer import Transfer
 from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory, Placement, Plan, VirtualVram
 from distorch2.planning.planner import make_plan
 from distorch2.serving.distribution import Distribution
+from distorch2.weights.devices import DISK
 from distorch2.weights.inventory import list_layers
 from distorch2.weights.slab import allocate
 
@@ -110,6 +111,23 @@ def test_latents_are_bit_identical_wherever_the_weights_lie(checkpoints, core_la
     assert model.loaded_size() == model.model_size() == found[COMPUTE] + distribution.streamer.staging.nbytes
     if HAS_SIMULATED:
         assert sim.used_bytes[0] == sum(placement.layer.slab_bytes for placement in plan.streamed)
+
+
+@pytest.mark.parametrize("text", [f"{COMPUTE},50%;disk,*", "disk,100%", f"{COMPUTE},20%;{DONOR},40%;disk,*"])
+@pytest.mark.parametrize("kind", ["wan_fp32", *KINDS])
+@pytest.mark.quick("wan_fp32-disk,100%")
+def test_latents_are_bit_identical_with_weights_on_the_disk(checkpoints, core_latents, kind, text):
+    request = ComponentRequest(COMPUTE, parse_allocation(text), "stream")
+    clip_on_disk = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},50%;disk,*"), "stream")
+    model, clip, _ = load_checkpoint(checkpoints(kind), request, clip_on_disk, COMPUTE, high_precision_loras=False)
+    core_model, core_clip, _ = core_load(checkpoints(kind))
+    patched = sample(lora_for(core_model), core_clip)
+    for _ in range(2):
+        assert torch.equal(sample(model, clip), core_latents(kind))
+        assert torch.equal(sample(model, clip), core_latents(kind))
+        assert torch.equal(sample(lora_for(model), clip), patched)
+        assert sum(group.device == DISK for group in model.distribution.groups.values()) > 1
+        mm.unload_all_models()
 
 
 @pytest.mark.parametrize("percent", PERCENTAGES)
