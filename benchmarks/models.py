@@ -90,13 +90,14 @@ class DiffusionModel:
         pixels, batch = IMAGES[case]
         generator = torch.Generator("cuda").manual_seed(1)
         side = pixels // 8
-        if self.name == "Flux":
+        is_flux = self.module_class is comfy.ldm.flux.model.Flux
+        if is_flux:
             shapes = {"x": (1, 16, side, side), "c_crossattn": (1, 256, 4096), "y": (1, 768)}
         else:
             shapes = {"x": (1, 4, side, side), "c_crossattn": (1, 77, 2048), "y": (1, 2816)}
         inputs = {name: torch.randn(shape, generator=generator, device="cuda") for name, shape in shapes.items()}
-        inputs["t"] = torch.full((1,), 0.5 if self.name == "Flux" else 1.0, device="cuda")
-        if self.name == "Flux":
+        inputs["t"] = torch.full((1,), 0.5 if is_flux else 1.0, device="cuda")
+        if is_flux:
             inputs["guidance"] = torch.full((1,), 3.5, device="cuda")
         return {name: value.repeat(batch, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
 
@@ -150,4 +151,8 @@ SDXL = DiffusionModel(
     "SDXL", comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel, _SDXL, torch.float16, tuple(IMAGES)
 )
 T5_XXL = TextEncoder("T5-XXL", _T5_XXL, torch.float16, tuple(TOKENS))
-BY_NAME = {model.name: model for model in (FLUX, SDXL, T5_XXL)}
+FLUX_14 = DiffusionModel(
+    "Flux-14", comfy.ldm.flux.model.Flux, {**_FLUX_DEV, "depth": 12, "depth_single_blocks": 24}, torch.bfloat16, ()
+)
+"""With fewer blocks, of 14 GiB."""
+BY_NAME = {model.name: model for model in (FLUX, SDXL, T5_XXL, FLUX_14)}

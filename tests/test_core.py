@@ -54,7 +54,7 @@ def names_used():
     for first, *rest in chains(source):
         if first == "comfy" and len(rest) > 1:
             used.setdefault(f"comfy.{rest[0]}", set()).add(rest[1])
-        elif first == "comfyui_version":
+        elif first in ("comfyui_version", "folder_paths"):
             used.setdefault(first, set()).add(rest[0])
     return used
 

@@ -82,6 +82,7 @@ def test_patches_may_come_before_or_after(checkpoints, patch):
 class TestOnADeviceWithOtherDtypes:
     """The weights are stored in fp8. The CPU computes in fp32; the donor is said to have fp16 and bf16 as well."""
 
+    pytestmark = pytest.mark.skipif(DONOR == "cpu", reason="the donor is to be another device than the CPU")
     REQUEST = ComponentRequest(DONOR, VirtualVram(0.0, "cpu"))
 
     @pytest.fixture

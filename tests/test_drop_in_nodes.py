@@ -51,6 +51,10 @@ def input_text(name, kind, options):
         kind, options = "COMBO", {**options, "options": kind}
     text = f"{name}:{kind}"
     devices = [*DEVICES, "sim:0", "sim:1"]
+    if name == "donor_device":  # what the other pack does not have
+        *others, last = options["options"]
+        assert last == "disk"
+        options = {**options, "options": others}
     if options.get("options") == devices:
         options = {**options, "default": "cpu"} if "default" in options else options  # it depends on the machine
     if "default" in options and (

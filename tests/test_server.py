@@ -63,8 +63,8 @@ def test_the_node_is_what_saved_workflows_expect(server):
             for name, (kind, options) in inputs.items()
         ]
 
-    def device(name, default):
-        return name, "COMBO", {"default": default, "options": DEVICES}
+    def device(name, default, others=()):
+        return name, "COMBO", {"default": default, "options": [*DEVICES, *others]}
 
     def virtual_vram(name, default):
         return name, "FLOAT", {"default": default, "min": 0.0, "max": 128.0, "step": 0.1}
@@ -73,10 +73,10 @@ def test_the_node_is_what_saved_workflows_expect(server):
         ("ckpt_name", "COMBO", {}),
         device("unet_compute_device", ACCELERATOR),
         virtual_vram("unet_virtual_vram_gb", 4.0),
-        device("unet_donor_device", "cpu"),
+        device("unet_donor_device", "cpu", ["disk"]),
         device("clip_compute_device", "cpu"),
         virtual_vram("clip_virtual_vram_gb", 2.0),
-        device("clip_donor_device", "cpu"),
+        device("clip_donor_device", "cpu", ["disk"]),
         device("vae_device", ACCELERATOR),
     ]
     assert described(info["input"]["optional"]) == [

@@ -23,7 +23,7 @@ def server_with_donors(request, checkpoints, tmp_path_factory):
 
 def test_the_node_offers_the_donors(server_with_donors):
     inputs = server_with_donors.get("/object_info")[NODE_ID]["input"]["required"]
-    assert inputs["unet_donor_device"][1]["options"] == [*DEVICES, "sim:0", "sim:1"]
+    assert inputs["unet_donor_device"][1]["options"] == [*DEVICES, "sim:0", "sim:1", "disk"]
 
 
 @pytest.mark.parametrize(
