@@ -23,10 +23,11 @@ from record import ROOT, printed_by, write_results
 
 FREE_GIB = 26
 TURNS = 2
-SWITCHES = 4
+SWITCHES = 3
+"""After the first, in the first turn of each commit."""
 
 
-def measure(checkout: str, path: str) -> dict[str, Any]:
+def measure(checkout: str, path: str, with_switches: bool) -> dict[str, Any]:
     """With the package and the models of this checkout."""
     sys.path.insert(0, str(Path(checkout) / "benchmarks"))
     os.environ["DISTORCH2_CHECKOUT"] = checkout
@@ -62,17 +63,19 @@ def measure(checkout: str, path: str) -> dict[str, Any]:
                 found["ms a step"][f"{text}, {case}"] = round(statistics.median(times), 1)
             mm.unload_all_models()
             del patcher
+        if not with_switches:
+            return found
         ballast_bytes = torch.cuda.mem_get_info()[0] - FREE_GIB * 1024**3
         ballast = torch.empty(ballast_bytes, dtype=torch.uint8, device="cuda")
         pair, inputs = [load("cuda:0,*"), load("cuda:0,*")], model.inputs("512 px")
         switches = []
-        for number in range(2 + SWITCHES):
+        for number in range(1 + SWITCHES):
             started = time.perf_counter()
             mm.load_models_gpu([pair[number % 2]])
             model.step(pair[number % 2], inputs)
             torch.cuda.synchronize()
             switches.append(round(time.perf_counter() - started, 2))
-        found["seconds"]["switches"] = switches[2:]
+        found["seconds"]["switches"] = switches[1:]
         del ballast
     return found
 
@@ -88,9 +91,10 @@ def main(other: str, folder: Path) -> None:
 
     found: dict[str, Any] = {"other commit": commit_of(other), "free GiB for the switches": FREE_GIB, "turns": []}
     with saved_model("Flux", folder) as path:
-        for _ in range(TURNS):
+        for turn in range(TURNS):
             for name, checkout in (("other", other), ("this", str(ROOT))):
-                for printed in printed_by([sys.executable, __file__, "--measure", checkout, path]):
+                switches = ["--switches"] if turn == 0 else []
+                for printed in printed_by([sys.executable, __file__, "--measure", checkout, path, *switches]):
                     found["turns"].append({"checkout": name, **printed})
                     print(json.dumps(found["turns"][-1]), file=sys.stderr, flush=True)
                 write_results("commits", found)
@@ -99,6 +103,6 @@ def main(other: str, folder: Path) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measure(sys.argv[2], sys.argv[3])))
+        print(json.dumps(measure(sys.argv[2], sys.argv[3], "--switches" in sys.argv)))
     else:
         main(sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "/dev/shm"))

@@ -28,6 +28,7 @@ from distorch2.loading import load_components
 from distorch2.moving import file_reader
 from distorch2.moving.file_reader import FileReader
 from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
+from distorch2.serving import distribution, stores
 from distorch2.weights import sources, temporary
 from distorch2.weights.devices import CPU, DISK
 from distorch2.weights.files import FileError, FileRange, Piece, SlabInFiles, WeightsFile
@@ -63,13 +64,15 @@ def spare(monkeypatch):
                 group.slab.data_ptr(): group.slab.nbytes
                 for module in list(held)
                 for by_device in module.distorch2.distributions.values()
-                for distribution in by_device.values()
-                for group in distribution.groups.values()
+                for each in by_device.values()
+                for group in each.groups.values()
                 if group.device == CPU
             }
             return mib * MIB - sum(slabs.values())
 
         monkeypatch.setattr(core, "spare_host_memory", left)
+        monkeypatch.setattr(stores, "_BESIDE_SLABS_BYTES", 0)
+        monkeypatch.setattr(distribution, "_RELIEF_BYTES", 0)
 
     held = weakref.WeakSet()
     limit.models = held
@@ -168,6 +171,19 @@ class TestLittleMainMemory:
         assert on_disk > 0
         assert f"{on_disk / 1024**3:.2f} GiB of WAN21 planned for main memory are read from the disk" in caplog.text
         assert same(sample(model, clip), expected[KIND])
+
+    def test_when_others_take_main_memory_slabs_leave_it_between_two_steps(self, checkpoints, expected, spare, caplog):
+        model, clip = load(checkpoints, KIND, "cpu,*")
+        spare.models.add(model.model)
+        spare(10_000)
+        sample(model, clip)
+        assert not groups_on(model, DISK)
+        spare(100)
+        with caplog.at_level(logging.INFO):
+            assert same(sample(model, clip), expected[KIND])
+        assert "main memory is short; 0." in caplog.text
+        assert groups_on(model, DISK)
+        assert sum(group.slab_bytes for group in groups_on(model, CPU)) <= 100 * MIB
 
     def test_it_is_spread_over_the_model(self, checkpoints, spare):
         model, clip = load(checkpoints, KIND, "cpu,*")

@@ -26,6 +26,10 @@ from .streaming import Streamer
 logger = logging.getLogger(__name__)
 
 
+_RELIEF_BYTES = 256 * 1024**2
+"""More than is lacking, so that it is not lacking again at once."""
+
+
 class State(enum.Enum):
     """
     RELEASED -> SERVED      place
@@ -62,6 +66,7 @@ class Distribution:
             if device_of(donor) not in (CPU, DISK)
         ]
         self._logged_overflow = 0
+        self._program = program
         self._stores = Stores(module, self.device, program)
         self._serving = Serving(self._stores, program)
         # A dropped module is not unloaded first.
@@ -125,6 +130,18 @@ class Distribution:
     def give_up_host_memory(self, num_bytes: float) -> None:
         """Have slabs of so many bytes, or all of those in main memory, lie on the disk, also while they are served."""
         self._move([(key, DISK) for key in self._stores.to_give_up(num_bytes)])
+
+    def relieve_host_memory(self) -> None:
+        """Give slabs up where others have taken so much main memory that less is left than is to be."""
+        if self.host_bytes:
+            lacking = host_memory.make_room(0, self._stores.module, self._program)
+            if lacking > 0:
+                self.give_up_host_memory(lacking + _RELIEF_BYTES)
+                logger.info(
+                    "DisTorch2: main memory is short; %.2f GiB of %s are read from the disk from now on",
+                    self._stores.overflow_bytes(self.plan) / GIB,
+                    type(self._stores.module).__name__,
+                )
 
     def place(self, plan: Plan, is_cancellable: bool = False) -> None:
         """Put every layer where `plan` has it, and serve what is elsewhere. The plan is `asked`, perhaps with groups

@@ -34,8 +34,9 @@ def note_use(keeper: _Keeper) -> None:
 
 
 def make_room(num_bytes: int, module: torch.nn.Module, program: Program) -> float:
-    """Have `num_bytes` of main memory spare for slabs of `module`. Returns how many of them are still lacking."""
-    if not num_bytes or num_bytes <= program.spare_host_memory():
+    """Have `num_bytes` of main memory spare for slabs of `module`. Returns how many bytes are still lacking, which may
+    be more: with none asked for, what others have taken of that which is to be left."""
+    if num_bytes <= program.spare_host_memory():
         return 0
     program.release_host_memory(num_bytes)
     for keeper in _idle_keepers(module, program):

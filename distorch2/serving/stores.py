@@ -11,7 +11,8 @@ from typing import TypeVar, cast
 
 import torch
 
-from ..moving.modules import Mover
+from ..moving.file_reader import READ_AHEAD_BYTES
+from ..moving.modules import UPLOAD_BYTES, Mover
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..planning.eviction import spread
@@ -28,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _PACKING_THREADS = 8
-_LEAST_TO_RETURN_BYTES = 1024**3
+_BESIDE_SLABS_BYTES = READ_AHEAD_BYTES + UPLOAD_BYTES + 512 * 1024**2
+"""Of main memory, where there is little: buffers, and what the first step of a process takes for kernels."""
+_LEAST_TO_RETURN_BYTES = 2 * 1024**3
 """What is available differs a little from prompt to prompt."""
 
 
@@ -307,7 +310,7 @@ class Stores:
         lacking = host_memory.make_room(sum(key.slab_bytes for key in coming), self.module, self._program)
         if lacking > 0:
             in_order = [coming[index] for index in spread(len(coming))]
-            devices |= dict.fromkeys(_as_many_as(in_order, lacking), DISK)
+            devices |= dict.fromkeys(_as_many_as(in_order, lacking + _BESIDE_SLABS_BYTES), DISK)
         return devices
 
     def _pack(
