@@ -34,9 +34,9 @@ _ONE_CARD_ON_WINDOWS = (
     "; on Windows newer ComfyUIs use the first NVIDIA card only, unless they are started with "
     "--cuda-device all --disable-pinned-memory"
 )
-DISK = "disk"
+DISK_NAME = "disk"
 """Weights there are read from their files while the model runs."""
-_UNINDEXED_DEVICES = ("cpu", "mps", DISK)
+_UNINDEXED_DEVICES = ("cpu", "mps", DISK_NAME)
 
 _EXAMPLES = "use 50%, 2gb, 2gb*, * or a fraction from 0 to 1"
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
@@ -221,8 +221,8 @@ def parse_allocation(text: str, devices: Collection[str] | None = None) -> Alloc
             message = f"{device} stands twice; give each device one entry"
             raise AllocationError(message, text, *_strip(text, start, comma))
         amount = _parse_amount(text, comma + 1, end)
-        if device == DISK and isinstance(amount, MemoryFraction):
-            message = f"a fraction of {DISK} is not defined; use 50%, 2gb, 2gb* or *"
+        if device == DISK_NAME and isinstance(amount, MemoryFraction):
+            message = f"a fraction of {DISK_NAME} is not defined; use 50%, 2gb, 2gb* or *"
             raise AllocationError(message, text, *_strip(text, comma + 1, end))
         if isinstance(amount, Remainder):
             if has_remainder:

@@ -22,12 +22,11 @@ from comfy_api.v0_0_2 import io
 import nodes as comfyui_nodes
 
 from . import device_utils
-from .allocation_parser import DISK
 from .distorch2 import loading
 from .distorch2.comfyui import whole
 from .distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
 from .distorch2.weights.checkpoint_file import check_file
-from .nodes import mistakes_in, placement_of, request_for, selectable_devices
+from .nodes import mistakes_in, placement_of, request_for, selectable_devices, selectable_donors
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ class _DropIn:
         )
         if cls.SUFFIX == _SPLIT:
             own["donor_device"] = (
-                [*devices, DISK],
+                list(selectable_donors()),
                 {"default": "cpu", "tooltip": "Where that part is kept. disk: in its file."},
             )
         else:

@@ -12,7 +12,7 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from . import device_utils
-from .allocation_parser import DISK, AllocationError, parse_allocation
+from .allocation_parser import DISK_NAME, AllocationError, parse_allocation
 from .distorch2 import loading
 from .distorch2.comfyui import whole
 from .distorch2.planning.plan import AUTO, DONOR_MODES, ComponentRequest, VirtualVram
@@ -262,7 +262,7 @@ def _placement_inputs(
         ),
         io.Combo.Input(
             f"{prefix}donor_device",
-            options=[*devices, DISK],
+            options=list(selectable_donors()),
             default="cpu",
             tooltip="Where that part is kept. The same as the compute device: everything stays there. disk: it is read "
             "from the file in every step, which is slow, and takes no main memory.",
@@ -313,7 +313,7 @@ def selectable_devices() -> tuple[str, ...]:
 
 
 def selectable_donors() -> tuple[str, ...]:
-    return (*selectable_devices(), DISK)
+    return (*selectable_devices(), DISK_NAME)
 
 
 def mistakes_in(**allocations: str | None) -> bool | str:
@@ -343,8 +343,8 @@ def placement_of(patchers: Mapping[str, Any], notes: Iterable[str] = ()) -> dict
     """What web/distorch2.js shows on a node: where the components' weights lie, by component."""
     plans = {component: patcher.distribution.asked for component, patcher in patchers.items()}
     names = ", ".join(type(patcher.model).__name__ for patcher in patchers.values())
-    served = {component: patcher.model for component, patcher in patchers.items()}
-    return {"distorch2_placement": [loading.report_of(names, plans, served, notes)]}
+    modules = {component: patcher.model for component, patcher in patchers.items()}
+    return {"distorch2_placement": [loading.report_of(names, plans, modules, notes)]}
 
 
 NODES = (

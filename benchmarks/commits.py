@@ -2,10 +2,11 @@
 
     python3 tools/host.py run benchmarks/commits.py OTHER_CHECKOUT [FOLDER]
 
-OTHER_CHECKOUT is a checkout of that commit. Both take turns, each time in a process of its own, on the same Flux-sized
-file: the milliseconds of a step with half of the model and with all of it on the CPU, the seconds until such a model is
-on its devices, and the seconds of a switch: 26 GiB of the GPU are free, and two models that are resident run one step
-in turns. FOLDER (default /dev/shm) needs room for 23 GiB.
+OTHER_CHECKOUT is a checkout of that commit; of a copy without its history DISTORCH2_OTHER_COMMIT says which it is. Both
+take turns, each time in a process of its own, on the same Flux-sized file: the milliseconds of a step with half of the
+model and with all of it on the CPU, the seconds until such a model is on its devices, and the seconds of a switch: 26
+GiB of the GPU are free, and two models that are resident run one step in turns. FOLDER (default /dev/shm) needs room
+for 23 GiB.
 """
 
 from __future__ import annotations

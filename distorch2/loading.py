@@ -126,8 +126,8 @@ def load_components(
         arguments = (component, ckpt_path, plans[component].compute_device, embedding_directory)
         patcher.cached_patcher_init = (reload_component, arguments)
     absent = [f"no {component} in this file" for component in (TEXT_ENCODER, VAE) if component not in plans]
-    served = {component: patchers[component].model for component in plans if component != VAE}
-    report = report_of(os.path.basename(ckpt_path), plans, served, absent)
+    modules = {component: patchers[component].model for component in plans if component != VAE}
+    report = report_of(os.path.basename(ckpt_path), plans, modules, absent)
     return LoadedCheckpoint(patchers[DIFFUSION_MODEL], text_encoder, vae, report)
 
 
@@ -277,15 +277,15 @@ def _refuse_what_cannot_be_served(patcher: ModelPatcher) -> None:
 
 
 def report_of(
-    title: str, plans: Mapping[str, Plan], served: Mapping[str, torch.nn.Module], notes: Iterable[str] = ()
+    title: str, plans: Mapping[str, Plan], modules: Mapping[str, torch.nn.Module], notes: Iterable[str] = ()
 ) -> str:
-    """The table of what lies where, by component, with more notes below it. It is logged, too. `served` are the modules
-    of those components that may lie on donors."""
+    """The table of what lies where, by component, with more notes below it. It is logged, too. `modules` are
+    those of the components that may lie on donors."""
     rows = [row for component, plan in plans.items() for row in rows_of_plan(component, plan)]
     of_plans = [f"{component}: {note}" for component, plan in plans.items() for note in plan.notes]
     of_plans += [note for component, plan in plans.items() for note in _notes_on_speed(component, plan)]
-    for component, module in served.items():
-        of_plans += [f"{component}: {note}" for note in _notes_on_disk(plans[component], module)]
+    for component, module in modules.items():
+        of_plans += _notes_on_disk(component, plans[component], module)
     report = render_table(f"DisTorch2: {title}", rows, [*of_plans, *notes])
     logger.info(report)
     return report
@@ -354,21 +354,20 @@ def _notes_on_speed(component: str, plan: Plan) -> Iterator[str]:
         yield f"{component}: main memory is not page-locked for {plan.compute_device}, and is copied more slowly"
 
 
-def _notes_on_disk(plan: Plan, module: torch.nn.Module) -> Iterator[str]:
-    """How much is read from the disk while the model runs, and how long that takes."""
-    in_memory, on_disk = (
-        sum(key.slab_bytes for key in plan.groups if key.device == name and not key.is_table)
-        for name in (str(CPU), DISK_NAME)
-    )
-    room = max(0, host_memory.obtainable(module, COMFYUI))
-    if in_memory > room:
-        on_disk += in_memory - int(room)
+def _notes_on_disk(component: str, plan: Plan, module: torch.nn.Module) -> Iterator[str]:
+    """How much is read from the disk while the component runs, and how long that takes. Each may have all that others
+    have in main memory, since these give it up while they do not run."""
+    in_memory = sum(key.slab_bytes for key in plan.groups if key.device == str(CPU))
+    on_disk = sum(key.slab_bytes for key in plan.groups if key.device == DISK_NAME and not key.is_table)
+    overflow = min(in_memory, int(host_memory.overflow(in_memory, module, COMFYUI)))
+    if overflow:
+        on_disk += overflow
         yield (
-            f"main memory has room for {room / GIB:.2f} GiB of the {in_memory / GIB:.2f} GiB planned for cpu; the rest "
-            "is read from the disk"
+            f"{component}: main memory has room for {(in_memory - overflow) / GIB:.2f} GiB of the "
+            f"{in_memory / GIB:.2f} GiB planned for cpu; the rest is read from the disk"
         )
     if on_disk:
         file = file_of(module)
         speed = bytes_per_second(file) if file is not None else None
         takes = "" if speed is None else f", about {on_disk / speed:.1f} s at the {speed / GIB:.1f} GiB/s of its drive"
-        yield f"{on_disk / GIB:.2f} GiB are read from the disk each time it runs{takes}"
+        yield f"{component}: {on_disk / GIB:.2f} GiB are read from the disk each time it runs{takes}"

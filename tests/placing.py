@@ -7,6 +7,7 @@ torch then takes them for the machine's own.)
 
 import gc
 
+import comfy.hooks
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_management as mm
@@ -84,6 +85,17 @@ def lora_for(patcher, strength=1.0, rank=4):
     patched = patcher.clone()
     assert set(patched.add_patches(patches, strength)) == set(patches)
     return patched
+
+
+def with_hook(patcher):
+    """(The patcher with such a LoRA as a hook, which is written into weights in place; the hooks to sample with)."""
+    hook = comfy.hooks.WeightHook(strength_model=1.0)
+    hook.weights, hook.need_weight_init = lora_patches(patcher), False
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(hook)
+    patched = patcher.clone()
+    patched.add_hook_patches(hook, hook.weights, 1.0)
+    return patched, hooks
 
 
 def bytes_on(module, device):

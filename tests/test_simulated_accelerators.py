@@ -506,7 +506,7 @@ def test_half_of_a_copy_takes_a_detour(mode, monkeypatch):
     monkeypatch.setattr("distorch2.moving.transfer._LEAST_TO_HALVE_BYTES", 40)
     device = torch.device("sim:0")
     transfer = Transfer(device)
-    transfer.detour = detour()
+    transfer.take(detour=detour())
     sources = [torch.randint(256, (size,), dtype=torch.uint8) for size in (40, 33, 64, 1, 57)]
     copies = [page_locked_copy(source, torch.zeros_like(source, device=device)) for source in sources]
     with sim.deferred_copies():
@@ -523,7 +523,7 @@ def test_what_was_copied_ahead_and_not_used_does_not_come_later(mode, monkeypatc
     """The second half of the first copy and the first of the second one go to the same place by two ways."""
     monkeypatch.setattr("distorch2.moving.transfer._LEAST_TO_HALVE_BYTES", 40)
     transfer, staging = Transfer(torch.device("sim:0")), torch.zeros(64, dtype=torch.uint8, device="sim:0")
-    transfer.detour = detour()
+    transfer.take(detour=detour())
     unused = page_locked_copy(torch.full((64,), 1, dtype=torch.uint8), staging)
     for wanted in (staging[16:56], staging[24:30], staging[30:64]):
         copy = page_locked_copy(torch.full(wanted.shape, 2, dtype=torch.uint8), wanted)
@@ -538,7 +538,7 @@ def test_what_was_copied_ahead_and_not_used_does_not_come_later(mode, monkeypatc
 def test_a_detour_comes_after_what_was_copied_ahead_by_one_way(mode, monkeypatch):
     monkeypatch.setattr("distorch2.moving.transfer._LEAST_TO_HALVE_BYTES", 40)
     transfer, staging = Transfer(torch.device("sim:0")), torch.zeros(64, dtype=torch.uint8, device="sim:0")
-    transfer.detour = detour()
+    transfer.take(detour=detour())
     unused = page_locked_copy(torch.full((30,), 1, dtype=torch.uint8), staging[34:])
     copy = page_locked_copy(torch.full((64,), 2, dtype=torch.uint8), staging)
     with sim.deferred_copies():

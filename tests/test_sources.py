@@ -46,7 +46,7 @@ def bytes_in_files(model):
     """(Those of its parameters that lie in mapped files, those of all)."""
     mappings = sources._Mappings()
     parts = [part for parameter in model.model.parameters() for part in plain_tensors(parameter)]
-    return sum(part.nbytes for part in parts if mappings.place_of(part)), sum(part.nbytes for part in parts)
+    return sum(part.nbytes for part in parts if mappings.find(part)), sum(part.nbytes for part in parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +73,7 @@ def test_originals_of_patched_weights_are_read_from_the_file(checkpoints, expect
         patched = lora_for(model)
         assert same(sample(patched, clip), wanted)
         assert len(patched.backup) > 20
-        assert all(mappings.place_of(backup.weight) for backup in patched.backup.values())
+        assert all(mappings.find(backup.weight) for backup in patched.backup.values())
         assert same(sample(model, clip), expected[KIND])  # back from the LoRA, while the model stays loaded
         assert same(sample(patched, clip), wanted)
         mm.unload_all_models()

@@ -23,6 +23,7 @@ from placing import (
     lora_for,
     on_donor,
     partly_on_donor,
+    with_hook,
 )
 from safetensors.torch import load_file
 from sampling import core_load, runs_of_core, sample
@@ -122,10 +123,18 @@ def test_latents_are_bit_identical_with_weights_on_the_disk(checkpoints, core_la
     model, clip, _ = load_checkpoint(checkpoints(kind), request, clip_on_disk, COMPUTE, high_precision_loras=False)
     core_model, core_clip, _ = core_load(checkpoints(kind))
     patched = sample(lora_for(core_model), core_clip)
+    has_hooks = "scaled" not in kind  # for which ComfyUI has none
+    if has_hooks:
+        hooked, hooks = with_hook(core_model)
+        with_hooks = sample(hooked, core_clip, hooks=hooks)
     for _ in range(2):
         assert torch.equal(sample(model, clip), core_latents(kind))
         assert torch.equal(sample(model, clip), core_latents(kind))
         assert torch.equal(sample(lora_for(model), clip), patched)
+        for _ in range(2 if has_hooks else 0):
+            hooked, hooks = with_hook(model)
+            assert torch.equal(sample(hooked, clip, hooks=hooks), with_hooks)
+            assert torch.equal(sample(model, clip), core_latents(kind))
         assert sum(group.device == DISK for group in model.distribution.groups.values()) > 1
         mm.unload_all_models()
 

@@ -180,11 +180,10 @@ def set_inference_dtype(
 
 
 def spare_host_memory() -> float:
-    """Bytes of main memory that may be taken: those available, less what ComfyUI leaves when it takes some itself."""
+    """Bytes of main memory that may be taken."""
     if getattr(args, "high_ram", False):  # the user's word that there is enough
         return math.inf
-    headroom = max(getattr(_memory_management(), "RAM_CACHE_HEADROOM", 0) / 2, _LEAST_HEADROOM_BYTES)
-    return mm.get_free_memory(torch.device("cpu")) - headroom
+    return mm.get_free_memory(torch.device("cpu")) - _headroom_bytes()
 
 
 def release_host_memory(num_bytes: float) -> None:
@@ -192,7 +191,7 @@ def release_host_memory(num_bytes: float) -> None:
     until so many bytes are spare, or there are none to drop."""
     drop_results = getattr(_memory_management(), "extra_ram_release", None)
     if drop_results is not None:
-        drop_results(mm.get_free_memory(torch.device("cpu")) - spare_host_memory() + num_bytes)
+        drop_results(_headroom_bytes() + num_bytes)
     mm.ensure_pin_budget(num_bytes)
 
 
@@ -200,6 +199,11 @@ def temporary_folder() -> str:
     folder = folder_paths.get_temp_directory()
     os.makedirs(folder, exist_ok=True)
     return folder
+
+
+def _headroom_bytes() -> float:
+    """Of main memory, what ComfyUI leaves available when it takes some itself."""
+    return max(getattr(_memory_management(), "RAM_CACHE_HEADROOM", 0) / 2, _LEAST_HEADROOM_BYTES)
 
 
 def _memory_management() -> ModuleType | None:

@@ -9,6 +9,7 @@ import torch
 
 from ..moving.program import KeepsOnDonors
 from ..weights.devices import CPU
+from ..weights.files import FileError
 from .core import ModelPatcher, mm
 from .failures import is_out_of_memory
 
@@ -69,7 +70,7 @@ class DonorShare(ModelPatcher):
             if distribution is not None:
                 distribution.limit(self.load_device, num_bytes)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not isinstance(error, FileError) and not is_out_of_memory(error):
                 raise
             logger.warning(
                 "DisTorch2: no memory to move weights from %s to the host (%s)", self.load_device, str(error)

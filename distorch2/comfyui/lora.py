@@ -89,9 +89,13 @@ class WeightPatcher(ModelPatcher):
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
-        if self.hook_backup:
+        before = list(self.hook_backup)
+        if before:
             self.distribution.settle()
         super().unpatch_hooks(whitelist_keys_set)
+        for key in before:
+            if key not in self.hook_backup:
+                self.distribution.note_restored(*split_key(key))
 
     def _patch_weights(self, anew: bool = False) -> None:
         """Bring the weights in place from the patches that they have to those of this clone.
@@ -276,7 +280,7 @@ class WeightPatcher(ModelPatcher):
     def _on_compute_device(self, key: str) -> Iterator[None]:
         """A weight on a donor replaced by a copy on the compute device, which is written back."""
         module, name = self._owner(key)
-        is_resident = getattr(module, name).device == self.load_device
+        is_resident = getattr(module, name).device == self.load_device and not self.distribution.is_on_donor(module)
         if not is_resident or self.distribution.relay is not None:
             self.distribution.settle()
             self.distribution.make_writable(split_key(key)[0])
@@ -291,6 +295,7 @@ class WeightPatcher(ModelPatcher):
         with self._bound_to(key, copy):
             yield
         weight.data.copy_(copy)
+        self.distribution.note_written(*split_key(key))
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -370,6 +370,8 @@ class DistributedPatcher(WeightPatcher):
             self._release(placed)
         self._shared.placed = here
         here.place(self._plan().within(compute_bytes, here.plan), is_cancellable)
+        if placed is not None and placed is not here:
+            placed.drop_unbound()
         self._check_compilation()
 
     def _plan(self) -> Plan:

@@ -39,8 +39,7 @@ class Mover:
             try:
                 self._upload.wait()
             finally:
-                for buffer in self._upload.buffers:
-                    self._pinned.unpin(buffer)
+                unlock(self._upload, self._pinned)
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device, itself if it is there already. Only what is given after `flush` may read it."""
@@ -97,3 +96,9 @@ def page_locked_upload(device: torch.device, pinned: PinnedSlabs) -> Upload | No
     for buffer in buffers:
         pinned.unpin(buffer)
     return None
+
+
+def unlock(upload: Upload, pinned: PinnedSlabs) -> None:
+    """Unlock the buffers of an upload that is over."""
+    for buffer in upload.buffers:
+        pinned.unpin(buffer)

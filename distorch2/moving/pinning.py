@@ -42,9 +42,9 @@ class PinnedSlabs:
         self._slabs[slab.data_ptr()] = slab
         return True
 
-    def unpin(self, slab: torch.Tensor) -> None:
-        """Give `slab` back if it is page-locked. No copy from it may be under way."""
-        if self._slabs.pop(slab.data_ptr(), None) is not None:
+    def unpin(self, slab: torch.Tensor | None) -> None:
+        """Give `slab`, if there is one, back if it is page-locked. No copy from it may be under way."""
+        if slab is not None and self._slabs.pop(slab.data_ptr(), None) is not None:
             self._program.unpin(slab)
             self._refused_bytes = math.inf
 

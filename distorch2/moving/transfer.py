@@ -14,7 +14,7 @@ import torch
 
 from ..weights.files import SlabInFiles
 from .crossing import Crossing
-from .file_reader import FileReader, read
+from .file_reader import FileReader, copy_now
 from .streams import backend_of, context_of
 
 _LEAST_TO_HALVE_BYTES = 2 * 1024**2
@@ -54,13 +54,13 @@ class Transfer:
     `reader`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, reader: FileReader | None = None) -> None:
         self.device = device
         self._index = device.index  # the current stream is looked up faster by number
         self.copies = 0
-        self.upload: Upload | None = None
-        self.detour: Detour | None = None
-        self.reader: FileReader | None = None
+        self._upload: Upload | None = None
+        self._detour: Detour | None = None
+        self._reader = reader
         self._backend = backend_of(device)
         self._stream: Any = None
         self._on_stream: Any = None
@@ -69,10 +69,35 @@ class Transfer:
         self._given: Any = None  # an event, recorded after the work that the device has been given so far
         self._copied_ahead: list[Copy] = []  # with a detour: copies that nobody has waited for
 
+    @property
+    def upload(self) -> Upload | None:
+        return self._upload
+
+    @property
+    def detour(self) -> Detour | None:
+        return self._detour
+
+    def take(self, upload: Upload | None = None, detour: Detour | None = None) -> None:
+        """Have copies take one more of these ways from now on."""
+        self._upload, self._detour = upload or self._upload, detour or self._detour
+
+    def leave_detour(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._detour = None
+
+    def close(self) -> None:
+        """Leave all ways; their buffers may be freed then. Others may be taken later."""
+        self.wait()
+        self._upload = self._detour = None
+        if self._reader is not None:
+            self._reader.close()
+
     def expect(self, copies: Sequence[Copy]) -> None:
         """These are to be submitted, in about this order, until the next `wait`."""
-        if self.reader is not None:
-            self.reader.expect([copy.source for copy in copies if isinstance(copy.source, SlabInFiles)])
+        if self._reader is not None and self._backend is not None:
+            self._reader.expect([copy.source for copy in copies if isinstance(copy.source, SlabInFiles)])
 
     def submit(self, copies: Sequence[Copy]) -> None:
         """Start `copies`, one after another, when the work that the compute device has been given so far is done.
@@ -82,7 +107,7 @@ class Transfer:
         self.copies += len(copies)
         if self._backend is None:
             for copy in copies:
-                _copy_now(copy.source, copy.target)
+                copy_now(copy.source, copy.target)
             return
         if self._stream is None:
             self._stream, self._given = self._backend.Stream(self.device), self._backend.Event()
@@ -96,7 +121,7 @@ class Transfer:
                 streams = self._start(copy)  # one or two
                 copy.done_events = [stream.record_event(event) for stream, event in zip(streams, copy.events)]
                 copy.is_awaited = False
-                if self.detour is not None:
+                if self._detour is not None:
                     self._copied_ahead.append(copy)
 
     def _come_after_those_before(self, copy: Copy) -> None:
@@ -105,29 +130,29 @@ class Transfer:
         for other in [other for other in self._copied_ahead if other.overlaps(copy)]:
             for event in other.done_events:
                 self._stream.wait_event(event)
-                if self.detour is not None:
-                    self.detour.stream.wait_event(event)
+                if self._detour is not None:
+                    self._detour.stream.wait_event(event)
             self._copied_ahead.remove(other)
 
     def _start(self, copy: Copy) -> Sequence[Any]:
         """Returns the streams that the copy runs on."""
         source, target = copy.source, copy.target
         if isinstance(source, SlabInFiles):
-            assert self.reader is not None
-            self.reader.copy(source, target)
-        elif self.upload is not None and copy.is_pageable:
+            assert self._reader is not None
+            self._reader.copy(source, target)
+        elif self._upload is not None and copy.is_pageable:
             try:
-                self.upload.copy(source, target)
-                self.upload.flush()
+                self._upload.copy(source, target)
+                self._upload.flush()
             except BaseException:
                 with contextlib.suppress(Exception):  # later, the parts that are left would overwrite other groups
-                    self.upload.wait()
+                    self._upload.wait()
                 raise
-        elif self.detour is not None and copy.is_page_locked and source.nbytes >= _LEAST_TO_HALVE_BYTES:
+        elif self._detour is not None and copy.is_page_locked and source.nbytes >= _LEAST_TO_HALVE_BYTES:
             half = source.nbytes // 2
-            self.detour.copy(source[half:], target[half:], self._given)
+            self._detour.copy(source[half:], target[half:], self._given)
             target[:half].copy_(source[:half], non_blocking=True)
-            return self._stream, self.detour.stream
+            return self._stream, self._detour.stream
         elif source.device.type == self.device.type:
             with self._backend.stream(self._stream_on(source.device)):
                 target.copy_(source if self._can_reach(source.device) else source.cpu(), non_blocking=True)
@@ -171,10 +196,10 @@ class Transfer:
     def wait(self) -> None:
         """Return when all copies are done: slabs and staging buffer may be written or freed then."""
         self._copied_ahead.clear()
-        if self.reader is not None:
-            self.reader.forget()
-        if self.detour is not None:
-            self.detour.wait()
+        if self._reader is not None:
+            self._reader.forget()
+        if self._detour is not None:
+            self._detour.wait()
         if self._backend is not None and self._backend.is_initialized():
             self._backend.synchronize(self.device)
         elif self.device.type == "mps":
@@ -273,15 +298,6 @@ class Upload:
             self._filling.clear()
             for _ in self.buffers:
                 next(self._turns)[1].synchronize()
-
-
-def _copy_now(source: torch.Tensor | SlabInFiles, target: torch.Tensor) -> None:
-    if isinstance(source, SlabInFiles):
-        is_on_host = target.device.type == "cpu"
-        source = read(source, target if is_on_host else torch.empty(source.nbytes, dtype=torch.uint8))
-        if is_on_host:
-            return
-    target.copy_(source)
 
 
 def _fill(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Collection, Sequence
@@ -62,12 +63,13 @@ def take_detour(
             if not program.has_room_to_compute(helper):
                 continue
             direct = transfer.bytes_per_second(copies) if pair not in _gains else 0.0
-            transfer.detour = Detour(transfer.device, [allocate(_SLOT_BYTES, helper) for _ in range(_NUM_SLOTS)])
+            transfer.take(detour=Detour(transfer.device, [allocate(_SLOT_BYTES, helper) for _ in range(_NUM_SLOTS)]))
             if pair not in _gains:
                 _gains[pair] = _speed(transfer, copies) / direct
         except RuntimeError as error:  # of a device that is not needed
             logger.info("DisTorch2: nothing is streamed by way of %s (%s)", helper, str(error).splitlines()[0])
-            transfer.detour = None
+            with contextlib.suppress(RuntimeError):
+                transfer.leave_detour()
             continue
         if _gains[pair] > _LEAST_GAIN:
             logger.info(
@@ -77,8 +79,7 @@ def take_detour(
                 _gains[pair],
             )
             return
-        transfer.wait()
-        transfer.detour = None
+        transfer.leave_detour()
 
 
 def _speed(transfer: Transfer, copies: Sequence[Copy]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import math
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -15,6 +16,7 @@ from ..moving.program import Program
 from ..moving.transfer import Transfer
 from ..planning.plan import GIB, Group, Plan
 from ..weights.devices import CPU, DISK, device_of
+from ..weights.files import FileError
 from . import host_memory
 from .groups import StoredGroup
 from .reading import Reading
@@ -24,10 +26,6 @@ from .stores import Stores
 from .streaming import Streamer
 
 logger = logging.getLogger(__name__)
-
-
-_RELIEF_BYTES = 256 * 1024**2
-"""More than is lacking, so that it is not lacking again at once."""
 
 
 class State(enum.Enum):
@@ -125,23 +123,36 @@ class Distribution:
 
     @property
     def host_bytes(self) -> int:
-        return self.bytes_on(CPU)
+        """Of slabs that can be given up."""
+        return sum(key.slab_bytes for key in self._stores.to_give_up(math.inf))
 
     def give_up_host_memory(self, num_bytes: float) -> None:
-        """Have slabs of so many bytes, or all of those in main memory, lie on the disk, also while they are served."""
-        self._move([(key, DISK) for key in self._stores.to_give_up(num_bytes)])
+        """Have slabs of so many bytes, or all that are in main memory, lie on the disk, also while they are served.
+        What cannot be written there stays."""
+        try:
+            self._move([(key, DISK) for key in self._stores.to_give_up(num_bytes)])
+        except RuntimeError as error:
+            if not isinstance(error, FileError) and not self._program.is_out_of_memory(error):
+                raise
+            logger.warning("DisTorch2: %s stays in main memory (%s)", type(self._stores.module).__name__, str(error))
+
+    def drop_unbound(self) -> None:
+        """As `Stores.drop_unbound`."""
+        self._stores.drop_unbound()
+
+    def note_written(self, layer_name: str, name: str) -> None:
+        """Hooks have written into a weight in place. Until `note_restored` it is not taken for that of the file."""
+        self._stores.sources.written(self._stores.module.get_submodule(layer_name), name)
+
+    def note_restored(self, layer_name: str, name: str) -> None:
+        self._stores.sources.restored(self._stores.module.get_submodule(layer_name), name)
 
     def relieve_host_memory(self) -> None:
         """Give slabs up where others have taken so much main memory that less is left than is to be."""
-        if self.host_bytes:
-            lacking = host_memory.make_room(0, self._stores.module, self._program)
-            if lacking > 0:
-                self.give_up_host_memory(lacking + _RELIEF_BYTES)
-                logger.info(
-                    "DisTorch2: main memory is short; %.2f GiB of %s are read from the disk from now on",
-                    self._stores.overflow_bytes(self.plan) / GIB,
-                    type(self._stores.module).__name__,
-                )
+        to_leave = host_memory.make_room(0, self._stores.module, self._program) if self.host_bytes else 0
+        if to_leave:
+            self.give_up_host_memory(to_leave)
+            self._log_overflow()
 
     def place(self, plan: Plan, is_cancellable: bool = False) -> None:
         """Put every layer where `plan` has it, and serve what is elsewhere. The plan is `asked`, perhaps with groups
@@ -168,14 +179,12 @@ class Distribution:
             self.settle()
             for key, device in moving:
                 self._stores.move(key, device)
-            self._serving.after_moves()
 
     def release(self, originals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Take everything back to the host and stop serving, as `Stores.release` says."""
         self._serving.stop()
         self.state = State.RELEASED
         _unpin_all(self.transfer, self.pinned)
-        self.transfer.upload = None
         self._stores.release(originals)
 
     @contextlib.contextmanager
@@ -222,8 +231,7 @@ class Distribution:
 
     def make_writable(self, layer_name: str) -> None:
         """As `Stores.make_writable`. To be called after `settle`."""
-        if self._stores.make_writable(layer_name):
-            self._serving.after_moves()
+        self._stores.make_writable(layer_name)
 
     def is_on_donor(self, module: torch.nn.Module) -> bool:
         return self._stores.holds(module)
@@ -255,8 +263,7 @@ class Distribution:
         num_bytes = self._stores.overflow_bytes(self.plan)
         if num_bytes and num_bytes != self._logged_overflow:
             logger.info(
-                "DisTorch2: %.2f GiB of %s planned for main memory are read from the disk each time it runs, for want "
-                "of room",
+                "DisTorch2: main memory is short; %.2f GiB of %s are read from the disk each time it runs",
                 num_bytes / GIB,
                 type(self._stores.module).__name__,
             )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..moving.file_reader import read
+from ..moving.file_reader import copy_now
 from ..weights.devices import CPU, DISK
 from ..weights.files import Piece, SlabInFiles
 from ..weights.quantised import is_quantised
@@ -58,14 +58,13 @@ class StoredLayer:
 
     def pieces(self, sources: Sources) -> list[Piece] | None:
         """Where the module's weights lie in files; None where some are in none as they are loaded."""
-        weights, places = {}, {}
+        parts = {}
         for field in self.layout.fields:
-            weight = sources.of(self.module, field.name)
-            places_of_weight = sources.places_of(self.module, field.name)
-            if weight is None or places_of_weight is None:
+            of_field = sources.parts_of(self.module, field.name)
+            if of_field is None:
                 return None
-            weights[field.name], places[field.name] = weight, places_of_weight
-        return self.layout.pieces(weights, places, self._offset)
+            parts[field.name] = of_field
+        return self.layout.pieces(parts, self._offset)
 
     def move(self, slab: torch.Tensor) -> None:
         """As `bind`, but the parameters stay the same objects where torch can do that: others may hold them."""
@@ -105,10 +104,11 @@ class StoredGroup:
     in a new slab: others may hold the old ones (a merge, an extraction).
     """
 
-    slab: torch.Tensor | None = None
-    """The modules' parameters are views of it; None where they are in the mapping of the file that they come from."""
-    in_files: SlabInFiles | None = None
-    """For a group on disk."""
+    slab: torch.Tensor | None
+    """The modules' parameters are views of it; None where they are in the mappings of files."""
+    source: torch.Tensor | SlabInFiles
+    """What the weights are copied from: the slab, unless the group is on the disk. Both are set by `serve_from` and the
+    like; `pack` and `packed_on`, which make a slab, do not need them."""
 
     def __init__(
         self, modules: Mapping[str, torch.nn.Module], layouts: Sequence[SlabLayout], is_table: bool = False
@@ -146,27 +146,26 @@ class StoredGroup:
 
     @property
     def device(self) -> torch.device:
-        if self.in_files is not None or self.slab is None:
-            return DISK
-        return self.slab.device
+        return DISK if isinstance(self.source, SlabInFiles) else self.source.device
 
     @property
-    def source(self) -> torch.Tensor | SlabInFiles:
-        """What the weights are copied from."""
-        if self.in_files is not None:
-            return self.in_files
-        assert self.slab is not None
-        return self.slab
+    def host_slab(self) -> torch.Tensor | None:
+        """One in main memory."""
+        return self.slab if self.device == CPU else None
+
+    @property
+    def is_in_temporary_file(self) -> bool:
+        return self.device == DISK and self.slab is not None
 
     def serve_from(self, slab: torch.Tensor, in_files: SlabInFiles | None = None) -> None:
-        """Bind the modules to a slab. It may be the mapping of one that lies `in_files`."""
-        self.slab, self.in_files = slab, in_files
+        """Bind the modules to a slab, which may be the mapping of a file: then it is copied from `in_files`."""
+        self.slab, self.source = slab, slab if in_files is None else in_files
         for layer in self.living:
             layer.bind(slab)
 
     def serve_from_files(self, in_files: SlabInFiles) -> None:
         """The modules have these weights, in the mappings of the files."""
-        self.slab, self.in_files = None, in_files
+        self.slab, self.source = None, in_files
         for layer in self.living:
             layer.bind_own()
 
@@ -182,13 +181,10 @@ class StoredGroup:
 
     def copied_to(self, device: torch.device) -> torch.Tensor:
         """A slab in memory of `device` with the same weights."""
-        slab, source = self.new_slab(device), self.source
-        if isinstance(source, SlabInFiles):
-            source = read(source, slab if device == CPU else self.new_slab(CPU))
-        return slab if source is slab else slab.copy_(source)
+        return copy_now(self.source, self.new_slab(device))
 
     def move(self, slab: torch.Tensor, in_files: SlabInFiles | None = None) -> None:
         """Serve the same weights from another slab, which has them already."""
-        self.slab, self.in_files = slab, in_files
+        self.slab, self.source = slab, slab if in_files is None else in_files
         for layer in self.living:
             layer.move(slab)

@@ -9,6 +9,8 @@ from typing import Protocol
 
 import torch
 
+from ..moving.file_reader import READ_AHEAD_BYTES
+from ..moving.modules import UPLOAD_BYTES
 from ..moving.program import Program
 
 
@@ -24,6 +26,11 @@ class _Keeper(Protocol):
         """Take slabs of so many bytes out of main memory, or all that there are."""
 
 
+_BESIDE_SLABS_BYTES = READ_AHEAD_BYTES + UPLOAD_BYTES + 512 * 1024**2
+"""Left as well, where there is too little: for buffers, and for what the first step of a process takes for kernels."""
+LEAST_TO_RETURN_BYTES = 2 * 1024**3
+"""Room for less is left alone: what is available differs a little from prompt to prompt."""
+
 _keepers: list[weakref.ref[_Keeper]] = []
 """In the order in which they were used last."""
 
@@ -34,22 +41,31 @@ def note_use(keeper: _Keeper) -> None:
 
 
 def make_room(num_bytes: int, module: torch.nn.Module, program: Program) -> float:
-    """Have `num_bytes` of main memory spare for slabs of `module`. Returns how many bytes are still lacking, which may
-    be more: with none asked for, what others have taken of that which is to be left."""
-    if num_bytes <= program.spare_host_memory():
-        return 0
-    program.release_host_memory(num_bytes)
-    for keeper in _idle_keepers(module, program):
-        lacking = num_bytes - program.spare_host_memory()
-        if lacking <= 0:
-            break
-        keeper.give_up_host_memory(lacking)
-    return max(0, num_bytes - program.spare_host_memory())
+    """Have `num_bytes` of main memory spare for slabs of `module`. Returns how many bytes of them are to lie elsewhere:
+    0 where there is room. For 0 bytes, how many that are there are to leave it, since others have taken some."""
+    if num_bytes > program.spare_host_memory():
+        program.release_host_memory(num_bytes)
+        for keeper in _idle_keepers(module, program):
+            lacking = num_bytes - program.spare_host_memory()
+            if lacking <= 0:
+                break
+            keeper.give_up_host_memory(lacking)
+    return _to_leave_out(num_bytes, program.spare_host_memory())
+
+
+def overflow(num_bytes: int, module: torch.nn.Module, program: Program) -> float:
+    """What `make_room` would return, as far as other models go."""
+    return _to_leave_out(num_bytes, obtainable(module, program))
 
 
 def obtainable(module: torch.nn.Module, program: Program) -> float:
-    """Bytes that `make_room` can have spare for slabs of `module`, as far as other models go."""
+    """What is spare, and what models that are idle can give up."""
     return program.spare_host_memory() + sum(keeper.host_bytes for keeper in _idle_keepers(module, program))
+
+
+def _to_leave_out(num_bytes: int, spare: float) -> float:
+    lacking = num_bytes - spare
+    return lacking + _BESIDE_SLABS_BYTES if lacking > 0 else 0
 
 
 def _idle_keepers(module: torch.nn.Module, program: Program) -> Iterator[_Keeper]:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ..moving.file_reader import PART_BYTES, READ_AHEAD_BYTES, FileReader
-from ..moving.modules import UPLOAD_BYTES, page_locked_upload
+from ..moving.file_reader import FileReader
+from ..moving.modules import UPLOAD_BYTES, page_locked_upload, unlock
 from ..moving.program import Program
 from ..moving.transfer import Transfer
 from ..planning.plan import Plan
 from ..planning.schedule import LearntOrder
-from ..weights.devices import CPU, DISK, device_of
+from ..weights.devices import CPU, device_of
 from ..weights.slab import allocate
 from .detour import take_detour
 from .groups import StoredGroup
@@ -36,11 +36,10 @@ class Serving:
         self.reading: Reading | None = None
         self.relay: Relay | None = None
         self.lookup: Lookup | None = None
-        self.transfer = Transfer(stores.device)
+        self.transfer = Transfer(stores.device, FileReader(stores.device, stores.pinned))
         self._stores, self._program = stores, program
         self._streamed: list[str] = []  # names of the layers that `streamer` has, by number
         self._order = LearntOrder()
-        self._reading_room: torch.Tensor | None = None
         self._only_read: set[str] = set()  # names of layers
 
     def start(self, plan: Plan) -> None:
@@ -54,10 +53,9 @@ class Serving:
         self.reading = Reading(stores.module, self.streamer, self._only_read, self._program)
         self.lookup = Lookup(tables, stores.device)
         self.attach()
-        self._prepare_reader()
-        moved = [group.slab for key, group in stores.groups.items() if not key.is_table and group.device == CPU]
+        moved = [group.host_slab for key, group in stores.groups.items() if not key.is_table]
         self._page_lock([slab for slab in moved if slab is not None])
-        streamed = [group.slab for group in groups if group.device == CPU]
+        streamed = [group.host_slab for group in groups]
         slabs = [slab for slab in streamed if slab is not None and stores.pinned.holds(slab)]
         devices = [device_of(name) for name in plan.devices]
         take_detour(self.transfer, slabs, self.streamer.staging, devices, self._program)
@@ -68,10 +66,11 @@ class Serving:
         if self.reading is not None:
             self._only_read.update(self.reading.only_read)
         self.detach()
-        self.streamer = self.reading = self.relay = self.lookup = self.transfer.detour = self.transfer.reader = None
-        if self._reading_room is not None:
-            self._stores.pinned.unpin(self._reading_room)
-            self._reading_room = None
+        self.streamer = self.reading = self.relay = self.lookup = None
+        upload = self.transfer.upload
+        self.transfer.close()
+        if upload is not None:
+            unlock(upload, self._stores.pinned)
 
     def attach(self) -> None:
         for server in (self.lookup, self.streamer, self.reading, self.relay):
@@ -82,11 +81,6 @@ class Serving:
         for server in (self.relay, self.reading, self.streamer, self.lookup):
             if server is not None:
                 server.detach()
-
-    def after_moves(self) -> None:
-        """Some groups may lie on the disk now that did not, or the other way round. To be called after `settle`."""
-        if self.streamer is not None:
-            self._prepare_reader()
 
     def settle(self) -> None:
         """No copy reads a slab any more, and what was copied ahead is not used."""
@@ -129,18 +123,6 @@ class Serving:
                 num_bytes = max(smallest, num_bytes // 2)
                 logger.warning("DisTorch2: %s is full; streaming through %d MiB", self.transfer.device, num_bytes >> 20)
 
-    def _prepare_reader(self) -> None:
-        """Where something is streamed from the disk: memory to read it into, ahead."""
-        num_bytes = sum(
-            group.slab_bytes for key, group in self._stores.groups.items() if group.device == DISK and not key.is_table
-        )
-        has_streams = self._stores.device.type not in ("cpu", "mps")
-        if num_bytes and has_streams and self.transfer.reader is None:
-            num_parts = min(READ_AHEAD_BYTES, num_bytes) // PART_BYTES + 1
-            self._reading_room = allocate(num_parts * PART_BYTES, CPU)
-            self._stores.pinned.pin(self._reading_room)
-            self.transfer.reader = FileReader(self._stores.device, self._reading_room.split(PART_BYTES))
-
     def _page_lock(self, slabs: Sequence[torch.Tensor]) -> None:
         """All of `slabs`, or as many as can be beside buffers by way of which the others are copied."""
         locked = [slab for slab in slabs if self._stores.pinned.pin(slab)]
@@ -152,7 +134,7 @@ class Serving:
                     break
                 given_up.append(locked.pop())
                 self._stores.pinned.unpin(given_up[-1])
-            self.transfer.upload = upload
+            self.transfer.take(upload=upload)
         if len(locked) < len(slabs) and self._stores.device != CPU:
             logger.info(
                 "DisTorch2: %d of %d groups of layers on the host are not page-locked, and are copied more slowly",

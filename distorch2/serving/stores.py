@@ -11,8 +11,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from ..moving.file_reader import READ_AHEAD_BYTES
-from ..moving.modules import UPLOAD_BYTES, Mover
+from ..moving.modules import Mover
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..planning.eviction import spread
@@ -29,10 +28,6 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _PACKING_THREADS = 8
-_BESIDE_SLABS_BYTES = READ_AHEAD_BYTES + UPLOAD_BYTES + 512 * 1024**2
-"""Of main memory, where there is little: buffers, and what the first step of a process takes for kernels."""
-_LEAST_TO_RETURN_BYTES = 2 * 1024**3
-"""What is available differs a little from prompt to prompt."""
 
 
 class Stores:
@@ -85,17 +80,19 @@ class Stores:
         returned = [self._unstore(key) for key in list(self.groups) if key not in devices]
         self._take_the_others_to_the_device()
         for group in returned:
-            self._unpin(group.slab)
+            self.pinned.unpin(group.slab)
 
     def place_others(self) -> None:
         """Put what is on the module and was not there when it was placed on the compute device."""
+        if any(group.device == DISK for group in self.groups.values()):
+            self.sources.check_files()
         self._note_sources()
         self._take_the_others_to_the_device()
 
     def _note_sources(self) -> None:
         """Temporary files are none: nothing is to keep them when their slabs are replaced."""
-        in_temporary = [group for group in self.groups.values() if group.device == DISK and group.slab is not None]
-        skipped = {layer.module for group in in_temporary for layer in group.living}
+        temporary = [group for group in self.groups.values() if group.is_in_temporary_file]
+        skipped = {layer.module for group in temporary for layer in group.living}
         self.sources.note(child for child in self.module.modules() if child not in skipped)
 
     def _take_the_others_to_the_device(self) -> None:
@@ -117,13 +114,19 @@ class Stores:
                 note_dtype(child, name, value)
                 self.sources.replaced(child, name, value, is_original=True)
         for key, group in list(self.groups.items()):
-            is_on_host = group.slab is not None and group.slab.device == CPU
-            if not is_on_host or all(self.sources.are_known(layer.module) for layer in group.living):
+            has_slab_on_host = group.slab is not None and group.slab.device == CPU
+            if not has_slab_on_host or all(self.sources.are_known(layer.module) for layer in group.living):
                 for layer in group.living:
                     self.sources.rebind(layer.module)
-            if not is_on_host or not group.is_bound():
+            if not has_slab_on_host or not group.is_bound():
                 self._unstore(key)
         self._take_to_the_host(child for child in module.modules() if child not in self._stored)
+        self._temporary = TemporarySlabs(self._program.temporary_folder)  # the file that has room left may go
+
+    def drop_unbound(self) -> None:
+        """Let slabs go whose weights the modules have elsewhere now, as another plan has it."""
+        for key in [key for key, group in self.groups.items() if not group.is_bound()]:
+            self.pinned.unpin(self._unstore(key).slab)
 
     def limit(self, plan: Plan, donor: torch.device, num_bytes: float) -> list[tuple[Group, torch.device]]:
         """Allow no more than `num_bytes` of slabs on a donor; returns the groups that are to be moved for it, and where
@@ -133,7 +136,11 @@ class Stores:
             return []
         planned = [key for key in plan.groups if device_of(key.device) == donor and key in self.groups]
         devices = self._devices_of_slabs(planned)
-        return [(key, devices[key]) for key in planned if self._is_to_move(self.groups[key], devices[key])]
+        return [
+            (key, devices[key])
+            for key in planned
+            if self.groups[key].device != devices[key] and self.groups[key].is_bound()
+        ]
 
     def to_give_up(self, num_bytes: float) -> list[Group]:
         """Groups in main memory that are to be moved to the disk for so many bytes there: first those that a file has
@@ -149,14 +156,10 @@ class Stores:
         return sum(key.slab_bytes for key in on_disk if device_of(key.device) != DISK)
 
     def can_leave_the_disk(self, plan: Plan) -> bool:
-        """Whether there is room in main memory again for groups of `plan` that were to lie there."""
-        lacking = self.overflow_bytes(plan)
-        least = min(lacking, _LEAST_TO_RETURN_BYTES)
-        return lacking > 0 and host_memory.obtainable(self.module, self._program) >= least
-
-    @staticmethod
-    def _is_to_move(group: StoredGroup, device: torch.device) -> bool:
-        return group.device != device and group.is_bound()
+        """Whether main memory has room again for what `overflow_bytes` counts, or for a part that is worth moving."""
+        num_bytes = self.overflow_bytes(plan)
+        least = min(num_bytes, host_memory.LEAST_TO_RETURN_BYTES)
+        return num_bytes > 0 and host_memory.obtainable(self.module, self._program) >= least
 
     def batches(self, layer_names: Iterable[str]) -> Iterable[list[str]]:
         """The names, with those of a group together: its weights are best replaced all at once."""
@@ -184,12 +187,16 @@ class Stores:
             else:
                 in_slabs.setdefault(group, {})[layer] = values
         for group, of_layers in in_slabs.items():
-            if all(layer.fits(of_layers.get(layer, {})) for layer in group.living):
-                change = self._change_on_disk if group.device == DISK else self._pack_anew
-                change(group, of_layers, originals)
+            fits = all(layer.fits(of_layers.get(layer, {})) for layer in group.living)
+            if fits and group.device != DISK:
+                self._pack_anew(group, of_layers, originals)
+                continue
+            for layer, values in of_layers.items():
+                self._set(layer.name, layer.module, values, originals)
+            if fits:
+                with self.sources.kept(layer.module for layer in group.living):
+                    self._put_on_disk(group)
             else:
-                for layer, values in of_layers.items():
-                    self._set(layer.name, layer.module, values, originals)
                 others.append(group)
         return others
 
@@ -215,18 +222,15 @@ class Stores:
                 self._put_on_disk(group)
             else:
                 group.move(self._there_or_on_host(group.copied_to, device))
-        self._unpin(replaced)
+        self.pinned.unpin(replaced)
         self._pin(group)
 
-    def make_writable(self, layer_name: str) -> bool:
-        """For weights to be written in place: those in the mapping of a file get a slab that they alone have. Returns
-        whether they did not have one."""
+    def make_writable(self, layer_name: str) -> None:
+        """For weights to be written in place: those in the mapping of a file get a slab that they alone have."""
         group, _ = self.find(self.module.get_submodule(layer_name))
-        if group is None or group.slab is not None:
-            return False
-        with self.sources.kept(layer.module for layer in group.living):
-            group.move(*self._temporary.store(group.copied_to(CPU)))
-        return True
+        if group is not None and group.slab is None:
+            with self.sources.kept(layer.module for layer in group.living):
+                group.move(*self._temporary.store(group.copied_to(CPU)))
 
     def find(self, child: torch.nn.Module) -> tuple[StoredGroup, StoredLayer] | tuple[None, None]:
         """By the module itself: an object patch may have put another in the place of one in a slab."""
@@ -263,35 +267,25 @@ class Stores:
             with self.sources.kept((layer.module for layer in group.living), changing):
                 group.serve_from(group.pack(slab, values))
         except BaseException:
-            self._unpin(slab)
+            self.pinned.unpin(slab)
             raise
         for layer, of_layer in values.items():
             for name, value in of_layer.items():
                 self.sources.replaced(layer.module, name, value, (layer.name, name) in originals)
-        self._unpin(replaced)
+        self.pinned.unpin(replaced)
         self._pin(group)  # if it could not be, beside the one that it replaces
-
-    def _change_on_disk(
-        self,
-        group: StoredGroup,
-        values: Mapping[StoredLayer, Mapping[str, torch.Tensor]],
-        originals: Collection[tuple[str, str]],
-    ) -> None:
-        for layer, of_layer in values.items():
-            self._set(layer.name, layer.module, of_layer, originals)
-        with self.sources.kept(layer.module for layer in group.living):
-            self._put_on_disk(group)
 
     def _put_on_disk(self, group: StoredGroup) -> None:
         """Serve the weights that the modules have from their files; from a temporary one where some have none: those
         that are patched, or were converted when they were loaded."""
-        for layer in group.living:
-            self.sources.rebind(layer.module)
+        self.sources.check_files()
         in_files = group.find_in_files(self.sources)
-        if in_files is not None:
-            group.serve_from_files(in_files)
-        else:
+        if in_files is None:
             group.serve_from(*self._temporary.store(group.packed_on(CPU)))
+        else:
+            for layer in group.living:
+                self.sources.rebind(layer.module)
+            group.serve_from_files(in_files)
 
     def _devices_of_slabs(self, keys: Iterable[Group]) -> dict[Group, torch.device]:
         """Where the slab of every group is to lie: the first on their donors, as far as the limits there allow; the
@@ -307,10 +301,10 @@ class Stores:
             devices[key] = device
         is_there = {key for key, group in self.groups.items() if group.device == CPU}
         coming = [key for key, device in devices.items() if device == CPU and key not in is_there]
-        lacking = host_memory.make_room(sum(key.slab_bytes for key in coming), self.module, self._program)
-        if lacking > 0:
+        to_leave_out = host_memory.make_room(sum(key.slab_bytes for key in coming), self.module, self._program)
+        if to_leave_out:
             in_order = [coming[index] for index in spread(len(coming))]
-            devices |= dict.fromkeys(_as_many_as(in_order, lacking + _BESIDE_SLABS_BYTES), DISK)
+            devices |= dict.fromkeys(_as_many_as(in_order, to_leave_out), DISK)
         return devices
 
     def _pack(
@@ -353,17 +347,13 @@ class Stores:
                 self.groups[key] = group
                 self._stored.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:
-                    self._unpin(replaced.slab)
+                    self.pinned.unpin(replaced.slab)
                 self._pin(group)
 
     def _pin(self, group: StoredGroup) -> None:
-        """Tables are read in place, and need not be page-locked; nor need what is on the disk."""
-        if self.is_in_use and group.slab is not None and not group.is_table and group.device != DISK:
-            self.pinned.pin(group.slab)
-
-    def _unpin(self, slab: torch.Tensor | None) -> None:
-        if slab is not None:
-            self.pinned.unpin(slab)
+        """Tables are read in place, and need not be page-locked."""
+        if self.is_in_use and group.host_slab is not None and not group.is_table:
+            self.pinned.pin(group.host_slab)
 
     def _unstore(self, key: Group) -> StoredGroup:
         group = self.groups.pop(key)

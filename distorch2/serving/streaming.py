@@ -145,7 +145,8 @@ class Streamer:
             target = self.staging[begin : begin + group.slab_bytes]
             self._copies.append(Copy(group.source, target))
             self._staged += [layer.views(target) for layer in group.layers]
-        self._transfer.expect(self._copies)
+        order = self._schedule.order or range(len(self.layers))
+        self._transfer.expect([self._copies[group] for group in dict.fromkeys(self._group_of[each] for each in order)])
         self._schedule_version = self._schedule.version
 
 

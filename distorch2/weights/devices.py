@@ -4,7 +4,7 @@ import torch
 
 CPU = torch.device("cpu")
 DISK = torch.device("meta")
-"""Weights there lie in files. For torch a tensor on it has a shape and no memory."""
+"""A mark: the weights of a group are read from files. No tensor is on it."""
 DISK_NAME = "disk"
 """In allocations, plans and reports."""
 

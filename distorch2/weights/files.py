@@ -15,7 +15,7 @@ import torch
 
 
 class FileError(RuntimeError):
-    """A file with weights cannot be read, or has other bytes than before."""
+    """Weights cannot be read from a file, or written to a temporary one, or have changed in a file."""
 
     __module__ = "distorch2"  # ComfyUI shows it; as a pack this is a folder of the user's
 
@@ -29,23 +29,20 @@ class WeightsFile:
         self.path = path
         self._handle = handle
         self._lock = threading.Lock()
-        self._state = self._state_now()
+        self._state = _state_of(os.fstat(handle.fileno()))
 
     @classmethod
     def at(cls, path: str) -> WeightsFile:
         """The one that is open by this path, or a new one. Raises `OSError`."""
-        found = cls._open.get(path)
-        if found is None or not os.path.samestat(os.fstat(found._handle.fileno()), os.stat(path)):
+        found, status = cls._open.get(path), os.stat(path)
+        is_same = found is not None and os.path.samestat(os.fstat(found._handle.fileno()), status)
+        if found is None or not is_same or found._state != _state_of(status):
             found = cls._open[path] = cls(open(path, "rb", buffering=0), path)  # noqa: SIM115 # it stays open
         return found
 
-    def _state_now(self) -> tuple[int, int]:
-        status = os.fstat(self._handle.fileno())
-        return status.st_size, status.st_mtime_ns
-
     def check(self) -> None:
         """Raises `FileError` when it was written into since it was opened."""
-        if self._state_now() != self._state:
+        if _state_of(os.fstat(self._handle.fileno())) != self._state:
             raise FileError(
                 f"{self.path} was written into while it was in use; load the model again (in ComfyUI: Free model "
                 "and node cache, then run the workflow)"
@@ -89,6 +86,10 @@ class WeightsFile:
             self._handle.seek(offset)
             while data.nbytes:
                 data = data[self._handle.write(data) :]
+
+
+def _state_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)

@@ -101,20 +101,22 @@ class SlabLayout:
                 part.view(buffer).copy_(plain.view(part.shape))
 
     def pieces(
-        self, tensors: Mapping[str, torch.Tensor], places: Mapping[str, Sequence[FileRange | torch.Tensor]], offset: int
+        self, parts: Mapping[str, Sequence[tuple[torch.Tensor, FileRange | None]]], offset: int
     ) -> list[Piece] | None:
-        """The layer, `offset` bytes from the start of a slab, in files: `places` has those of the plain tensors of
-        `tensors`, by name. None where a file has other bytes than the slab would."""
+        """The layer in files, `offset` bytes from the start of a slab. `parts` has the plain tensors by name, and where
+        each is found. None where a file has other bytes than the slab would."""
         pieces = []
         for field in self.fields:
-            of_field = zip(field.parts, plain_tensors(tensors[field.name]), places[field.name], strict=True)
-            for part, plain, place in of_field:
-                if isinstance(place, torch.Tensor):
-                    value, place = place, torch.empty(part.num_bytes, dtype=torch.uint8)
-                    replace(part, offset=0).view(place).copy_(value.view(part.shape))
-                elif not part.has_bytes_of(plain):
+            for part, (plain, found) in zip(field.parts, parts[field.name], strict=True):
+                source: FileRange | torch.Tensor
+                if found is None:
+                    source = torch.empty(part.num_bytes, dtype=torch.uint8)
+                    replace(part, offset=0).view(source).copy_(plain.view(part.shape))
+                elif part.has_bytes_of(plain):
+                    source = found
+                else:
                     return None
-                pieces.append(Piece(offset + part.offset, place))
+                pieces.append(Piece(offset + part.offset, source))
         return pieces
 
     def fits(self, tensors: Mapping[str, torch.Tensor | None]) -> bool:

@@ -40,6 +40,7 @@ class _Mappings:
     """The ranges of this process's memory that are files, as Linux lists them. None are known on other systems."""
 
     def __init__(self) -> None:
+        self._files: dict[str, WeightsFile | None] = {}
         self._found: list[_Mapping] = []
         for line in _MAPPINGS.read_text().splitlines() if _MAPPINGS.exists() else ():
             # begin-end permissions offset device inode path
@@ -55,7 +56,7 @@ class _Mappings:
                 self._found.append(each)
         self._begins = [each.begin for each in self._found]
 
-    def place_of(self, tensor: torch.Tensor) -> tuple[str, int] | None:
+    def find(self, tensor: torch.Tensor) -> tuple[str, int] | None:
         """The file that has all bytes of a plain tensor, and where they begin in it."""
         if tensor.device.type != "cpu" or not tensor.numel():
             return None
@@ -67,6 +68,16 @@ class _Mappings:
         found = self._found[index]
         return found.path, found.offset + begin - found.begin
 
+    def file_at(self, path: str) -> WeightsFile | None:
+        """None for one that was deleted or replaced: what is mapped stays, and Linux lists it by another path, with
+        "(deleted)" behind it."""
+        if path not in self._files:
+            try:
+                self._files[path] = WeightsFile.at(path)
+            except OSError:
+                self._files[path] = None
+        return self._files[path]
+
 
 @dataclass
 class _Source:
@@ -77,8 +88,16 @@ class _Source:
     in_place: tuple[weakref.ref[torch.nn.Parameter], int] | None
     """The parameter that the module has with the same weight, and its address; None while it has another weight."""
 
+    is_written: bool = False
+    """Whether hooks have written into the weight in place."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the module has another weight now."""
+        return self.in_place is None or self.is_written
+
     def is_in_place(self, parameter: torch.nn.Parameter | None) -> bool:
-        if parameter is None or self.in_place is None:
+        if parameter is None or self.in_place is None or self.is_written:
             return False
         reference, address = self.in_place
         return reference() is parameter and address == _address(parameter)
@@ -90,7 +109,7 @@ class Sources:
     def __init__(self) -> None:
         self._of: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Source]] = weakref.WeakKeyDictionary()
         self._patched: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
-        self._files: dict[str, WeightsFile | None] = {}  # by path; None for one that cannot be opened
+        self._files: set[WeightsFile] = set()
 
     def note(self, modules: Iterable[torch.nn.Module]) -> None:
         """Before weights are moved: remember where those come from that have not been moved yet."""
@@ -101,7 +120,7 @@ class Sources:
             for name, parameter in module._parameters.items():
                 if parameter is None or parameter.is_meta:
                     continue
-                if name in found and (found[name].in_place is None or found[name].is_in_place(parameter)):
+                if name in found and (found[name].is_elsewhere or found[name].is_in_place(parameter)):
                     sources[name] = found[name]
                     continue
                 if name in patched:  # before it was ever moved
@@ -109,7 +128,7 @@ class Sources:
                 mappings = mappings or _Mappings()
                 ranges = self._ranges_of(parameter, mappings)
                 if ranges is not None:
-                    sources[name] = _Source(as_parameter(parameter), ranges, _place_of(parameter))
+                    sources[name] = _Source(as_parameter(parameter), ranges, _held(parameter))
             if sources or found:
                 self._of[module] = sources
 
@@ -120,18 +139,15 @@ class Sources:
             return None
         return source.parameter if source.parameter.dtype == parameter.dtype else None
 
-    def places_of(self, module: torch.nn.Module, name: str) -> Sequence[FileRange | torch.Tensor] | None:
-        """Where the bytes of a parameter's plain tensors are, for one as in `of`: in a file, or in main memory, as it
-        is with the small ones. None where some are only in the mapping of a file that could not be opened."""
+    def parts_of(self, module: torch.nn.Module, name: str) -> Sequence[tuple[torch.Tensor, FileRange | None]] | None:
+        """The plain tensors of a parameter as it is in the file, and where each lies in it, for one as in `of`. A small
+        one may be in main memory only. None where a large one is in the mapping of a file that could not be opened."""
         parameter = self.of(module, name)
         if parameter is None:
             return None
-        places: list[FileRange | torch.Tensor] = []
-        for part, found in zip(plain_tensors(parameter), self._of[module][name].ranges, strict=True):
-            if found is None and part.nbytes > _SMALL_BYTES:
-                return None
-            places.append(part if found is None else found)
-        return places
+        parts = list(zip(plain_tensors(parameter), self._of[module][name].ranges, strict=True))
+        is_readable = all(found is not None or part.nbytes <= _SMALL_BYTES for part, found in parts)
+        return parts if is_readable else None
 
     def are_known(self, module: torch.nn.Module) -> bool:
         """Whether every parameter of a module has a source, also of those that are patched."""
@@ -149,7 +165,7 @@ class Sources:
             yield
         finally:  # of a move that fails, too, weights that have been moved are those of the file
             for module, name in names:
-                self._of[module][name].in_place = _place_of(module._parameters[name])
+                self._of[module][name].in_place = _held(module._parameters[name])
 
     def replaced(self, module: torch.nn.Module, name: str, value: torch.Tensor, is_original: bool) -> None:
         """After the parameter was replaced by one with this value: by the original, or by a weight that no file has."""
@@ -162,9 +178,20 @@ class Sources:
         if not is_original:
             sources[name].in_place = None
         elif _address(value) == _address(source) or value.dtype != source.dtype:  # itself, or converted
-            sources[name].in_place = _place_of(module._parameters[name])
+            sources[name].in_place = _held(module._parameters[name])
         else:  # the weight was patched when its source was noted
             del sources[name]
+
+    def written(self, module: torch.nn.Module, name: str) -> None:
+        """Hooks have written into a parameter in place: until `restored` it is not what the file has."""
+        source = self._of.get(module, {}).get(name)
+        if source is not None and source.is_in_place(module._parameters.get(name)):
+            source.is_written = True
+
+    def restored(self, module: torch.nn.Module, name: str) -> None:
+        source = self._of.get(module, {}).get(name)
+        if source is not None and source.is_written:
+            source.is_written, source.in_place = False, _held(module._parameters[name])
 
     def rebind(self, module: torch.nn.Module) -> list[str]:
         """Give the module its weights in the file in place of those that are the same; returns their names.
@@ -180,7 +207,7 @@ class Sources:
                     held.data = original.detach()
             else:
                 module._parameters[name] = as_parameter(original)
-            source.in_place = _place_of(module._parameters[name])
+            source.in_place = _held(module._parameters[name])
         return unchanged
 
     def _unchanged(self, module: torch.nn.Module) -> list[str]:
@@ -191,12 +218,12 @@ class Sources:
         """Where a file has the parameter's plain tensors, as far as that is known; None if they cannot be had again."""
         ranges: list[FileRange | None] = []
         for part in plain_tensors(parameter):
-            place = mappings.place_of(part)
+            place = mappings.find(part)
             if place is not None:
                 path, offset = place
-                if path not in self._files:
-                    self._files[path] = _opened(path)
-                file = self._files[path]
+                file = mappings.file_at(path)
+                if file is not None:
+                    self._files.add(file)
                 ranges.append(None if file is None else FileRange(file, offset, part.nbytes))
                 continue
             storage = part.untyped_storage()
@@ -208,30 +235,21 @@ class Sources:
 
     def check_files(self) -> None:
         """Raises `FileError` when a file has been written into: its mapping has other bytes now."""
-        for file in self._files.values():
-            if file is not None:
-                file.check()
+        for file in self._files:
+            file.check()
 
 
 def file_of(module: torch.nn.Module) -> WeightsFile | None:
     """One that the module's weights come from, if it can be told."""
     mappings = _Mappings()
     for parameter in module.parameters():
-        place = mappings.place_of(plain_tensors(parameter)[0]) if parameter.nbytes > _SMALL_BYTES else None
+        place = mappings.find(plain_tensors(parameter)[0]) if parameter.nbytes > _SMALL_BYTES else None
         if place is not None:
-            return _opened(place[0])
+            return mappings.file_at(place[0])
     return None
 
 
-def _opened(path: str) -> WeightsFile | None:
-    """None where it cannot be: it was deleted or replaced, and what is mapped stays."""
-    try:
-        return WeightsFile.at(path)
-    except OSError:
-        return None
-
-
-def _place_of(parameter: torch.nn.Parameter) -> tuple[weakref.ref[torch.nn.Parameter], int]:
+def _held(parameter: torch.nn.Parameter) -> tuple[weakref.ref[torch.nn.Parameter], int]:
     return weakref.ref(parameter), _address(parameter)
 
 

@@ -25,7 +25,8 @@ class TemporarySlabs:
         self._used_bytes = 0
 
     def store(self, slab: torch.Tensor) -> tuple[torch.Tensor, SlabInFiles]:
-        """The bytes of `slab` (uint8, in host memory) in a file: mapped to be read and written, and to be read from it.
+        """Write `slab` (uint8, in host memory) to a file. Returns a mapping of these bytes, to be read and written, and
+        where they lie in the file.
 
         Raises `FileError` when the folder has no room for them.
         """
