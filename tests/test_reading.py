@@ -28,7 +28,7 @@ from distorch2.comfyui.program import COMFYUI
 from distorch2.loading import load_checkpoint
 from distorch2.planning.plan import Placement, Plan
 from distorch2.serving.distribution import Distribution
-from distorch2.serving.forwards import Forwards
+from distorch2.serving.forwards import Forwards, set_by
 from distorch2.serving.reading import modules_around
 from distorch2.weights.inventory import list_layers
 
@@ -250,7 +250,7 @@ def test_what_a_module_reads_in_addition_is_learnt_and_all_is_given_back(reader,
 
 
 def test_forwards_that_were_set_twice_are_both_taken_off():
-    forwards, layers = Forwards(), [torch.nn.Linear(1, 1) for _ in range(2)]
+    forwards, layers = Forwards("a test"), [torch.nn.Linear(1, 1) for _ in range(2)]
     for name in ("first", "second"):
         for layer in layers:
             forwards.set(layer, lambda previous, name=name: lambda: name)
@@ -259,6 +259,18 @@ def test_forwards_that_were_set_twice_are_both_taken_off():
     assert ["forward" in vars(layer) for layer in layers] == [False, True]
     forwards.give_back()
     assert ["forward" in vars(layer) for layer in layers] == [False, False]
+
+
+def test_whose_forwards_are_set_can_be_listed():
+    layer, one, other = torch.nn.Linear(1, 1), Forwards("one"), Forwards("other")
+    assert set_by(layer) == []
+    one.set(layer, lambda previous: lambda x: x)
+    other.set(layer, lambda previous: previous)
+    assert set_by(layer) == ["other", "one"]
+    one.give_back()  # below another, which stays
+    assert set_by(layer) == ["other"]
+    other.give_back()
+    assert set_by(layer) == []
 
 
 def test_a_run_that_breaks_off_decides_nothing(reader, monkeypatch):
@@ -282,6 +294,9 @@ def test_a_module_of_which_all_layers_are_called_is_left_alone(checkpoints):
     streamed = {item.layer.name for item in model.distribution.plan.streamed}
     around = {name.rpartition(".")[0] for name in model.distribution.reading.only_read}
     assert with_forward == streamed | around
+    by_name = dict(model.model.named_modules())
+    assert all(set_by(by_name[name]) == ["streaming"] for name in streamed - around)
+    assert all(set_by(by_name[name]) == ["reading"] for name in around - streamed)
 
 
 def test_a_dropped_model_that_is_watched_is_let_go_at_once(checkpoints):

@@ -71,7 +71,7 @@ def place_control_net(control_net: Any, device: torch.device) -> Any:
     placed.control_model_wrapped = _on(patcher, device)
     placed.control_model, placed.load_device = placed.control_model_wrapped.model, device
     if _VISITS not in vars(placed.control_model):
-        Forwards().set(placed.control_model, _visiting(placed.control_model, device))
+        Forwards("another device").set(placed.control_model, _visiting(placed.control_model, device))
         vars(placed.control_model)[_VISITS] = True
     return placed
 

@@ -20,6 +20,7 @@ class _SetForward(functools.partial):
 
     module: weakref.ref[torch.nn.Module]
     previous: Callable[..., Any] | None
+    name: str
     is_given_back = False
 
     def give_back(self) -> None:
@@ -74,21 +75,32 @@ def drop_copied_forwards(module: torch.nn.Module) -> None:
             _give(each, own)
 
 
+def set_by(module: torch.nn.Module) -> list[str]:
+    """Whose forwards are set on a module, by the names of their `Forwards`, the outermost first."""
+    names = []
+    forward = _still_set(vars(module).get("forward"))
+    while isinstance(forward, _SetForward):
+        names.append(forward.name)
+        forward = _still_set(forward.previous)
+    return names
+
+
 class Forwards:
-    """What has been set on which modules.
+    """What has been set on which modules. `name` says by whom.
 
     Only the modules hold the forwards, and these hold whoever serves: memory is freed with the modules, not by a
     collection of cycles some time later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._set: list[weakref.ref[_SetForward]] = []
 
     def set(self, module: torch.nn.Module, make: Callable[[Callable[..., Any] | None], Callable[..., Any]]) -> None:
         """`make` is given the forward that was set on the module before, None where it has that of its class."""
         previous = _still_set(vars(module).get("forward"))
         forward = _SetForward(make(previous))
-        forward.module, forward.previous = weakref.ref(module), previous
+        forward.module, forward.previous, forward.name = weakref.ref(module), previous, self._name
         self._set.append(weakref.ref(forward))
         module.forward = forward
 

@@ -26,7 +26,7 @@ class _Keeper(Protocol):
         """Take slabs of so many bytes out of main memory, or all that there are."""
 
 
-_BESIDE_SLABS_BYTES = READ_AHEAD_BYTES + UPLOAD_BYTES + 512 * 1024**2
+_BESIDE_SLABS_BYTES = READ_AHEAD_BYTES + UPLOAD_BYTES + 640 * 1024**2
 """Left as well, where there is too little: for buffers, and for what the first step of a process takes for kernels."""
 LEAST_TO_RETURN_BYTES = 2 * 1024**3
 """Room for less is left alone: what is available differs a little from prompt to prompt."""

@@ -25,7 +25,7 @@ class Lookup:
     def __init__(self, groups: Sequence[StoredGroup], device: torch.device) -> None:
         self._groups = groups
         self._device = device
-        self._forwards = Forwards()
+        self._forwards = Forwards("lookup")
 
     def attach(self) -> None:
         for group in self._groups:

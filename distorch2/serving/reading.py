@@ -95,7 +95,7 @@ class Reading:
         self._streamer = streamer
         self._only_read = {number for number, layer in enumerate(streamer.layers) if layer.name in known}
         self._undecided = set(range(len(streamer.layers))) - self._only_read
-        self._forwards = Forwards()
+        self._forwards = Forwards("reading")
         self._has_logged = False
 
     @property

@@ -137,7 +137,7 @@ class Relay:
         self.is_allowed = True
         """Set it to False to keep all units at home."""
         self.activations = Activations(home, {unit.donor for unit in units})
-        self._forwards = Forwards()
+        self._forwards = Forwards("relay")
 
     def attach(self) -> None:
         self.streamer.attach()

@@ -46,7 +46,7 @@ class Streamer:
         self._schedule_version = 0
         self._copies: list[Copy] = []
         self._staged: list[dict[str, torch.nn.Parameter]] = []
-        self._forwards = Forwards()
+        self._forwards = Forwards("streaming")
 
     @property
     def order(self) -> Sequence[int] | None:
