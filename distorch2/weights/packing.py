@@ -1,0 +1,175 @@
+"""Slabs of bf16 weights, packed without loss: to 69 to 76% of their size for the weights of networks.
+
+Of a bf16 value 8 of 16 bits are the exponent, and in a block of weights few exponents are frequent. So a value is kept
+as a byte with sign and mantissa, and a code of `width` bits for the exponent: how far it is above the base of its
+block. The last code means that the exponent is one of the block's escapes, which are bytes in a list. This is a
+fixed-width variant of what DFloat11 (Zhang et al., 2025) does with Huffman codes: every value is found without those
+before it.
+
+A slab is packed as it is, whatever tensors lie in it, so that any bit pattern comes back: zeros of both signs, NaNs
+with their payload, and padding. This file is the definition; on accelerators `moving/unpacking.py` does the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .slab import aligned
+
+BLOCK_VALUES = 1024
+WIDTHS = (3, 4)
+_LEAST_GAIN = 0.1
+"""A slab that would not become so much smaller stays as it is."""
+_VALUES_AT_A_TIME = 4 * 1024**2
+"""To find the bases takes 9 bytes a value, and more for each block."""
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where in a packed slab what lies, in bytes from its start.
+
+    First one byte for each value, sign and mantissa. Values are counted with those that fill the last block.
+    """
+
+    num_bytes_unpacked: int
+    width: int
+    """Bits of a code."""
+    num_escapes: int
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_bytes_unpacked // (2 * BLOCK_VALUES))
+
+    @property
+    def num_values(self) -> int:
+        return self.num_blocks * BLOCK_VALUES
+
+    @property
+    def escape_code(self) -> int:
+        return 2**self.width - 1
+
+    @cached_property
+    def codes(self) -> int:
+        """Of 4 bits: two in a byte, the first in the lower half. Of 3: a plane for each bit, the lowest first, with the
+        bits of eight values in a byte, the first in the lowest."""
+        return self.num_values
+
+    @cached_property
+    def bases(self) -> int:
+        """A byte for each block."""
+        return self.codes + self.num_values * self.width // 8
+
+    @cached_property
+    def first_escapes(self) -> int:
+        """For each block an int32: how many escapes there are in the blocks before it."""
+        return aligned(self.bases + self.num_blocks)
+
+    @cached_property
+    def escapes(self) -> int:
+        """A byte for each."""
+        return self.first_escapes + 4 * self.num_blocks
+
+    @property
+    def num_bytes(self) -> int:
+        return aligned(self.escapes + self.num_escapes)
+
+
+@dataclass(frozen=True)
+class PackedSlab:
+    layout: PackedLayout
+    buffer: torch.Tensor
+    """uint8, of `layout.num_bytes`."""
+
+
+def pack(slab: torch.Tensor) -> PackedSlab | None:
+    """A slab (uint8, on any device), packed there in the width in which it is smallest.
+
+    None where that gains too little, or where unpacking would not give the same bytes.
+    """
+    if not slab.nbytes:
+        return None
+    values = _in_blocks(slab)
+    exponents = values.bitwise_right_shift(7).bitwise_and_(0xFF).to(torch.uint8)
+    bases = {width: _bases(exponents, 2**width - 1) for width in WIDTHS}
+    layouts = {
+        width: PackedLayout(slab.nbytes, width, int(_is_escape(exponents, bases[width], width).sum()))
+        for width in WIDTHS
+    }
+    width, layout = min(layouts.items(), key=lambda item: item[1].num_bytes)
+    if layout.num_bytes > (1 - _LEAST_GAIN) * slab.nbytes:
+        return None
+    packed = PackedSlab(layout, _encoded(layout, values, exponents, bases[width]))
+    return packed if torch.equal(unpack(packed), slab) else None
+
+
+def unpack(packed: PackedSlab) -> torch.Tensor:
+    """The slab again, on the device of the packed one."""
+    layout, buffer = packed.layout, packed.buffer
+    codes = buffer[layout.codes : layout.bases]
+    if layout.width == 4:
+        code = torch.stack([codes & 15, codes >> 4], dim=1).view(-1)
+    else:
+        planes = codes.view(layout.width, -1, 1).bitwise_right_shift(_bit_numbers(buffer.device)).bitwise_and_(1)
+        code = sum(plane << bit for bit, plane in enumerate(planes.view(layout.width, -1)))
+    base = buffer[layout.bases : layout.bases + layout.num_blocks].repeat_interleave(BLOCK_VALUES)
+    exponent = base + code  # of an escape it may wrap around: it is replaced
+    exponent[code == layout.escape_code] = buffer[layout.escapes : layout.escapes + layout.num_escapes]
+    rest = buffer[: layout.num_values].to(torch.int16)
+    bits = (rest & 0x80) << 8 | exponent.to(torch.int16) << 7 | rest & 0x7F
+    return bits.view(torch.uint8)[: layout.num_bytes_unpacked]
+
+
+def _in_blocks(slab: torch.Tensor) -> torch.Tensor:
+    """Its values as int16 [blocks, values of a block]; the last one again fills the last block."""
+    values = slab.view(torch.int16)
+    missing = -values.numel() % BLOCK_VALUES
+    return torch.cat([values, values[-1:].expand(missing)]).view(-1, BLOCK_VALUES)
+
+
+def _bases(exponents: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """For each block (uint8 [blocks, values]) the lowest of those `num_codes` exponents in a row that are most
+    frequent."""
+    bases = []
+    for some in exponents.split(_VALUES_AT_A_TIME // BLOCK_VALUES):
+        counts = torch.zeros(len(some), 257, dtype=torch.int16, device=some.device)
+        index = some.long().add_(1)
+        counts.scatter_add_(1, index, torch.ones_like(some, dtype=torch.int16))
+        up_to = counts.cumsum(1, dtype=torch.int16)  # how many exponents are below each
+        bases.append((up_to[:, num_codes:] - up_to[:, :-num_codes]).argmax(1).to(torch.uint8))
+    return torch.cat(bases)
+
+
+def _is_escape(exponents: torch.Tensor, bases: torch.Tensor, width: int) -> torch.Tensor:
+    above = exponents - bases[:, None]  # wraps around below the base, to more than there are codes
+    return above >= 2**width - 1
+
+
+def _encoded(layout: PackedLayout, values: torch.Tensor, exponents: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
+    is_escape = _is_escape(exponents, bases, layout.width)
+    codes = torch.where(is_escape, layout.escape_code, exponents - bases[:, None]).view(-1)
+    buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=values.device)
+    buffer[: layout.num_values] = (values.bitwise_right_shift(8) & 0x80 | values & 0x7F).view(-1)
+    into = buffer[layout.codes : layout.bases]
+    if layout.width == 4:
+        into.copy_(codes[::2] | codes[1::2] << 4)
+    else:
+        bits = (codes.view(-1, 8) >> bit & 1 for bit in range(layout.width))
+        into.copy_(torch.cat([_bytes_of(of_plane) for of_plane in bits]))
+    buffer[layout.bases : layout.bases + layout.num_blocks] = bases
+    before = is_escape.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32).roll(1)
+    before[0] = 0
+    buffer[layout.first_escapes : layout.escapes] = before.view(torch.uint8)
+    buffer[layout.escapes : layout.escapes + layout.num_escapes] = exponents[is_escape]
+    return buffer
+
+
+def _bytes_of(bits: torch.Tensor) -> torch.Tensor:
+    """Of [..., 8] zeros and ones (uint8), the first the lowest."""
+    return (bits << _bit_numbers(bits.device)).sum(1, dtype=torch.uint8)
+
+
+def _bit_numbers(device: torch.device) -> torch.Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
