@@ -96,14 +96,14 @@ def test_an_error_that_is_none_of_both_stays_what_it_is(checkpoints, monkeypatch
 
 def test_a_device_that_is_lost_while_placing_leaves_nothing_half_placed(checkpoints, monkeypatch):
     model = on_donor(checkpoints)[0]
-    packed = Stores._pack
+    fill = Stores._fill
 
     def lost_afterwards(stores, *arguments):
-        packed(stores, *arguments)
+        fill(stores, *arguments)
         failing_with(LOST[0])()
 
     with monkeypatch.context() as patches:
-        patches.setattr(Stores, "_pack", lost_afterwards)
+        patches.setattr(Stores, "_fill", lost_afterwards)
         with pytest.raises(RuntimeError, match="restart ComfyUI"):
             mm.load_models_gpu([model])
     assert model.loaded_size() == 0

@@ -41,5 +41,5 @@ def test_a_weight_that_is_quantised_anew_fits_whatever_the_shape_of_its_scale_wa
     assert layout.fits({"weight": anew})
     assert not layout.fits({"weight": anew.dequantize()})
     slab = allocate(layout.num_bytes, torch.device("cpu"))
-    layout.pack(slab, {"weight": anew})
+    layout.fill(slab, {"weight": anew})
     assert torch.equal(layout.parameters(slab)["weight"].dequantize(), anew.dequantize())

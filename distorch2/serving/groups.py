@@ -44,9 +44,9 @@ class StoredLayer:
         with torch.inference_mode(False):
             return self.layout.parameters(buffer[self._offset :])
 
-    def pack(self, slab: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
+    def fill(self, slab: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
         """Copy these weights, by name, and the others of the module into its place in the slab."""
-        self.layout.pack(slab[self._offset :], {**self.module._parameters, **values})
+        self.layout.fill(slab[self._offset :], {**self.module._parameters, **values})
 
     def bind(self, slab: torch.Tensor) -> None:
         self._bind(self.views(slab))
@@ -96,7 +96,7 @@ class StoredLayer:
 
 
 class StoredGroup:
-    """Layers of which one slab has the weights. The slab is packed from those that the modules have, or lies in files.
+    """Layers of which one slab has the weights. The slab is filled with those that the modules have, or lies in files.
 
     Of these, streamed and relayed groups are copied as a whole. A table is read row by row, and is not page-locked.
 
@@ -108,7 +108,7 @@ class StoredGroup:
     """The modules' parameters are views of it; None where they are in the mappings of files."""
     source: torch.Tensor | SlabInFiles
     """What the weights are copied from: the slab, unless the group is on the disk. Both are set by `serve_from` and the
-    like; `pack` and `packed_on`, which make a slab, do not need them."""
+    like; `fill` and `filled_on`, which make a slab, do not need them."""
 
     def __init__(
         self, modules: Mapping[str, torch.nn.Module], layouts: Sequence[SlabLayout], is_table: bool = False
@@ -127,21 +127,21 @@ class StoredGroup:
     def is_bound(self) -> bool:
         return all(layer.is_bound() for layer in self.living)
 
-    def packed_on(self, device: torch.device) -> torch.Tensor:
+    def filled_on(self, device: torch.device) -> torch.Tensor:
         """A new slab on `device` with the weights that the modules have."""
-        return self.pack(self.new_slab(device))
+        return self.fill(self.new_slab(device))
 
     def new_slab(self, device: torch.device) -> torch.Tensor:
         return allocate(self.slab_bytes, device)
 
-    def pack(
+    def fill(
         self, slab: torch.Tensor, values: Mapping[StoredLayer, Mapping[str, torch.Tensor]] | None = None
     ) -> torch.Tensor:
         """Write these weights, by layer and name, and the others that the modules have. Returns the slab, which is all
         that it changes: several threads may fill slabs."""
         with torch.no_grad():  # of a thread, too
             for layer in self.living:
-                layer.pack(slab, (values or {}).get(layer, {}))
+                layer.fill(slab, (values or {}).get(layer, {}))
         return slab
 
     @property

@@ -27,7 +27,7 @@ from .groups import StoredGroup, StoredLayer
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_PACKING_THREADS = 8
+_FILLING_THREADS = 8
 
 
 class Stores:
@@ -70,13 +70,13 @@ class Stores:
         _fill_missing(module)
         # What leaves the compute device does so before anything else is put there.
         devices = self._devices_of_slabs(plan.groups)
-        to_pack = {}
+        to_fill = {}
         for key in plan.groups:
             if key not in self.groups or not self.groups[key].is_bound():
-                to_pack[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
+                to_fill[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
             elif self.groups[key].device != devices[key]:
                 self.move(key, devices[key])
-        self._pack(to_pack, devices, set(plan.evicted), is_cancellable)
+        self._fill(to_fill, devices, set(plan.evicted), is_cancellable)
         returned = [self._unstore(key) for key in list(self.groups) if key not in devices]
         self._take_the_others_to_the_device()
         for group in returned:
@@ -189,7 +189,7 @@ class Stores:
         for group, of_layers in in_slabs.items():
             fits = all(layer.fits(of_layers.get(layer, {})) for layer in group.living)
             if fits and group.device != DISK:
-                self._pack_anew(group, of_layers, originals)
+                self._fill_anew(group, of_layers, originals)
                 continue
             for layer, values in of_layers.items():
                 self._set(layer.name, layer.module, values, originals)
@@ -203,7 +203,7 @@ class Stores:
     def lay_out_again(self, group: StoredGroup) -> None:
         """A new slab, of another layout, for the weights that the modules have."""
         key = next(key for key, each in self.groups.items() if each is group)
-        self._pack({key: {layer.name: layer.module for layer in group.living}}, {key: group.device})
+        self._fill({key: {layer.name: layer.module for layer in group.living}}, {key: group.device})
 
     def kept_weight(self, layer_name: str, name: str) -> torch.Tensor | None:
         """A weight as it stays in main memory when it is replaced: in the file's mapping, or in the old slab. Then it
@@ -250,7 +250,7 @@ class Stores:
             setattr(child, name, to_device(value, device))
             self.sources.replaced(child, name, value, (layer_name, name) in originals)
 
-    def _pack_anew(
+    def _fill_anew(
         self,
         group: StoredGroup,
         values: Mapping[StoredLayer, Mapping[str, torch.Tensor]],
@@ -265,7 +265,7 @@ class Stores:
                 self.pinned.pin(slab)
             changing = {(layer.module, name) for layer, of_layer in values.items() for name in of_layer}
             with self.sources.kept((layer.module for layer in group.living), changing):
-                group.serve_from(group.pack(slab, values))
+                group.serve_from(group.fill(slab, values))
         except BaseException:
             self.pinned.unpin(slab)
             raise
@@ -281,7 +281,7 @@ class Stores:
         self.sources.check_files()
         in_files = group.find_in_files(self.sources)
         if in_files is None:
-            group.serve_from(*self._temporary.store(group.packed_on(CPU)))
+            group.serve_from(*self._temporary.store(group.filled_on(CPU)))
         else:
             for layer in group.living:
                 self.sources.rebind(layer.module)
@@ -307,7 +307,7 @@ class Stores:
             devices |= dict.fromkeys(_as_many_as(in_order, to_leave_out), DISK)
         return devices
 
-    def _pack(
+    def _fill(
         self,
         modules: Mapping[Group, Mapping[str, torch.nn.Module]],
         devices: Mapping[Group, torch.device],
@@ -316,34 +316,34 @@ class Stores:
     ) -> None:
         """Serve these groups from slabs on these devices, or on the host where a device has no memory.
 
-        On the host several are packed at a time, a few ahead of the one that is page-locked and served here: that is
-        when the weights that they are packed from are let go.
+        On the host several are filled at a time, a few ahead of the one that is page-locked and served here: that is
+        when the weights that they are filled with are let go.
         """
         made = {
             key: StoredGroup(members, [layout_of(each) for each in members.values()], key.is_table)
             for key, members in modules.items()
         }
         on_host = iter([key for key in made if devices[key] == CPU])
-        packing: dict[Group, Future[torch.Tensor]] = {}
-        with ThreadPoolExecutor(_PACKING_THREADS) as pool:
+        filling: dict[Group, Future[torch.Tensor]] = {}
+        with ThreadPoolExecutor(_FILLING_THREADS) as pool:
             for key, group in made.items():
                 if is_cancellable:
                     self._program.raise_if_cancelled()
-                for ahead in itertools.islice(on_host, 2 * _PACKING_THREADS - len(packing)):
+                for ahead in itertools.islice(on_host, 2 * _FILLING_THREADS - len(filling)):
                     if ahead in evicted:
                         # The same parameters with other memory: whoever holds them too keeps none of the device.
                         self._take_to_the_host(modules[ahead].values())
                     # What a thread allocates, the C library may keep for it when it is freed.
-                    packing[ahead] = pool.submit(made[ahead].pack, made[ahead].new_slab(CPU))
+                    filling[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(CPU))
                 replaced = self.groups.get(key)
                 with self.sources.kept(modules[key].values()):
                     if devices[key] == DISK:
                         self._take_to_the_host(modules[key].values())
                         self._put_on_disk(group)
-                    elif key in packing:
-                        group.serve_from(packing.pop(key).result())
+                    elif key in filling:
+                        group.serve_from(filling.pop(key).result())
                     else:
-                        group.serve_from(self._there_or_on_host(group.packed_on, devices[key]))
+                        group.serve_from(self._there_or_on_host(group.filled_on, devices[key]))
                 self.groups[key] = group
                 self._stored.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:

@@ -94,7 +94,7 @@ class SlabLayout:
         """Parameters that are views into `buffer` (uint8, at least `num_bytes` long)."""
         return {field.name: field.rebuild([part.view(buffer) for part in field.parts]) for field in self.fields}
 
-    def pack(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+    def fill(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy `tensors`, by name, into `buffer`, in the dtypes of the layout."""
         for field in self.fields:
             for part, plain in zip(field.parts, plain_tensors(tensors[field.name]), strict=True):
