@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Sequence
@@ -13,23 +14,27 @@ from typing import Any
 import torch
 
 from ..weights.files import SlabInFiles
+from ..weights.packing import PackedSlab
 from .crossing import Crossing
 from .file_reader import FileReader, copy_now
 from .streams import backend_of, context_of
+from .unpacking import Unpacker
 
 _LEAST_TO_HALVE_BYTES = 2 * 1024**2
 """Below this size, starting a second copy costs more than halving the transfer saves."""
 
 
 class Copy:
-    """A copy of `source` into `target`, of as many bytes, that can be submitted again and again."""
+    """A copy of `source` into `target`, of as many bytes when they are not packed, that can be submitted again and
+    again."""
 
-    def __init__(self, source: torch.Tensor | SlabInFiles, target: torch.Tensor) -> None:
+    def __init__(self, source: torch.Tensor | SlabInFiles | PackedSlab, target: torch.Tensor) -> None:
         self.source = source
         self.target = target
+        memory = source.buffer if isinstance(source, PackedSlab) else source
         self.is_page_locked = self.is_pageable = False
-        if not isinstance(source, SlabInFiles) and source.device.type == "cpu":
-            self.is_page_locked = source.is_pinned()
+        if isinstance(memory, torch.Tensor) and memory.device.type == "cpu":
+            self.is_page_locked = memory.is_pinned()
             self.is_pageable = not self.is_page_locked
         backend = backend_of(target.device)
         self.events = () if backend is None else (backend.Event(), backend.Event())
@@ -51,7 +56,7 @@ class Transfer:
 
     `copies` counts the copies that were submitted. Memory that is not page-locked is copied by way of `upload`, if
     there is one. Of page-locked memory a half takes the `detour`, if there is one. What lies in files comes by way of
-    `reader`.
+    `reader`, and what is packed by way of `unpacker`.
     """
 
     def __init__(self, device: torch.device, reader: FileReader | None = None) -> None:
@@ -60,6 +65,7 @@ class Transfer:
         self.copies = 0
         self._upload: Upload | None = None
         self._detour: Detour | None = None
+        self._unpacker: Unpacker | None = None
         self._reader = reader
         self._backend = backend_of(device)
         self._stream: Any = None
@@ -67,7 +73,16 @@ class Transfer:
         self._donor_streams: dict[torch.device, Any] = {}
         self._reached: dict[torch.device, bool] = {}  # whether copies from a donor arrive
         self._given: Any = None  # an event, recorded after the work that the device has been given so far
-        self._copied_ahead: list[Copy] = []  # with a detour: copies that nobody has waited for
+        self._copied_ahead: list[Copy] = []  # by several ways: those that nobody has waited for
+
+    @property
+    def has_streams(self) -> bool:
+        return self._backend is not None
+
+    @property
+    def packed_room_bytes(self) -> int:
+        """Of the device."""
+        return 0 if self._unpacker is None else sum(slot.nbytes for slot in self._unpacker.slots)
 
     @property
     def upload(self) -> Upload | None:
@@ -77,9 +92,12 @@ class Transfer:
     def detour(self) -> Detour | None:
         return self._detour
 
-    def take(self, upload: Upload | None = None, detour: Detour | None = None) -> None:
+    def take(
+        self, upload: Upload | None = None, detour: Detour | None = None, unpacker: Unpacker | None = None
+    ) -> None:
         """Have copies take one more of these ways from now on."""
         self._upload, self._detour = upload or self._upload, detour or self._detour
+        self._unpacker = unpacker or self._unpacker
 
     def leave_detour(self) -> None:
         try:
@@ -90,7 +108,7 @@ class Transfer:
     def close(self) -> None:
         """Leave all ways; their buffers may be freed then. Others may be taken later."""
         self.wait()
-        self._upload = self._detour = None
+        self._upload = self._detour = self._unpacker = None
         if self._reader is not None:
             self._reader.close()
 
@@ -121,7 +139,7 @@ class Transfer:
                 streams = self._start(copy)  # one or two
                 copy.done_events = [stream.record_event(event) for stream, event in zip(streams, copy.events)]
                 copy.is_awaited = False
-                if self._detour is not None:
+                if self._detour is not None or self._unpacker is not None:
                     self._copied_ahead.append(copy)
 
     def _come_after_those_before(self, copy: Copy) -> None:
@@ -130,17 +148,33 @@ class Transfer:
         for other in [other for other in self._copied_ahead if other.overlaps(copy)]:
             for event in other.done_events:
                 self._stream.wait_event(event)
-                if self._detour is not None:
-                    self._detour.stream.wait_event(event)
+                for way in (self._detour, self._unpacker):
+                    if way is not None:
+                        way.stream.wait_event(event)
             self._copied_ahead.remove(other)
 
     def _start(self, copy: Copy) -> Sequence[Any]:
         """Returns the streams that the copy runs on."""
         source, target = copy.source, copy.target
+        if isinstance(source, PackedSlab):
+            assert self._unpacker is not None
+            self._unpacker.unpack(source, target, functools.partial(self._copy, copy.is_pageable), self._given)
+            return (self._unpacker.stream,)
         if isinstance(source, SlabInFiles):
             assert self._reader is not None
             self._reader.copy(source, target)
-        elif self._upload is not None and copy.is_pageable:
+        elif self._detour is not None and copy.is_page_locked and source.nbytes >= _LEAST_TO_HALVE_BYTES:
+            half = source.nbytes // 2
+            self._detour.copy(source[half:], target[half:], self._given)
+            target[:half].copy_(source[:half], non_blocking=True)
+            return self._stream, self._detour.stream
+        else:
+            self._copy(copy.is_pageable, source, target)
+        return (self._stream,)
+
+    def _copy(self, is_pageable: bool, source: torch.Tensor, target: torch.Tensor) -> None:
+        """On the stream for copies."""
+        if self._upload is not None and is_pageable:
             try:
                 self._upload.copy(source, target)
                 self._upload.flush()
@@ -148,17 +182,11 @@ class Transfer:
                 with contextlib.suppress(Exception):  # later, the parts that are left would overwrite other groups
                     self._upload.wait()
                 raise
-        elif self._detour is not None and copy.is_page_locked and source.nbytes >= _LEAST_TO_HALVE_BYTES:
-            half = source.nbytes // 2
-            self._detour.copy(source[half:], target[half:], self._given)
-            target[:half].copy_(source[:half], non_blocking=True)
-            return self._stream, self._detour.stream
         elif source.device.type == self.device.type:
             with self._backend.stream(self._stream_on(source.device)):
                 target.copy_(source if self._can_reach(source.device) else source.cpu(), non_blocking=True)
         else:
             target.copy_(source, non_blocking=True)
-        return (self._stream,)
 
     def _stream_on(self, donor: torch.device) -> Any:
         """The stream for copies from a donor. On the donor's default stream, CUDA would let such copies wait for all

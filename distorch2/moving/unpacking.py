@@ -1,15 +1,18 @@
-"""Unpacking slabs on an accelerator, in one launch each. `weights/packing.py` defines what is computed."""
+"""Packed slabs: copied as they are, and unpacked on the accelerator, in one launch each. `weights/packing.py` defines
+what is computed."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ..weights.packing import BLOCK_VALUES, PackedSlab
-from .streams import on_device
+from ..weights.packing import BLOCK_VALUES, PackedSlab, unpack
+from .streams import backend_of, on_device
 
 _KINDS = ("cuda",)
 """Of devices for which Triton makes kernels: NVIDIA's and, with a ROCm build of torch, AMD's."""
@@ -25,9 +28,39 @@ def reason_against(device: torch.device) -> str:
     return ""
 
 
+class Unpacker:
+    """Unpacks slabs that have been copied to one device into `slots` there (uint8) that take turns, on a `stream` of
+    its own: meanwhile copying goes on."""
+
+    def __init__(self, device: torch.device, slots: Sequence[torch.Tensor]) -> None:
+        self.slots = slots
+        self._backend = backend_of(device)
+        self.stream = self._backend.Stream(device)
+        self.stream.wait_stream(self._backend.current_stream(device))  # which may have used the slots' memory
+        self._turns = itertools.cycle([(slot, self._backend.Event()) for slot in slots])
+
+    def unpack(
+        self, packed: PackedSlab, target: torch.Tensor, copy: Callable[[torch.Tensor, torch.Tensor], Any], is_free: Any
+    ) -> None:
+        """Have `copy(source, slot)` copy the packed bytes on the current stream, and unpack them into `target` when the
+        event `is_free` has come."""
+        slot, is_unpacked = next(self._turns)
+        copying, staged = self._backend.current_stream(target.device), slot[: packed.nbytes]
+        copying.wait_event(is_unpacked)
+        copy(packed.buffer, staged)
+        self.stream.wait_stream(copying)
+        self.stream.wait_event(is_free)
+        with self._backend.stream(self.stream):
+            unpack_into(PackedSlab(packed.layout, staged), target)
+        is_unpacked.record(self.stream)
+
+
 def unpack_into(packed: PackedSlab, target: torch.Tensor) -> None:
     """Fill `target` (uint8, of the slab's bytes, on the same device) on the stream that is the current one."""
     layout, buffer = packed.layout, packed.buffer
+    if reason_against(target.device):
+        target.copy_(unpack(packed))
+        return
     with on_device(target.device):
         _kernel()[(layout.num_blocks,)](
             buffer,

@@ -80,7 +80,7 @@ the units that they belong to where they lie, and moves the activations; `AUTO` 
 @dataclass(frozen=True)
 class ComponentRequest:
     """Where one component of a checkpoint computes, which devices keep its weights, and which of `DONOR_MODES` they
-    are in.
+    are in. With `pack_weights` what is streamed is packed without loss, where the compute device can unpack it.
 
     Raises `PlanError` for another mode.
     """
@@ -88,6 +88,7 @@ class ComponentRequest:
     compute_device: str
     allocation: Allocation
     donor_mode: str = AUTO
+    pack_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.donor_mode not in DONOR_MODES:
@@ -170,7 +171,8 @@ class Plan:
     """For every layer, in the order of registration, the device that keeps it.
 
     `evicted` are groups that were planned for the compute device, and have to be elsewhere for want of room. On
-    `relays`, donors that compute, the units run all of whose layers lie there.
+    `relays`, donors that compute, the units run all of whose layers lie there. If it `packs`, streamed groups are
+    packed.
     """
 
     compute_device: str
@@ -178,6 +180,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     evicted: tuple[Group, ...] = ()
     relays: tuple[str, ...] = ()
+    packs: bool = False
 
     @classmethod
     def all_on(cls, device: str, layers: Iterable[Layer]) -> Plan:
@@ -192,7 +195,9 @@ class Plan:
         names = {self.compute_device: device, device: self.compute_device}
         device_of = {item.layer.name: names.get(item.device, item.device) for item in self.placements}
         placements = tuple(Placement(layer, device_of.get(layer.name, device)) for layer in layers)
-        return Plan(device, placements, relays=tuple(names.get(relay, relay) for relay in self.relays))
+        return Plan(
+            device, placements, relays=tuple(names.get(relay, relay) for relay in self.relays), packs=self.packs
+        )
 
     @cached_property
     def model_bytes(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.transfer import Transfer
+from ..moving.unpacking import reason_against
 from ..planning.plan import GIB, Group, Plan
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.files import FileError
@@ -65,7 +66,7 @@ class Distribution:
         ]
         self._logged_overflow = 0
         self._program = program
-        self._stores = Stores(module, self.device, program)
+        self._stores = Stores(module, self.device, program, plan.packs and not reason_against(self.device))
         self._serving = Serving(self._stores, program)
         # A dropped module is not unloaded first.
         weakref.finalize(module, _unpin_all, self.transfer, self.pinned).atexit = False
@@ -107,14 +108,15 @@ class Distribution:
 
     @property
     def unplanned_bytes(self) -> int:
-        """The staging buffer of relayed units that had to run on the compute device."""
-        return self.relay.streamer.staging.nbytes if self.relay is not None else 0
+        """The staging buffer of relayed units that had to run on the compute device, and room for packed groups."""
+        of_relay = self.relay.streamer.staging.nbytes if self.relay is not None else 0
+        return of_relay + self.transfer.packed_room_bytes
 
     def slab_bytes_planned_on(self, donor: torch.device) -> int:
         return sum(key.slab_bytes for key in self.plan.groups if device_of(key.device) == donor)
 
     def bytes_on(self, donor: torch.device) -> int:
-        return sum(group.slab_bytes for group in self.groups.values() if group.device == donor)
+        return sum(group.source.nbytes for group in self.groups.values() if group.device == donor)
 
     @property
     def module(self) -> torch.nn.Module | None:

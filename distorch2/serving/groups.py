@@ -13,6 +13,7 @@ import torch
 from ..moving.file_reader import copy_now
 from ..weights.devices import CPU, DISK
 from ..weights.files import Piece, SlabInFiles
+from ..weights.packing import PackedSlab
 from ..weights.quantised import is_quantised
 from ..weights.slab import SlabLayout, allocate
 from ..weights.sources import Sources
@@ -106,9 +107,9 @@ class StoredGroup:
 
     slab: torch.Tensor | None
     """The modules' parameters are views of it; None where they are in the mappings of files."""
-    source: torch.Tensor | SlabInFiles
-    """What the weights are copied from: the slab, unless the group is on the disk. Both are set by `serve_from` and the
-    like; `fill` and `filled_on`, which make a slab, do not need them."""
+    source: torch.Tensor | SlabInFiles | PackedSlab
+    """What the weights are copied from: the slab, unless the group is on the disk or packed. Both are set by
+    `serve_from` and the like; `fill` and `filled_on`, which make a slab, do not need them."""
 
     def __init__(
         self, modules: Mapping[str, torch.nn.Module], layouts: Sequence[SlabLayout], is_table: bool = False
@@ -150,8 +151,15 @@ class StoredGroup:
 
     @property
     def host_slab(self) -> torch.Tensor | None:
-        """One in main memory."""
-        return self.slab if self.device == CPU else None
+        """What is copied from main memory, packed or not."""
+        memory = self.source.buffer if isinstance(self.source, PackedSlab) else self.source
+        return memory if isinstance(memory, torch.Tensor) and memory.device == CPU else None
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether most of its bytes are."""
+        parts = [part for layer in self.layers for field in layer.layout.fields for part in field.parts]
+        return 2 * sum(part.num_bytes for part in parts if part.dtype is torch.bfloat16) > self.slab_bytes
 
     @property
     def is_in_temporary_file(self) -> bool:
@@ -163,9 +171,9 @@ class StoredGroup:
         for layer in self.living:
             layer.bind(slab)
 
-    def serve_from_files(self, in_files: SlabInFiles) -> None:
-        """The modules have these weights, in the mappings of the files."""
-        self.slab, self.source = None, in_files
+    def serve_copy(self, source: SlabInFiles | PackedSlab) -> None:
+        """The modules have these weights, in the mappings of files."""
+        self.slab, self.source = None, source
         for layer in self.living:
             layer.bind_own()
 

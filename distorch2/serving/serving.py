@@ -12,9 +12,11 @@ from ..moving.file_reader import FileReader
 from ..moving.modules import UPLOAD_BYTES, page_locked_upload, unlock
 from ..moving.program import Program
 from ..moving.transfer import Transfer
+from ..moving.unpacking import Unpacker
 from ..planning.plan import Plan
 from ..planning.schedule import LearntOrder
 from ..weights.devices import CPU, device_of
+from ..weights.packing import PackedSlab
 from ..weights.slab import allocate
 from .detour import take_detour
 from .groups import StoredGroup
@@ -25,6 +27,9 @@ from .stores import Stores
 from .streaming import Streamer
 
 logger = logging.getLogger(__name__)
+
+_PACKED_SLOTS = 3
+"""Of packed groups on the compute device: one is copied while another is unpacked, and copies need not wait."""
 
 
 class Serving:
@@ -57,6 +62,10 @@ class Serving:
         self._page_lock([slab for slab in moved if slab is not None])
         streamed = [group.host_slab for group in groups]
         slabs = [slab for slab in streamed if slab is not None and stores.pinned.holds(slab)]
+        most_packed = max((group.source.nbytes for group in groups if isinstance(group.source, PackedSlab)), default=0)
+        if most_packed and self.transfer.has_streams:
+            slots = [allocate(most_packed, stores.device) for _ in range(_PACKED_SLOTS)]
+            self.transfer.take(unpacker=Unpacker(stores.device, slots))
         devices = [device_of(name) for name in plan.devices]
         take_detour(self.transfer, slabs, self.streamer.staging, devices, self._program)
 

@@ -18,6 +18,7 @@ from ..planning.eviction import spread
 from ..planning.plan import Group, Plan
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.inventory import layout_of, loaded_dtypes, note_dtype
+from ..weights.packing import PackedSlab, pack
 from ..weights.quantised import as_parameter, plain_tensors, to_device
 from ..weights.sources import Sources
 from ..weights.temporary import TemporarySlabs
@@ -33,16 +34,17 @@ _FILLING_THREADS = 8
 class Stores:
     """The weights of one module: slabs on donors, and everything else on `device`, or on the host after `release`.
 
+    If it `packs`, those that are streamed are packed where that makes them smaller.
     `groups` are those that lie in slabs. `pinned` page-locks those on the host while `is_in_use`.
     """
 
-    def __init__(self, module: torch.nn.Module, device: torch.device, program: Program) -> None:
+    def __init__(self, module: torch.nn.Module, device: torch.device, program: Program, packs: bool = False) -> None:
         self.device = device
         self.groups: dict[Group, StoredGroup] = {}
         self.sources = Sources()
         self.pinned = PinnedSlabs(device, program)
         self.is_in_use = False
-        self._program = program
+        self._program, self._packs = program, packs
         self._temporary = TemporarySlabs(program.temporary_folder)
         self._limits: dict[torch.device, float] = {}
         self._module = weakref.ref(module)
@@ -80,7 +82,7 @@ class Stores:
         returned = [self._unstore(key) for key in list(self.groups) if key not in devices]
         self._take_the_others_to_the_device()
         for group in returned:
-            self.pinned.unpin(group.slab)
+            self.pinned.unpin(group.host_slab)
 
     def place_others(self) -> None:
         """Put what is on the module and was not there when it was placed on the compute device."""
@@ -126,7 +128,7 @@ class Stores:
     def drop_unbound(self) -> None:
         """Let slabs go whose weights the modules have elsewhere now, as another plan has it."""
         for key in [key for key, group in self.groups.items() if not group.is_bound()]:
-            self.pinned.unpin(self._unstore(key).slab)
+            self.pinned.unpin(self._unstore(key).host_slab)
 
     def limit(self, plan: Plan, donor: torch.device, num_bytes: float) -> list[tuple[Group, torch.device]]:
         """Allow no more than `num_bytes` of slabs on a donor; returns the groups that are to be moved for it, and where
@@ -216,10 +218,12 @@ class Stores:
 
     def move(self, key: Group, device: torch.device) -> None:
         group = self.groups[key]
-        replaced = group.slab
+        replaced = group.host_slab
         with self.sources.kept(layer.module for layer in group.living):
             if device == DISK:
                 self._put_on_disk(group)
+            elif isinstance(group.source, PackedSlab):
+                group.serve_copy(self._there_or_on_host(group.source.to, device))
             else:
                 group.move(self._there_or_on_host(group.copied_to, device))
         self.pinned.unpin(replaced)
@@ -258,7 +262,7 @@ class Stores:
     ) -> None:
         """Serve a group from a new slab with these weights. It is page-locked before they come: from the compute device
         that is faster."""
-        replaced = group.slab
+        replaced = group.host_slab
         slab = self._there_or_on_host(group.new_slab, group.device)
         try:
             if self.is_in_use and not group.is_table:
@@ -275,6 +279,19 @@ class Stores:
         self.pinned.unpin(replaced)
         self._pin(group)  # if it could not be, beside the one that it replaces
 
+    def _pack(self, group: StoredGroup) -> None:
+        """Have a group that lies in memory there packed, if that is asked for, makes it smaller, and its modules can
+        have the weights in the mappings of files."""
+        if not self._packs or group.slab is None or group.device == DISK or not group.is_bf16:
+            return
+        if any(self.sources.of(layer.module, name) is None for layer in group.living for name in layer.stored):
+            return
+        packed = pack(group.slab.to(self.device))
+        if packed is not None:
+            for layer in group.living:
+                self.sources.rebind(layer.module)
+            group.serve_copy(packed.to(group.device))
+
     def _put_on_disk(self, group: StoredGroup) -> None:
         """Serve the weights that the modules have from their files; from a temporary one where some have none: those
         that are patched, or were converted when they were loaded."""
@@ -285,7 +302,7 @@ class Stores:
         else:
             for layer in group.living:
                 self.sources.rebind(layer.module)
-            group.serve_from_files(in_files)
+            group.serve_copy(in_files)
 
     def _devices_of_slabs(self, keys: Iterable[Group]) -> dict[Group, torch.device]:
         """Where the slab of every group is to lie: the first on their donors, as far as the limits there allow; the
@@ -347,7 +364,9 @@ class Stores:
                 self.groups[key] = group
                 self._stored.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:
-                    self.pinned.unpin(replaced.slab)
+                    self.pinned.unpin(replaced.host_slab)
+                if key.is_streamed:
+                    self._pack(group)
                 self._pin(group)
 
     def _pin(self, group: StoredGroup) -> None:

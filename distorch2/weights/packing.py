@@ -17,7 +17,7 @@ from functools import cached_property
 
 import torch
 
-from .slab import aligned
+from .slab import aligned, allocate
 
 BLOCK_VALUES = 1024
 WIDTHS = (3, 4)
@@ -82,6 +82,18 @@ class PackedSlab:
     layout: PackedLayout
     buffer: torch.Tensor
     """uint8, of `layout.num_bytes`."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.buffer.device
+
+    def to(self, device: torch.device) -> PackedSlab:
+        buffer = allocate(self.nbytes, device)
+        return PackedSlab(self.layout, buffer.copy_(self.buffer))
 
 
 def pack(slab: torch.Tensor) -> PackedSlab | None:

@@ -1,0 +1,93 @@
+"""Streamed weights that are packed: the same bits, in less memory."""
+
+import comfy.cli_args
+import comfy.model_management as mm
+import pytest
+from computing import computing as computing
+from computing import expected as expected
+from computing import inference_mode as inference_mode
+from computing import same, sim
+from placing import lora_for, with_hook
+from sampling import core_load, sample
+
+from allocation_parser import parse_allocation
+from distorch2.loading import load_checkpoint
+from distorch2.planning.plan import ComponentRequest
+from distorch2.serving import distribution
+from distorch2.weights import sources
+from distorch2.weights.devices import CPU
+from distorch2.weights.packing import PackedSlab
+
+KINDS = ("wan_bf16", "wan_fp32")
+KIND, NOT_PACKED = KINDS
+
+pytestmark = [
+    pytest.mark.usefixtures("bf16", "inference_mode", "computing", "unpacking_on_sim"),
+    pytest.mark.skipif(not sources._MAPPINGS.exists(), reason="which memory is a file is known on Linux only"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bf16():
+    """Weights stay bf16, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(comfy.cli_args.args, "bf16_unet", True)
+        yield
+
+
+@pytest.fixture
+def unpacking_on_sim(monkeypatch):
+    monkeypatch.setattr(distribution, "reason_against", lambda device: "")
+
+
+def load(checkpoints, text, kind=KIND, pack_weights=True):
+    unet = ComponentRequest("sim:0", parse_allocation(text), "stream", pack_weights)
+    clip = ComponentRequest("cpu", parse_allocation("cpu,*"))
+    return load_checkpoint(checkpoints(kind), unet, clip, "cpu")[:2]
+
+
+def packed(model):
+    return [group for group in model.distribution.groups.values() if isinstance(group.source, PackedSlab)]
+
+
+@pytest.mark.parametrize("text", ["cpu,*", "sim:0,50%;cpu,*", "sim:0,30%;sim:1,30%;cpu,*", "sim:0,30%;sim:1,*"])
+def test_latents_are_bit_identical(checkpoints, expected, text):
+    model, clip = load(checkpoints, text)
+    for _ in range(2):
+        for _ in range(2):
+            assert same(sample(model, clip), expected[KIND])
+        groups = packed(model)
+        assert len(groups) > 4
+        assert 0.69 < sum(each.source.nbytes for each in groups) / sum(each.slab_bytes for each in groups) < 0.73
+        # What ComfyUI is told is what there is, but for what the last step left: less than 1 MiB.
+        assert 0 <= sim.used_bytes[0] - model.loaded_size() < 1024**2
+        assert model.distribution.bytes_on(CPU) == sum(
+            each.source.nbytes for each in model.distribution.groups.values() if each.device == CPU
+        )
+        mm.unload_all_models()
+        assert not packed(model)
+
+
+def test_what_is_not_asked_for_or_not_bf16_stays(checkpoints, expected):
+    for kind, pack_weights in ((KIND, False), (NOT_PACKED, True)):
+        model, clip = load(checkpoints, "cpu,*", kind, pack_weights)
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(comfy.cli_args.args, "bf16_unet", kind == KIND)
+            assert same(sample(model, clip), expected[kind])
+        assert not packed(model)
+
+
+def test_loras_and_hooks(checkpoints):
+    core_model, core_clip, _ = core_load(checkpoints(KIND))
+    plain = sample(core_model, core_clip)
+    with_lora = sample(lora_for(core_model), core_clip)
+    hooked, hooks = with_hook(core_model)
+    with_hooks = sample(hooked, core_clip, hooks=hooks)
+    model, clip = load(checkpoints, "sim:0,20%;cpu,*")
+    for _ in range(2):
+        assert same(sample(lora_for(model), clip), with_lora)
+        assert same(sample(model, clip), plain)
+        hooked, hooks = with_hook(model)
+        assert same(sample(hooked, clip, hooks=hooks), with_hooks)
+        assert same(sample(model, clip), plain)
+        mm.unload_all_models()
