@@ -1,0 +1,121 @@
+"""On one GPU: packed weights beside plain ones, on a Flux-sized model of random normal weights.
+
+    python3 tools/host.py run benchmarks/packing.py [FOLDER]
+
+First a group of 64 MiB alone: how small it becomes, and how fast it is packed and unpacked. Then steps of the model with
+parts of it on the CPU, resident, plain and packed in turns, in the same process; their outputs are compared bit by bit.
+The link is measured in the same run. FOLDER (default /dev/shm) needs room for 23 GiB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import (
+    gb_per_second,
+    link_gb_per_second,
+    require_gpus,
+    resident_model,
+    saved_model,
+    start_comfyui,
+    steps_ms,
+    warmed_up,
+)
+from record import printed_by, write_results
+
+PERCENTAGES = (25, 50, 75, 100)
+TURNS = 2
+STEPS = 5
+
+
+def measure_a_group() -> dict[str, Any]:
+    import torch
+
+    from distorch2.moving.unpacking import unpack_into
+    from distorch2.planning.sizing import GROUP_BYTES
+    from distorch2.weights.packing import pack
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    values = torch.randn(GROUP_BYTES // 2, generator=generator, device="cuda").mul_(0.02).bfloat16()
+    slab, target = values.view(torch.uint8), torch.empty(GROUP_BYTES, dtype=torch.uint8, device="cuda")
+    packed = pack(slab)
+    assert packed is not None
+    found = {
+        "size": round(packed.nbytes / slab.nbytes, 4),
+        "bits of a code": packed.layout.width,
+        "pack GB/s": round(gb_per_second(lambda: pack(slab), slab.nbytes), 1),
+        "unpack GB/s": round(gb_per_second(lambda: unpack_into(packed, target), slab.nbytes), 1),
+    }
+    assert torch.equal(target, slab)
+    return found
+
+
+def measure(path: str) -> dict[str, Any]:
+    start_comfyui(dynamic_vram=False)
+    import comfy.model_management as mm
+    import models
+    import torch
+
+    from allocation_parser import parse_allocation
+    from distorch2.planning.plan import ComponentRequest
+
+    torch.set_grad_enabled(False)
+    model = models.FLUX
+    found: dict[str, Any] = {"a group of normal weights": measure_a_group(), "rows": []}
+    with torch.inference_mode():
+        resident = resident_model(model, path)
+        inputs = {case: model.inputs(case) for case in model.cases}
+        expected = {case: warmed_up(model, resident, inputs[case]) for case in model.cases}
+        for percent in PERCENTAGES:
+            row: dict[str, Any] = {"percent on cpu": percent, "link GB/s": round(link_gb_per_second(True), 1)}
+            patchers = {"resident": resident}
+            for name, pack_weights in (("plain", False), ("packed", True)):
+                allocation = parse_allocation(f"cuda:0,{100 - percent}%;cpu,*")
+                patchers[name] = model.distributed(
+                    path, ComponentRequest("cuda:0", allocation, pack_weights=pack_weights)
+                )
+                before, started = torch.cuda.mem_get_info()[0], time.perf_counter()
+                patchers[name].patch_model()
+                torch.cuda.synchronize()
+                distribution = patchers[name].distribution
+                row[name] = {
+                    "place s": round(time.perf_counter() - started, 2),
+                    "GiB in main memory": round(distribution.bytes_on(torch.device("cpu")) / 1024**3, 2),
+                    "GiB of the GPU": round((before - torch.cuda.mem_get_info()[0]) / 1024**3, 2),
+                }
+            for case in model.cases:
+                outputs = {name: warmed_up(model, patcher, inputs[case]) for name, patcher in patchers.items()}
+                times: dict[str, list[float]] = {name: [] for name in patchers}
+                for _ in range(TURNS):
+                    for name, patcher in patchers.items():
+                        times[name] += steps_ms(model, patcher, inputs[case], STEPS)
+                row[case] = {f"{name} ms": round(statistics.median(of_one), 1) for name, of_one in times.items()}
+                row[case]["bit-identical"] = all(torch.equal(each, expected[case]) for each in outputs.values())
+            found["rows"].append(row)
+            print(json.dumps(found), flush=True)
+            for name in ("plain", "packed"):
+                patchers.pop(name).unpatch_model(torch.device("cpu"))
+            mm.soft_empty_cache()
+    return found
+
+
+def main(folder: Path) -> None:
+    require_gpus(1)
+    with saved_model("Flux", folder) as path:
+        for found in printed_by([sys.executable, __file__, "--measure", path]):
+            print(json.dumps(found), file=sys.stderr, flush=True)
+            write_results("packing", found)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(sys.argv[2])))
+    else:
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"))
