@@ -2,9 +2,9 @@
 
     python3 tools/host.py run benchmarks/packing.py [FOLDER]
 
-First a group of 64 MiB alone: how small it becomes, and how fast it is packed and unpacked. Then steps of the model with
-parts of it on the CPU, resident, plain and packed in turns, in the same process; their outputs are compared bit by bit.
-The link is measured in the same run. FOLDER (default /dev/shm) needs room for 23 GiB.
+First a group of 64 MiB alone: how small it becomes, and how fast it is packed and unpacked. Then steps of the model
+with parts of it on the CPU, resident, plain and packed in turns, in the same process; their outputs are compared bit by
+bit. The link is measured in the same run. FOLDER (default /dev/shm) needs room for 23 GiB.
 """
 
 from __future__ import annotations
