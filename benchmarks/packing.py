@@ -80,12 +80,15 @@ def measure(path: str) -> dict[str, Any]:
                 patchers[name] = model.distributed(
                     path, ComponentRequest("cuda:0", allocation, pack_weights=pack_weights)
                 )
+                mm.soft_empty_cache()
                 before, started = torch.cuda.mem_get_info()[0], time.perf_counter()
                 patchers[name].patch_model()
                 torch.cuda.synchronize()
+                seconds = time.perf_counter() - started
+                mm.soft_empty_cache()
                 distribution = patchers[name].distribution
                 row[name] = {
-                    "place s": round(time.perf_counter() - started, 2),
+                    "place s": round(seconds, 2),
                     "GiB in main memory": round(distribution.bytes_on(torch.device("cpu")) / 1024**3, 2),
                     "GiB of the GPU": round((before - torch.cuda.mem_get_info()[0]) / 1024**3, 2),
                 }

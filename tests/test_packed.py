@@ -3,6 +3,7 @@
 import comfy.cli_args
 import comfy.model_management as mm
 import pytest
+import torch
 from computing import computing as computing
 from computing import expected as expected
 from computing import inference_mode as inference_mode
@@ -12,10 +13,11 @@ from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
+from distorch2.moving import unpacking
 from distorch2.planning.plan import ComponentRequest
 from distorch2.serving import distribution
 from distorch2.weights import sources
-from distorch2.weights.devices import CPU
+from distorch2.weights.devices import CPU, DISK
 from distorch2.weights.packing import PackedSlab
 
 KINDS = ("wan_bf16", "wan_fp32")
@@ -37,7 +39,7 @@ def bf16():
 
 @pytest.fixture
 def unpacking_on_sim(monkeypatch):
-    monkeypatch.setattr(distribution, "reason_against", lambda device: "")
+    monkeypatch.setattr(distribution, "reason_against", lambda kind: "")
 
 
 def load(checkpoints, text, kind=KIND, pack_weights=True):
@@ -86,8 +88,52 @@ def test_loras_and_hooks(checkpoints):
     model, clip = load(checkpoints, "sim:0,20%;cpu,*")
     for _ in range(2):
         assert same(sample(lora_for(model), clip), with_lora)
+        assert len(packed(model)) < 4
         assert same(sample(model, clip), plain)
+        assert len(packed(model)) > 4  # again
         hooked, hooks = with_hook(model)
         assert same(sample(hooked, clip, hooks=hooks), with_hooks)
+        assert not [group for group in model.distribution.groups.values() if group.device == DISK]
         assert same(sample(model, clip), plain)
         mm.unload_all_models()
+
+
+def test_given_up_and_taken_again(checkpoints, expected):
+    model, clip = load(checkpoints, "sim:0,20%;cpu,*")
+    assert same(sample(model, clip), expected[KIND])
+    before = model.distribution.host_bytes
+    model.distribution.give_up_host_memory(before / 2)
+    assert 0.4 < model.distribution.host_bytes / before < 0.6
+    assert same(sample(model, clip), expected[KIND])  # there is room in main memory again
+    assert model.distribution.host_bytes == before
+
+
+def test_a_share_on_another_accelerator_is_counted_as_it_is(checkpoints, expected):
+    model, clip = load(checkpoints, "sim:0,20%;sim:1,*")
+    assert same(sample(model, clip), expected[KIND])
+    (share,) = model.distribution.shares
+    assert share.loaded_size() == share.model_size() == sim.used_bytes[1]
+    mm.free_memory(1e12, share.load_device)
+    assert share.loaded_size() == 0
+    assert same(sample(model, clip), expected[KIND])
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no compiler"), torch.OutOfMemoryError("planted"), AssertionError("of a compiler")]
+)
+def test_what_cannot_be_packed_stays(checkpoints, expected, monkeypatch, caplog, error):
+    def failing(*arguments):
+        raise type(error)(*error.args)  # a new one, that keeps no frames
+
+    monkeypatch.setattr(unpacking, "unpack_into", failing)
+    model, clip = load(checkpoints, "cpu,*")
+    assert same(sample(model, clip), expected[KIND])
+    assert not packed(model)
+    assert f"weights are not packed ({error})" in caplog.text
+
+
+def test_bytes_that_do_not_come_back_are_not_served(checkpoints, expected, monkeypatch):
+    monkeypatch.setattr(unpacking, "unpack_into", lambda packed, target: target.zero_())
+    model, clip = load(checkpoints, "cpu,*")
+    assert same(sample(model, clip), expected[KIND])
+    assert not packed(model)

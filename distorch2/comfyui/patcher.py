@@ -228,7 +228,7 @@ class DistributedPatcher(WeightPatcher):
         if self._in_place is not self.distribution:
             return 0  # it was placed for another patcher: ComfyUI unloads all of it
         if self._plan().within(before - memory_to_free).compute_bytes > before - memory_to_free:
-            return 0  # ComfyUI unloads all of it, and what would be packed for streaming would not be used
+            return 0  # ComfyUI unloads all of it, and what would be put into slabs would not be used
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             try:
                 with self._all_or_nothing():

@@ -19,13 +19,23 @@ _KINDS = ("cuda",)
 _WARPS = 4
 
 
-def reason_against(device: torch.device) -> str:
-    """Why slabs cannot be unpacked on a device; blank where they can. No compiler is started."""
-    if device.type not in _KINDS:
-        return f"no kernels are made for {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return ""
+@functools.cache
+def reason_against(kind: str) -> str:
+    """Why slabs cannot be unpacked on a kind of device; blank where they may be. No compiler is started."""
+    if kind not in _KINDS:
+        return f"no kernels are made for {kind}"
+    try:
+        is_there = importlib.util.find_spec("triton") is not None
+    except ValueError:  # something that only has the name
+        is_there = False
+    return "" if is_there else "Triton is not installed"
+
+
+def unpacked(packed: PackedSlab) -> torch.Tensor:
+    """The slab again, by the way in which it will be served."""
+    slab = torch.empty(packed.layout.num_bytes_unpacked, dtype=torch.uint8, device=packed.device)
+    unpack_into(packed, slab)
+    return slab
 
 
 class Unpacker:
@@ -40,16 +50,14 @@ class Unpacker:
         self._turns = itertools.cycle([(slot, self._backend.Event()) for slot in slots])
 
     def unpack(
-        self, packed: PackedSlab, target: torch.Tensor, copy: Callable[[torch.Tensor, torch.Tensor], Any], is_free: Any
+        self, packed: PackedSlab, target: torch.Tensor, copy: Callable[[torch.Tensor, torch.Tensor], Any]
     ) -> None:
-        """Have `copy(source, slot)` copy the packed bytes on the current stream, and unpack them into `target` when the
-        event `is_free` has come."""
+        """Have `copy(source, slot)` copy the packed bytes on the current stream, and then unpack them into `target`."""
         slot, is_unpacked = next(self._turns)
         copying, staged = self._backend.current_stream(target.device), slot[: packed.nbytes]
         copying.wait_event(is_unpacked)
         copy(packed.buffer, staged)
         self.stream.wait_stream(copying)
-        self.stream.wait_event(is_free)
         with self._backend.stream(self.stream):
             unpack_into(PackedSlab(packed.layout, staged), target)
         is_unpacked.record(self.stream)
@@ -58,11 +66,13 @@ class Unpacker:
 def unpack_into(packed: PackedSlab, target: torch.Tensor) -> None:
     """Fill `target` (uint8, of the slab's bytes, on the same device) on the stream that is the current one."""
     layout, buffer = packed.layout, packed.buffer
-    if reason_against(target.device):
+    if reason_against(target.device.type):
         target.copy_(unpack(packed))
         return
+    from .unpack_kernel import unpack as kernel
+
     with on_device(target.device):
-        _kernel()[(layout.num_blocks,)](
+        kernel[(layout.num_blocks,)](
             buffer,
             buffer[layout.first_escapes : layout.escapes].view(torch.int32),
             target.view(torch.int16),
@@ -76,44 +86,3 @@ def unpack_into(packed: PackedSlab, target: torch.Tensor) -> None:
             BLOCK=BLOCK_VALUES,
             num_warps=_WARPS,
         )
-
-
-@functools.cache
-def _kernel() -> Any:
-    """Made when it is first needed: importing Triton takes time, and not every machine has it."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def unpack(
-        packed,
-        first_escapes,
-        target,
-        codes,
-        bases,
-        escapes,
-        num_values,
-        bytes_of_plane,
-        WIDTH: tl.constexpr,
-        ESCAPE: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        block = tl.program_id(0)
-        value = block * BLOCK + tl.arange(0, BLOCK)
-        if WIDTH == 4:
-            pair = tl.load(packed + codes + value // 2).to(tl.int32)
-            code = (pair >> (value % 2 * 4)) & 15
-        else:
-            code = tl.zeros([BLOCK], tl.int32)
-            for bit in tl.static_range(WIDTH):
-                of_eight = tl.load(packed + codes + bit * bytes_of_plane + value // 8).to(tl.int32)
-                code |= ((of_eight >> (value % 8)) & 1) << bit
-        is_escape = code == ESCAPE
-        rank = tl.load(first_escapes + block) + tl.cumsum(is_escape.to(tl.int32), 0) - 1
-        escaped = tl.load(packed + escapes + rank, mask=is_escape, other=0).to(tl.int32)
-        exponent = tl.where(is_escape, escaped, tl.load(packed + bases + block).to(tl.int32) + code)
-        rest = tl.load(packed + value).to(tl.int32)
-        bits = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
-        tl.store(target + value, bits.to(tl.int16), mask=value < num_values)
-
-    return unpack

@@ -266,6 +266,15 @@ class Plan:
         """Memory of the compute device through which groups are streamed."""
         return sizing.staging_bytes(self._streamed_sizes)
 
+    @cached_property
+    def packed_room_bytes(self) -> int:
+        """Memory of the compute device through which packed groups come, besides."""
+        return sizing.packed_room_bytes(self._streamed_sizes) if self.packs else 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self.staging_bytes + self.packed_room_bytes
+
     @property
     def staging_bytes_of_units(self) -> int:
         """The same for relayed units that have to run on the compute device after all. It is not planned for."""
@@ -277,8 +286,8 @@ class Plan:
 
     @cached_property
     def compute_bytes(self) -> int:
-        """What the plan takes on the compute device: resident layers and the staging buffer."""
-        return self.bytes_on(self.compute_device) + self.staging_bytes
+        """What the plan takes on the compute device: resident layers and buffers."""
+        return self.bytes_on(self.compute_device) + self.buffer_bytes
 
     def layers_on(self, device: str) -> tuple[Layer, ...]:
         return tuple(placement.layer for placement in self.placements if placement.device == device)
@@ -305,6 +314,9 @@ class Plan:
         a little from prompt to prompt.
         """
         resident = self.bytes_on(self.compute_device)
+        if self.packs:  # what the largest group would need
+            sizes = [*self._streamed_sizes, *(group.slab_bytes for group in self._evictable)]
+            compute_bytes -= sizing.packed_room_bytes(sizes)
         num_evicted = num_to_evict(self._evictable, resident, self._streamed_sizes, compute_bytes)
         evicted_before = before.evicted if before is not None else ()
         if num_evicted < len(evicted_before) and evicted_before == self._evictable[: len(evicted_before)]:

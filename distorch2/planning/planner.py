@@ -42,9 +42,9 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
     plan = _plan_within(layers, request, memory)
     compute_memory, reserved = memory[plan.compute_device], 0
     free_bytes = compute_memory.free_bytes
-    # The staging buffer needs room beside the resident layers.
-    while free_bytes is not None and plan.compute_bytes > free_bytes and reserved < plan.staging_bytes:
-        reserved = plan.staging_bytes
+    # Buffers need room beside the resident layers.
+    while free_bytes is not None and plan.compute_bytes > free_bytes and reserved < plan.buffer_bytes:
+        reserved = plan.buffer_bytes
         less = replace(compute_memory, free_bytes=max(0, free_bytes - reserved))
         plan = _plan_within(layers, request, {**memory, plan.compute_device: less})
     return plan

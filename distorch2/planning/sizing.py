@@ -24,6 +24,9 @@ class _Layer(Protocol):
     def is_table(self) -> bool: ...
 
 
+PACKED_SLOTS = 3
+"""Of packed groups on the compute device: one is copied while another is unpacked, and copies need not wait."""
+
 _L = TypeVar("_L", bound=_Layer)
 
 
@@ -52,3 +55,9 @@ def staging_bytes(group_sizes: Sequence[int]) -> int:
     three groups at least: two whose layers take turns, and one to copy into."""
     streamed = sum(group_sizes)
     return min(streamed, max(sum(heapq.nlargest(3, group_sizes)), min(streamed // 8, STAGING_BYTES)))
+
+
+def packed_room_bytes(group_sizes: Sequence[int]) -> int:
+    """Memory into which packed groups are copied before they are unpacked. What is packed has nine tenths of its size,
+    or less (`weights/packing.py`)."""
+    return PACKED_SLOTS * -(-9 * max(group_sizes, default=0) // 10)

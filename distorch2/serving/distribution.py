@@ -66,7 +66,7 @@ class Distribution:
         ]
         self._logged_overflow = 0
         self._program = program
-        self._stores = Stores(module, self.device, program, plan.packs and not reason_against(self.device))
+        self._stores = Stores(module, self.device, program, plan.packs and not reason_against(self.device.type))
         self._serving = Serving(self._stores, program)
         # A dropped module is not unloaded first.
         weakref.finalize(module, _unpin_all, self.transfer, self.pinned).atexit = False
@@ -104,16 +104,16 @@ class Distribution:
         """What is on the compute device: resident layers and staging buffers."""
         if self.streamer is None:
             return 0
-        return self.plan.bytes_on(self.plan.compute_device) + self.streamer.staging.nbytes + self.unplanned_bytes
+        buffers = self.streamer.staging.nbytes + self.transfer.packed_room_bytes + self.unplanned_bytes
+        return self.plan.bytes_on(self.plan.compute_device) + buffers
 
     @property
     def unplanned_bytes(self) -> int:
-        """The staging buffer of relayed units that had to run on the compute device, and room for packed groups."""
-        of_relay = self.relay.streamer.staging.nbytes if self.relay is not None else 0
-        return of_relay + self.transfer.packed_room_bytes
+        """The staging buffer of relayed units that had to run on the compute device."""
+        return self.relay.streamer.staging.nbytes if self.relay is not None else 0
 
     def slab_bytes_planned_on(self, donor: torch.device) -> int:
-        return sum(key.slab_bytes for key in self.plan.groups if device_of(key.device) == donor)
+        return sum(self._stores.bytes_of(key) for key in self.plan.groups if device_of(key.device) == donor)
 
     def bytes_on(self, donor: torch.device) -> int:
         return sum(group.source.nbytes for group in self.groups.values() if group.device == donor)
@@ -126,7 +126,7 @@ class Distribution:
     @property
     def host_bytes(self) -> int:
         """Of slabs that can be given up."""
-        return sum(key.slab_bytes for key in self._stores.to_give_up(math.inf))
+        return sum(self._stores.bytes_of(key) for key in self._stores.to_give_up(math.inf))
 
     def give_up_host_memory(self, num_bytes: float) -> None:
         """Have slabs of so many bytes, or all that are in main memory, lie on the disk, also while they are served.

@@ -112,9 +112,13 @@ class StoredGroup:
     `serve_from` and the like; `fill` and `filled_on`, which make a slab, do not need them."""
 
     def __init__(
-        self, modules: Mapping[str, torch.nn.Module], layouts: Sequence[SlabLayout], is_table: bool = False
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        layouts: Sequence[SlabLayout],
+        is_table: bool = False,
+        is_streamed: bool = False,
     ) -> None:
-        self.is_table = is_table
+        self.is_table, self.is_streamed = is_table, is_streamed
         self.layers: list[StoredLayer] = []
         self.slab_bytes = 0
         for (name, module), layout in zip(modules.items(), layouts, strict=True):

@@ -15,6 +15,7 @@ from ..moving.transfer import Transfer
 from ..moving.unpacking import Unpacker
 from ..planning.plan import Plan
 from ..planning.schedule import LearntOrder
+from ..planning.sizing import PACKED_SLOTS
 from ..weights.devices import CPU, device_of
 from ..weights.packing import PackedSlab
 from ..weights.slab import allocate
@@ -27,9 +28,6 @@ from .stores import Stores
 from .streaming import Streamer
 
 logger = logging.getLogger(__name__)
-
-_PACKED_SLOTS = 3
-"""Of packed groups on the compute device: one is copied while another is unpacked, and copies need not wait."""
 
 
 class Serving:
@@ -60,12 +58,10 @@ class Serving:
         self.attach()
         moved = [group.host_slab for key, group in stores.groups.items() if not key.is_table]
         self._page_lock([slab for slab in moved if slab is not None])
-        streamed = [group.host_slab for group in groups]
+        streamed = [group.host_slab for group in groups if not isinstance(group.source, PackedSlab)]
         slabs = [slab for slab in streamed if slab is not None and stores.pinned.holds(slab)]
-        most_packed = max((group.source.nbytes for group in groups if isinstance(group.source, PackedSlab)), default=0)
-        if most_packed and self.transfer.has_streams:
-            slots = [allocate(most_packed, stores.device) for _ in range(_PACKED_SLOTS)]
-            self.transfer.take(unpacker=Unpacker(stores.device, slots))
+        if plan.packed_room_bytes and self.transfer.has_streams:
+            self.transfer.take(unpacker=self._make_unpacker(plan))
         devices = [device_of(name) for name in plan.devices]
         take_detour(self.transfer, slabs, self.streamer.staging, devices, self._program)
 
@@ -131,6 +127,17 @@ class Serving:
                     raise
                 num_bytes = max(smallest, num_bytes // 2)
                 logger.warning("DisTorch2: %s is full; streaming through %d MiB", self.transfer.device, num_bytes >> 20)
+
+    def _make_unpacker(self, plan: Plan) -> Unpacker:
+        """With fewer slots where there is no memory for those that are planned: one has to fit."""
+        slot_bytes = plan.packed_room_bytes // PACKED_SLOTS
+        slots = [allocate(slot_bytes, self._stores.device)]
+        try:
+            slots += [allocate(slot_bytes, self._stores.device) for _ in range(PACKED_SLOTS - 1)]
+        except RuntimeError as error:
+            if not self._program.is_out_of_memory(error):
+                raise
+        return Unpacker(self._stores.device, slots)
 
     def _page_lock(self, slabs: Sequence[torch.Tensor]) -> None:
         """All of `slabs`, or as many as can be beside buffers by way of which the others are copied."""

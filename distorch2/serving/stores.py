@@ -14,6 +14,7 @@ import torch
 from ..moving.modules import Mover
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
+from ..moving.unpacking import unpacked
 from ..planning.eviction import spread
 from ..planning.plan import Group, Plan
 from ..weights.devices import CPU, DISK, device_of
@@ -44,7 +45,7 @@ class Stores:
         self.sources = Sources()
         self.pinned = PinnedSlabs(device, program)
         self.is_in_use = False
-        self._program, self._packs = program, packs
+        self._program, self._packs, self._packing_error = program, packs, ""
         self._temporary = TemporarySlabs(program.temporary_folder)
         self._limits: dict[torch.device, float] = {}
         self._module = weakref.ref(module)
@@ -150,7 +151,7 @@ class Stores:
         candidates = [key for key, group in self.groups.items() if group.device == CPU and group.is_bound()]
         candidates = [candidates[index] for index in spread(len(candidates))]
         candidates.sort(key=lambda key: self.groups[key].find_in_files(self.sources) is None)
-        return _as_many_as(candidates, num_bytes)
+        return self._as_many_as(candidates, num_bytes)
 
     def overflow_bytes(self, plan: Plan) -> int:
         """Of groups on the disk that are planned for elsewhere."""
@@ -227,14 +228,26 @@ class Stores:
             else:
                 group.move(self._there_or_on_host(group.copied_to, device))
         self.pinned.unpin(replaced)
+        self._pack(group)
         self._pin(group)
 
     def make_writable(self, layer_name: str) -> None:
         """For weights to be written in place: those in the mapping of a file get a slab that they alone have."""
         group, _ = self.find(self.module.get_submodule(layer_name))
-        if group is not None and group.slab is None:
-            with self.sources.kept(layer.module for layer in group.living):
+        if group is None or group.slab is not None:
+            return
+        replaced = group.host_slab
+        with self.sources.kept(layer.module for layer in group.living):
+            if group.device == DISK:
                 group.move(*self._temporary.store(group.copied_to(CPU)))
+            else:
+                group.move(self._there_or_on_host(group.copied_to, group.device))
+        self.pinned.unpin(replaced)
+        self._pin(group)
+
+    def bytes_of(self, key: Group) -> int:
+        """That a group takes, or would take."""
+        return self.groups[key].source.nbytes if key in self.groups else key.slab_bytes
 
     def find(self, child: torch.nn.Module) -> tuple[StoredGroup, StoredLayer] | tuple[None, None]:
         """By the module itself: an object patch may have put another in the place of one in a slab."""
@@ -277,20 +290,36 @@ class Stores:
             for name, value in of_layer.items():
                 self.sources.replaced(layer.module, name, value, (layer.name, name) in originals)
         self.pinned.unpin(replaced)
+        self._pack(group)
         self._pin(group)  # if it could not be, beside the one that it replaces
 
     def _pack(self, group: StoredGroup) -> None:
-        """Have a group that lies in memory there packed, if that is asked for, makes it smaller, and its modules can
+        """Have a group that lies in memory packed there, if that is asked for, makes it smaller, and its modules can
         have the weights in the mappings of files."""
-        if not self._packs or group.slab is None or group.device == DISK or not group.is_bf16:
+        is_to_be = self._packs and group.is_streamed and group.is_bf16
+        if not is_to_be or group.slab is None or group.device == DISK:
             return
         if any(self.sources.of(layer.module, name) is None for layer in group.living for name in layer.stored):
             return
-        packed = pack(group.slab.to(self.device))
+        try:
+            # Two accelerators may not reach each other: one packs its own slabs.
+            slab = group.slab.to(self.device) if group.device == CPU else group.slab
+            packed = pack(slab, unpacked)
+            if packed is not None and packed.device != group.device:
+                packed = packed.to(group.device)
+        except Exception as error:  # of a compiler, too
+            if not self._program.is_out_of_memory(error):
+                self._packs = False
+            if str(error) != self._packing_error:
+                self._packing_error = str(error)
+                logger.warning("DisTorch2: weights are not packed (%s)", str(error).partition("\n")[0])
+            return
         if packed is not None:
+            replaced = group.host_slab
             for layer in group.living:
                 self.sources.rebind(layer.module)
-            group.serve_copy(packed.to(group.device))
+            group.serve_copy(packed)
+            self.pinned.unpin(replaced)
 
     def _put_on_disk(self, group: StoredGroup) -> None:
         """Serve the weights that the modules have from their files; from a temporary one where some have none: those
@@ -311,17 +340,17 @@ class Stores:
         for key in keys:
             device = device_of(key.device)
             if device in self._limits:
-                if used[device] + key.slab_bytes > self._limits[device]:
+                if used[device] + self.bytes_of(key) > self._limits[device]:
                     device = CPU
                 else:
-                    used[device] += key.slab_bytes
+                    used[device] += self.bytes_of(key)
             devices[key] = device
         is_there = {key for key, group in self.groups.items() if group.device == CPU}
         coming = [key for key, device in devices.items() if device == CPU and key not in is_there]
         to_leave_out = host_memory.make_room(sum(key.slab_bytes for key in coming), self.module, self._program)
         if to_leave_out:
             in_order = [coming[index] for index in spread(len(coming))]
-            devices |= dict.fromkeys(_as_many_as(in_order, to_leave_out), DISK)
+            devices |= dict.fromkeys(self._as_many_as(in_order, to_leave_out), DISK)
         return devices
 
     def _fill(
@@ -337,7 +366,7 @@ class Stores:
         when the weights that they are filled with are let go.
         """
         made = {
-            key: StoredGroup(members, [layout_of(each) for each in members.values()], key.is_table)
+            key: StoredGroup(members, [layout_of(each) for each in members.values()], key.is_table, key.is_streamed)
             for key, members in modules.items()
         }
         on_host = iter([key for key in made if devices[key] == CPU])
@@ -365,14 +394,23 @@ class Stores:
                 self._stored.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:
                     self.pinned.unpin(replaced.host_slab)
-                if key.is_streamed:
-                    self._pack(group)
+                self._pack(group)
                 self._pin(group)
 
     def _pin(self, group: StoredGroup) -> None:
         """Tables are read in place, and need not be page-locked."""
         if self.is_in_use and group.host_slab is not None and not group.is_table:
             self.pinned.pin(group.host_slab)
+
+    def _as_many_as(self, keys: Iterable[Group], num_bytes: float) -> list[Group]:
+        """The first of them that take so many bytes together."""
+        taken, sum_of_taken = [], 0
+        for key in keys:
+            if sum_of_taken >= num_bytes:
+                break
+            taken.append(key)
+            sum_of_taken += self.bytes_of(key)
+        return taken
 
     def _unstore(self, key: Group) -> StoredGroup:
         group = self.groups.pop(key)
@@ -415,14 +453,3 @@ def _fill_missing(module: torch.nn.Module) -> None:
                 (dtype,) = loaded_dtypes(child, name)
                 zeros = torch.zeros(parameter.shape, dtype=dtype)
                 child._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
-
-
-def _as_many_as(keys: Iterable[Group], num_bytes: float) -> list[Group]:
-    """The first of them that have so many bytes together."""
-    taken, sum_of_taken = [], 0
-    for key in keys:
-        if sum_of_taken >= num_bytes:
-            break
-        taken.append(key)
-        sum_of_taken += key.slab_bytes
-    return taken

@@ -12,6 +12,7 @@ with their payload, and padding. This file is the definition; on accelerators `m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -96,16 +97,16 @@ class PackedSlab:
         return PackedSlab(self.layout, buffer.copy_(self.buffer))
 
 
-def pack(slab: torch.Tensor) -> PackedSlab | None:
+def pack(slab: torch.Tensor, unpacked: Callable[[PackedSlab], torch.Tensor] | None = None) -> PackedSlab | None:
     """A slab (uint8, on any device), packed there in the width in which it is smallest.
 
-    None where that gains too little, or where unpacking would not give the same bytes.
+    None where that gains too little, or where `unpacked` (by default `unpack`) would not give the same bytes.
     """
     if not slab.nbytes:
         return None
     values = _in_blocks(slab)
     exponents = values.bitwise_right_shift(7).bitwise_and_(0xFF).to(torch.uint8)
-    bases = {width: _bases(exponents, 2**width - 1) for width in WIDTHS}
+    bases = _bases(exponents)
     layouts = {
         width: PackedLayout(slab.nbytes, width, int(_is_escape(exponents, bases[width], width).sum()))
         for width in WIDTHS
@@ -114,7 +115,7 @@ def pack(slab: torch.Tensor) -> PackedSlab | None:
     if layout.num_bytes > (1 - _LEAST_GAIN) * slab.nbytes:
         return None
     packed = PackedSlab(layout, _encoded(layout, values, exponents, bases[width]))
-    return packed if torch.equal(unpack(packed), slab) else None
+    return packed if torch.equal((unpacked or unpack)(packed), slab) else None
 
 
 def unpack(packed: PackedSlab) -> torch.Tensor:
@@ -141,17 +142,18 @@ def _in_blocks(slab: torch.Tensor) -> torch.Tensor:
     return torch.cat([values, values[-1:].expand(missing)]).view(-1, BLOCK_VALUES)
 
 
-def _bases(exponents: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """For each block (uint8 [blocks, values]) the lowest of those `num_codes` exponents in a row that are most
-    frequent."""
-    bases = []
+def _bases(exponents: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Width -> for each block (uint8 [blocks, values]) the lowest of those exponents in a row, as many as there are
+    codes, that are most frequent."""
+    bases: dict[int, list[torch.Tensor]] = {width: [] for width in WIDTHS}
     for some in exponents.split(_VALUES_AT_A_TIME // BLOCK_VALUES):
         counts = torch.zeros(len(some), 257, dtype=torch.int16, device=some.device)
-        index = some.long().add_(1)
-        counts.scatter_add_(1, index, torch.ones_like(some, dtype=torch.int16))
+        counts.scatter_add_(1, some.long().add_(1), torch.ones_like(some, dtype=torch.int16))
         up_to = counts.cumsum(1, dtype=torch.int16)  # how many exponents are below each
-        bases.append((up_to[:, num_codes:] - up_to[:, :-num_codes]).argmax(1).to(torch.uint8))
-    return torch.cat(bases)
+        for width, of_width in bases.items():
+            num_codes = 2**width - 1
+            of_width.append((up_to[:, num_codes:] - up_to[:, :-num_codes]).argmax(1).to(torch.uint8))
+    return {width: torch.cat(of_width) for width, of_width in bases.items()}
 
 
 def _is_escape(exponents: torch.Tensor, bases: torch.Tensor, width: int) -> torch.Tensor:
