@@ -25,7 +25,7 @@ from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
 from .comfyui.sharing import clone_sharing, unload
 from .moving.file_reader import bytes_per_second
-from .planning.plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError
+from .planning.plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError, size_text
 from .planning.planner import make_plan
 from .report import render_table, rows_of_plan
 from .serving import host_memory
@@ -363,11 +363,11 @@ def _notes_on_disk(component: str, plan: Plan, module: torch.nn.Module) -> Itera
     if overflow:
         on_disk += overflow
         yield (
-            f"{component}: main memory has room for {(in_memory - overflow) / GIB:.2f} GiB of the "
-            f"{in_memory / GIB:.2f} GiB planned for cpu; the rest is read from the disk"
+            f"{component}: main memory has room for {size_text(in_memory - overflow)} of the {size_text(in_memory)} "
+            "planned for cpu; the rest is read from the disk"
         )
     if on_disk:
         file = file_of(module)
         speed = bytes_per_second(file) if file is not None else None
         takes = "" if speed is None else f", about {on_disk / speed:.1f} s at the {speed / GIB:.1f} GiB/s of its drive"
-        yield f"{component}: {on_disk / GIB:.2f} GiB are read from the disk each time it runs{takes}"
+        yield f"{component}: {size_text(on_disk)} are read from the disk each time it runs{takes}"

@@ -18,6 +18,10 @@ OVERFLOW_DEVICE = "cpu"
 """Takes what no other device has room for."""
 
 
+def size_text(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 1024**2:.1f} MiB"
+
+
 class PlanError(ValueError):
     """A request that cannot be planned; the message says what would be accepted."""
 

@@ -17,7 +17,6 @@ from fractions import Fraction
 
 from .plan import (
     AUTO,
-    GIB,
     OVERFLOW_DEVICE,
     RELAY,
     SMALL_BYTES,
@@ -27,6 +26,7 @@ from .plan import (
     Placement,
     Plan,
     PlanError,
+    size_text,
 )
 
 _SCALE = 2**32  # for fractions of a byte
@@ -218,21 +218,17 @@ def _fixed_note(compute_device: str, fixed_bytes: int, excess: int, model_bytes:
     """Said when layers that cannot move take a hundredth of the model more than was asked."""
     if excess * 100 < model_bytes or not excess:
         return ""
-    return f"{_size(fixed_bytes)} cannot leave {compute_device}: shared weights, buffers and the like"
+    return f"{size_text(fixed_bytes)} cannot leave {compute_device}: shared weights, buffers and the like"
 
 
 def _room_notes(plan: Plan, asked: Mapping[str, int], room: Mapping[str, int | None]) -> list[str]:
     notes = [
-        f"{device} has {_size(free_bytes)} free of the {_size(asked[device])} asked; the rest is on cpu"
+        f"{device} has {size_text(free_bytes)} free of the {size_text(asked[device])} asked; the rest is on cpu"
         for device, free_bytes in room.items()
         if free_bytes is not None and asked[device] > free_bytes
     ]
     unasked = plan.bytes_on(OVERFLOW_DEVICE) - asked.get(OVERFLOW_DEVICE, 0)
     largest = max((placement.layer.num_bytes for placement in plan.placements), default=0)
     if not notes and plan.compute_device != OVERFLOW_DEVICE and largest and unasked >= largest:
-        notes = [f"{_size(unasked)} that no other device has room for are on cpu"]
+        notes = [f"{size_text(unasked)} that no other device has room for are on cpu"]
     return notes
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 1024**2:.1f} MiB"

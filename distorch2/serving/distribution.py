@@ -15,7 +15,7 @@ from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.transfer import Transfer
 from ..moving.unpacking import reason_against
-from ..planning.plan import GIB, Group, Plan
+from ..planning.plan import GIB, Group, Plan, size_text
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.files import FileError
 from . import host_memory
@@ -265,8 +265,8 @@ class Distribution:
         num_bytes = self._stores.overflow_bytes(self.plan)
         if num_bytes and num_bytes != self._logged_overflow:
             logger.info(
-                "DisTorch2: main memory is short; %.2f GiB of %s are read from the disk each time it runs",
-                num_bytes / GIB,
+                "DisTorch2: main memory is short; %s of %s are read from the disk each time it runs",
+                size_text(num_bytes),
                 type(self._stores.module).__name__,
             )
         self._logged_overflow = num_bytes
