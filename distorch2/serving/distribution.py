@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import math
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -126,7 +125,7 @@ class Distribution:
     @property
     def host_bytes(self) -> int:
         """Of slabs that can be given up."""
-        return sum(self._stores.bytes_of(key) for key in self._stores.to_give_up(math.inf))
+        return sum(self._stores.bytes_of(key) for key in self._stores.keys_on_host())
 
     def give_up_host_memory(self, num_bytes: float) -> None:
         """Have slabs of so many bytes, or all that are in main memory, lie on the disk, also while they are served.
@@ -151,7 +150,9 @@ class Distribution:
 
     def relieve_host_memory(self) -> None:
         """Give slabs up where others have taken so much main memory that less is left than is to be."""
-        to_leave = host_memory.make_room(0, self._stores.module, self._program) if self.host_bytes else 0
+        if self._program.spare_host_memory() >= 0 or not self.host_bytes:  # the first costs little, in every step
+            return
+        to_leave = host_memory.make_room(0, self._stores.module, self._program)
         if to_leave:
             self.give_up_host_memory(to_leave)
             self._log_overflow()

@@ -145,10 +145,14 @@ class Stores:
             if self.groups[key].device != devices[key] and self.groups[key].is_bound()
         ]
 
+    def keys_on_host(self) -> list[Group]:
+        """Of groups in main memory that can leave it."""
+        return [key for key, group in self.groups.items() if group.device == CPU and group.is_bound()]
+
     def to_give_up(self, num_bytes: float) -> list[Group]:
         """Groups in main memory that are to be moved to the disk for so many bytes there: first those that a file has
         already, spread over the model."""
-        candidates = [key for key, group in self.groups.items() if group.device == CPU and group.is_bound()]
+        candidates = self.keys_on_host()
         candidates = [candidates[index] for index in spread(len(candidates))]
         candidates.sort(key=lambda key: self.groups[key].find_in_files(self.sources) is None)
         return self._as_many_as(candidates, num_bytes)
