@@ -74,7 +74,7 @@ def test_allocation_strings_in_the_help_and_the_notes_are_accepted(text):
     else:
         notes = (node["widgets_values"][0] for name in NAMES for node in workflow(name)["nodes"] if node["id"] == 8)
         found = re.findall(r"\*\*(\w+:\d,[^ ]+)\*\*", "".join(notes))
-    assert len(found) == {"help": 8, "note": 1}[text]
+    assert len(found) == {"help": 9, "note": 1}[text]
     for allocation in found:
         parse_allocation(allocation)
 
