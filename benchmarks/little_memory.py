@@ -1,11 +1,11 @@
 """On one GPU, as root on Linux: models larger than main memory, all of whose weights are planned for it.
 
-    python3 tools/host.py run benchmarks/little_memory.py [FOLDER]
+    python3 tools/host.py run benchmarks/little_memory.py one|two [FOLDER]
 
 All but 18 GiB of what is available is reserved as huge pages, and given back in the end; of the GPU 4 GiB are free.
-First a Flux-sized model (22.2 GiB) runs steps at 1024 px; then two models of 13.9 GiB run two steps each in turns, as
-those for high and low noise do. Each setup is a process of its own, with the page cache dropped before it: ours, with
-everything on `cpu`, and ComfyUI's DynamicVRAM. The bits are compared with those of the same models all on the GPU.
+`one`: a Flux-sized model (22.2 GiB) runs steps at 1024 px. `two`: two models of 13.9 GiB run two steps each in turns,
+as those for high and low noise do. Each setup is a process of its own, with the page cache dropped before it: ours,
+with everything on `cpu`, and ComfyUI's DynamicVRAM. The bits are compared with those of the same models all on the GPU.
 
 The limit of a step is what is read from the drive in it, over the speed of the drive, which is measured here in the
 same situation: large parts in order, by 8 threads. The least main memory that was available is noted, and the most swap
@@ -41,6 +41,9 @@ GIB = 1024**3
 CASE = "1024 px"
 STEPS = {"ours": 6, "DynamicVRAM": 4, "on the GPU": 1}
 TURNS = 2
+RESULT_FILES = {1: "little_memory", 2: "little_memory_two_models"}
+"""By the number of models."""
+_MEDIAN = "seconds a step, median after the first two"
 _SLABS = "bytes of slabs, of each model, in the end"
 _HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 _HUGE_PAGE_BYTES = 2 * 1024**2
@@ -174,48 +177,47 @@ def in_process(setup: str, name: str, paths: list[Path]) -> dict[str, Any]:
     return found
 
 
-def compare(results: dict[str, Any], found: dict[str, Any], name: str, paths: list[Path], expected: list[str]) -> None:
+def compare(results: dict[str, Any], name: str, paths: list[Path], expected: list[str]) -> None:
+    """Both setups, written to the result file after each."""
     for setup in ("ours", "DynamicVRAM"):
-        found[setup] = of_setup = in_process(setup, name, paths)
-        of_setup["bit-identical"] = of_setup.pop("digests", None) == expected
-        write_results("little_memory", results)
+        results[setup] = found = in_process(setup, name, paths)
+        found["bit-identical"] = found.pop("digests", None) == expected
+        write_results(RESULT_FILES[len(paths)], results)
 
 
-def main(folder: Path) -> None:
-    require_gpus(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and the huge pages are given back
-    one: dict[str, Any] = {}
-    two: dict[str, Any] = {}
-    results = {
-        "available GiB": AVAILABLE_GIB,
-        "free GiB of the GPU": FREE_GPU_GIB,
-        "one model of 22.2 GiB": one,
-        "two models of 13.9 GiB in turns, two steps each": two,
-    }
+def measure_one(folder: Path, results: dict[str, Any]) -> None:
     with saved_model("Flux", folder) as path:
         expected = in_process("on the GPU", "Flux", [path])["digests"]
         with little_memory():
             speeds = [drive_bytes_per_second(path)]
-            one["drive, GB/s"] = [round(speeds[0] / 1e9, 2)]
-            compare(results, one, "Flux", [path], expected)
+            results["drive, GB/s"] = [round(speeds[0] / 1e9, 2)]
+            compare(results, "Flux", [path], expected)
             speeds.append(drive_bytes_per_second(path))
-        for setup in ("ours", "DynamicVRAM"):
-            one[setup]["seconds a step, median after the first two"] = statistics.median(
-                one[setup]["seconds of steps"][2:]
-            )
-        limit = one["ours"][_SLABS][0]["disk"] / statistics.mean(speeds)
-        one["drive, GB/s"].append(round(speeds[1] / 1e9, 2))
-        one["limit of ours: seconds to read what is on the disk"] = round(limit, 3)
-        one["ours over its limit"] = round(one["ours"]["seconds a step, median after the first two"] / limit, 3)
-        write_results("little_memory", results)
+            results["drive, GB/s"].append(round(speeds[1] / 1e9, 2))
+    for setup in ("ours", "DynamicVRAM"):
+        results[setup][_MEDIAN] = statistics.median(results[setup]["seconds of steps"][2:])
+    limit = results["ours"][_SLABS][0]["disk"] / statistics.mean(speeds)
+    results["limit of ours: seconds to read what is on the disk"] = round(limit, 3)
+    results["ours over its limit"] = round(results["ours"][_MEDIAN] / limit, 3)
+    write_results(RESULT_FILES[1], results)
+
+
+def measure_two(folder: Path, results: dict[str, Any]) -> None:
     with saved_model("Flux-14", folder) as path:
         expected = in_process("on the GPU", "Flux-14", [path])["digests"]
         other = Path(shutil.copy(path, path.with_name("distorch2_Flux-14_2.safetensors")))
         try:
             with little_memory():
-                compare(results, two, "Flux-14", [path, other], expected)
+                compare(results, "Flux-14", [path, other], expected)
         finally:
             other.unlink()
+
+
+def main(models: str, folder: Path) -> None:
+    require_gpus(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and the huge pages are given back
+    results = {"available GiB": AVAILABLE_GIB, "free GiB of the GPU": FREE_GPU_GIB}
+    {"one": measure_one, "two": measure_two}[models](folder, results)
 
 
 if __name__ == "__main__":
@@ -223,4 +225,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measure(sys.argv[2], sys.argv[3], sys.argv[4:])))
     else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/tmp"))
+        main(sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "/tmp"))
