@@ -215,13 +215,14 @@ class TestLittleMainMemory:
         assert groups_on(idle, CPU)
         assert same(sample(idle, idle_clip), expected[CONVERTED])
 
-    def test_a_share_that_cannot_be_written_to_the_disk(self, checkpoints, spare, monkeypatch):
+    def test_a_share_that_cannot_be_written_to_the_disk(self, checkpoints, spare, monkeypatch, caplog):
         """ComfyUI can do nothing with an exception when it takes memory back."""
         model, clip = load(checkpoints, CONVERTED, "sim:0,20%;sim:1,*")
         sample(model, clip)
         spare(0, model)
         monkeypatch.setattr(WeightsFile, "write", full_drive)
         mm.free_memory(1e12, torch.device("sim:1"))
+        assert "SD3 stays on sim:1 (no room in" in caplog.text
 
     def test_slabs_of_another_plan_that_lost_its_weights_go(self, checkpoints):
         model, clip = load(checkpoints, CONVERTED, "sim:0,20%;cpu,*")
@@ -419,6 +420,13 @@ class TestTemporaryFiles:
         assert min(counts) >= 4
         assert max(counts) <= 3 * counts[0]  # originals, patched ones, and those before
         assert counts[-1] == counts[0]
+
+    def test_a_folder_that_cannot_be_made_is_named(self, checkpoints, folder):
+        folder.write_text("a file of that name")
+        model, clip = load(checkpoints, CONVERTED, "sim:0,30%;disk,*")
+        with pytest.raises(FileError, match=rf"no room in {folder} for \d+ MiB .*File exists.*--temp-directory"):
+            sample(model, clip)
+        assert sim.used_bytes == [0, 0]
 
     def test_a_full_drive_is_named(self, checkpoints, expected, folder, monkeypatch):
         model, clip = load(checkpoints, CONVERTED, "sim:0,30%;disk,*")

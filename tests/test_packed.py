@@ -1,5 +1,7 @@
 """Streamed weights that are packed: the same bits, in less memory."""
 
+import logging
+
 import comfy.cli_args
 import comfy.model_management as mm
 import pytest
@@ -96,6 +98,16 @@ def test_loras_and_hooks(checkpoints):
         assert not [group for group in model.distribution.groups.values() if group.device == DISK]
         assert same(sample(model, clip), plain)
         mm.unload_all_models()
+
+
+def test_where_nothing_can_be_unpacked_no_room_is_taken_for_it(checkpoints, monkeypatch, caplog):
+    monkeypatch.setattr(distribution, "reason_against", lambda kind: "a test says so")
+    with caplog.at_level(logging.INFO):
+        model, clip = load(checkpoints, "cpu,*")
+        sample(model, clip)
+    assert "weights are not packed for sim:0: a test says so" in caplog.text
+    assert not packed(model)
+    assert model.distribution.plan.packed_room_bytes == model.distribution.transfer.packed_room_bytes == 0
 
 
 def test_given_up_and_taken_again(checkpoints, expected):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -196,9 +195,8 @@ def release_host_memory(num_bytes: float) -> None:
 
 
 def temporary_folder() -> str:
-    folder = folder_paths.get_temp_directory()
-    os.makedirs(folder, exist_ok=True)
-    return folder
+    """It may not be there yet."""
+    return folder_paths.get_temp_directory()
 
 
 def _headroom_bytes() -> float:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 
 import torch
 
 from ..moving.program import KeepsOnDonors
 from ..weights.devices import CPU
-from ..weights.files import FileError
 from .core import ModelPatcher, mm
-from .failures import is_out_of_memory
-
-logger = logging.getLogger(__name__)
 
 
 class WeightsOnDonor(torch.nn.Module):
@@ -63,16 +58,9 @@ class DonorShare(ModelPatcher):
         return self.model
 
     def _limit(self, num_bytes: float) -> int:
-        """Returns the bytes that were added. ComfyUI can do nothing with an exception here."""
+        """Returns the bytes that were added."""
         before = self.loaded_size()
         distribution = self._reference()
-        try:
-            if distribution is not None:
-                distribution.limit(self.load_device, num_bytes)
-        except RuntimeError as error:
-            if not isinstance(error, FileError) and not is_out_of_memory(error):
-                raise
-            logger.warning(
-                "DisTorch2: no memory to move weights from %s to the host (%s)", self.load_device, str(error)
-            )
+        if distribution is not None:
+            distribution.limit(self.load_device, num_bytes)
         return self.loaded_size() - before

@@ -51,7 +51,7 @@ class Program(Protocol):
         """Whether a model is in use now, or has just been loaded for it."""
 
     def temporary_folder(self) -> str:
-        """Where files may lie that are gone when the program ends. It is made if it is not there."""
+        """Where files may lie that are gone when the program ends. It may not be there yet."""
 
     def share_on(self, donor: torch.device, owner: KeepsOnDonors, is_relay: bool) -> Any:
         """What the program's memory manager takes for a model on `donor`: the slabs that `owner` keeps there."""

@@ -7,6 +7,7 @@ import enum
 import logging
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -55,8 +56,11 @@ class Distribution:
     """
 
     def __init__(self, module: torch.nn.Module, plan: Plan, program: Program) -> None:
-        self.asked = self.plan = plan
         self.device = torch.device(plan.compute_device)
+        if plan.packs and (reason := reason_against(self.device.type)):
+            logger.info("DisTorch2: weights are not packed for %s: %s", self.device, reason)
+            plan = replace(plan, packs=False)
+        self.asked = self.plan = plan
         self.state = State.RELEASED
         self.shares = [
             program.share_on(device_of(donor), self, donor in plan.relays)
@@ -65,7 +69,7 @@ class Distribution:
         ]
         self._logged_overflow = 0
         self._program = program
-        self._stores = Stores(module, self.device, program, plan.packs and not reason_against(self.device.type))
+        self._stores = Stores(module, self.device, program, plan.packs)
         self._serving = Serving(self._stores, program)
         # A dropped module is not unloaded first.
         weakref.finalize(module, _unpin_all, self.transfer, self.pinned).atexit = False
@@ -128,14 +132,8 @@ class Distribution:
         return sum(self._stores.bytes_of(key) for key in self._stores.keys_on_host())
 
     def give_up_host_memory(self, num_bytes: float) -> None:
-        """Have slabs of so many bytes, or all that are in main memory, lie on the disk, also while they are served.
-        What cannot be written there stays."""
-        try:
-            self._move([(key, DISK) for key in self._stores.to_give_up(num_bytes)])
-        except RuntimeError as error:
-            if not isinstance(error, FileError) and not self._program.is_out_of_memory(error):
-                raise
-            logger.warning("DisTorch2: %s stays in main memory (%s)", type(self._stores.module).__name__, str(error))
+        """Have slabs of so many bytes, or all that are in main memory, lie on the disk, also while they are served."""
+        self._move([(key, DISK) for key in self._stores.to_give_up(num_bytes)])
 
     def drop_unbound(self) -> None:
         """As `Stores.drop_unbound`."""
@@ -178,10 +176,19 @@ class Distribution:
         self._move(self._stores.limit(self.plan, donor, num_bytes))
 
     def _move(self, moving: Sequence[tuple[Group, torch.device]]) -> None:
+        """What there is no room for elsewhere stays: those who ask for this can do nothing with an exception."""
         if moving:
             self.settle()
-            for key, device in moving:
+        for key, device in moving:
+            before = self.groups[key].device
+            try:
                 self._stores.move(key, device)
+            except RuntimeError as error:
+                if not isinstance(error, FileError) and not self._program.is_out_of_memory(error):
+                    raise
+                where = "in main memory" if before == CPU else f"on {before}"
+                logger.warning("DisTorch2: %s stays %s (%s)", type(self._stores.module).__name__, where, str(error))
+                return
 
     def release(self, originals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Take everything back to the host and stop serving, as `Stores.release` says."""

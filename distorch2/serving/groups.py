@@ -160,6 +160,11 @@ class StoredGroup:
         return memory if isinstance(memory, torch.Tensor) and memory.device == CPU else None
 
     @property
+    def is_bound_on_host(self) -> bool:
+        """Whether the parameters are views of a slab there, in memory or in the mapping of a temporary file."""
+        return self.slab is not None and self.slab.device == CPU
+
+    @property
     def is_bf16(self) -> bool:
         """Whether most of its bytes are."""
         parts = [part for layer in self.layers for field in layer.layout.fields for part in field.parts]

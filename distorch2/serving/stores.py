@@ -35,8 +35,8 @@ _FILLING_THREADS = 8
 class Stores:
     """The weights of one module: slabs on donors, and everything else on `device`, or on the host after `release`.
 
-    If it `packs`, those that are streamed are packed where that makes them smaller.
-    `groups` are those that lie in slabs. `pinned` page-locks those on the host while `is_in_use`.
+    `groups` are those that lie in slabs. `pinned` page-locks those on the host while `is_in_use`. With `packs`, groups
+    that are streamed are packed where that makes them smaller.
     """
 
     def __init__(self, module: torch.nn.Module, device: torch.device, program: Program, packs: bool = False) -> None:
@@ -117,11 +117,10 @@ class Stores:
                 note_dtype(child, name, value)
                 self.sources.replaced(child, name, value, is_original=True)
         for key, group in list(self.groups.items()):
-            has_slab_on_host = group.slab is not None and group.slab.device == CPU
-            if not has_slab_on_host or all(self.sources.are_known(layer.module) for layer in group.living):
+            if not group.is_bound_on_host or all(self.sources.are_known(layer.module) for layer in group.living):
                 for layer in group.living:
                     self.sources.rebind(layer.module)
-            if not has_slab_on_host or not group.is_bound():
+            if not group.is_bound_on_host or not group.is_bound():
                 self._unstore(key)
         self._take_to_the_host(child for child in module.modules() if child not in self._stored)
         self._temporary = TemporarySlabs(self._program.temporary_folder)  # the file that has room left may go
@@ -217,9 +216,10 @@ class Stores:
         needs no copy; None where it needs one."""
         child = self.module.get_submodule(layer_name)
         group, _ = self.find(child)
-        is_on_host = group is not None and group.slab is not None and group.slab.device == CPU
         source = self.sources.of(child, name)
-        return getattr(child, name) if source is None and is_on_host else source
+        if source is None and group is not None and group.is_bound_on_host:
+            return getattr(child, name)
+        return source
 
     def move(self, key: Group, device: torch.device) -> None:
         group = self.groups[key]

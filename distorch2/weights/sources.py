@@ -1,8 +1,8 @@
 """Where weights come from: memory-mapped files, from which they can be had again, so that nothing else keeps them.
 
 [Note: what a source stands for] A source is used only while the weight in place is as it was loaded; that of a patched
-weight is kept for the time after. What writes into a weight in place, other than patches of ComfyUI, lasts until the
-model is unloaded, as with ComfyUI's DynamicVRAM.
+weight, or of one that hooks have written into, is kept for the time after. What else writes into a weight in place
+lasts until the model is unloaded or the weight leaves main memory, as with ComfyUI's DynamicVRAM.
 """
 
 from __future__ import annotations

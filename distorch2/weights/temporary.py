@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from collections.abc import Callable
 
@@ -28,7 +29,7 @@ class TemporarySlabs:
         """Write `slab` (uint8, in host memory) to a file. Returns a mapping of these bytes, to be read and written, and
         where they lie in the file.
 
-        Raises `FileError` when the folder has no room for them.
+        Raises `FileError` when the folder has no room for them, or cannot be written to.
         """
         folder = self._folder()
         try:
@@ -51,6 +52,7 @@ class TemporarySlabs:
 
     def _begin_file(self, folder: str, num_bytes: int) -> None:
         self._file = self._pages = None
+        os.makedirs(folder, exist_ok=True)
         handle = tempfile.TemporaryFile(prefix="distorch2_", dir=folder, buffering=0)  # noqa: SIM115 # it stays open
         handle.truncate(num_bytes)
         self._file = WeightsFile(handle, f"a temporary file in {folder}")
