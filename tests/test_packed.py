@@ -137,7 +137,7 @@ def test_what_cannot_be_packed_stays(checkpoints, expected, monkeypatch, caplog,
     def failing(*arguments):
         raise type(error)(*error.args)  # a new one, that keeps no frames
 
-    monkeypatch.setattr(unpacking, "unpack_into", failing)
+    monkeypatch.setattr(unpacking.Reference, "decode", failing)
     model, clip = load(checkpoints, "cpu,*")
     assert same(sample(model, clip), expected[KIND])
     assert not packed(model)
@@ -145,7 +145,7 @@ def test_what_cannot_be_packed_stays(checkpoints, expected, monkeypatch, caplog,
 
 
 def test_bytes_that_do_not_come_back_are_not_served(checkpoints, expected, monkeypatch):
-    monkeypatch.setattr(unpacking, "unpack_into", lambda packed, target: target.zero_())
+    monkeypatch.setattr(unpacking.Reference, "decode", lambda self, packed, slab: slab.zero_())
     model, clip = load(checkpoints, "cpu,*")
     assert same(sample(model, clip), expected[KIND])
     assert not packed(model)

@@ -10,10 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from distorch2.moving import unpacking
-from distorch2.moving.unpacking import reason_against, unpack_into
+from distorch2.moving.unpacking import Kernels, reason_against
 from distorch2.weights import packing
-from distorch2.weights.packing import BLOCK_VALUES, WIDTHS, PackedLayout, PackedSlab, pack, unpack
+from distorch2.weights.packing import BLOCK_VALUES, WIDTHS, PackedSlab, Reference, pack, prepared, unpack
 
 SPECIAL = [0, -0x8000, 0x7F80, -0x80, 0x7FC1, -0x3F, 1, -0x7FFF, 0x007F]
 """Zeros and infinities of both signs, NaNs with a payload, subnormals."""
@@ -47,13 +46,12 @@ def slabs():
     }
 
 
-def in_width(slab, width):
+def in_width(slab, width, coder=None):
     """Packed whether that gains anything or not."""
-    values = packing._in_blocks(slab)
-    exponents = values.bitwise_right_shift(7).bitwise_and_(0xFF).to(torch.uint8)
-    bases = packing._bases(exponents)[width]
-    layout = PackedLayout(slab.nbytes, width, int(packing._is_escape(exponents, bases, width).sum()))
-    return PackedSlab(layout, packing._encoded(layout, values, exponents, bases))
+    coder = coder or Reference()
+    packed = prepared(slab, coder, [width])
+    coder.encode(slab, packed)
+    return packed
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -99,9 +97,12 @@ def test_the_width_is_the_one_that_is_smaller():
     assert pack(bits_of(spread)).layout.width == 4
 
 
-def test_what_would_not_come_back_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(packing, "unpack", lambda packed: torch.zeros(packed.layout.num_bytes_unpacked))
-    assert pack(slabs()["normal"]) is None
+def test_what_would_not_come_back_stays_as_it_is():
+    class Wrong(Reference):
+        def decode(self, packed, slab):
+            slab.zero_()
+
+    assert pack(slabs()["normal"], Wrong()) is None
 
 
 def test_several_pieces_at_a_time_give_the_same(monkeypatch):
@@ -118,16 +119,23 @@ def test_where_there_are_no_kernels_the_reason_is_said():
 def test_kernels_give_the_same_bits_on_a_gpu():
     device = torch.device("cuda")
     assert reason_against("cuda") == ""
-    for slab in slabs().values():
+    for name, slab in slabs().items():
         for width in WIDTHS:
-            packed = in_width(slab, width)
-            target = torch.empty(slab.nbytes, dtype=torch.uint8, device=device)
-            unpack_into(PackedSlab(packed.layout, packed.buffer.to(device)), target)
-            assert torch.equal(target.cpu(), slab)
-        on_device = pack(slab.to(device))
-        of_host = pack(slab)
+            compare(slab.to(device), width, name)
+        on_device, of_host = pack(slab.to(device), Kernels()), pack(slab)
         assert (on_device is None) == (of_host is None)
-        assert on_device is None or torch.equal(on_device.buffer.cpu(), of_host.buffer)
+        assert on_device is None or on_device.nbytes == of_host.nbytes
+
+
+def compare(slab, width, name):
+    """The kernels and the definition, on the device of the slab. Where several bases are as good, any is."""
+    kernels, reference = Kernels(), Reference()
+    assert torch.equal(kernels.counts(slab), reference.counts(slab)), name
+    packed = in_width(slab, width, kernels)
+    with_reference = PackedSlab(packed.layout, packed.buffer.clone())
+    reference.encode(slab, with_reference)
+    assert torch.equal(packed.buffer, with_reference.buffer), name
+    assert torch.equal(unpack(packed, kernels), slab), name
 
 
 if importlib.util.find_spec("triton") is not None:
@@ -141,10 +149,6 @@ if importlib.util.find_spec("triton") is not None:
 
 
 def run_kernels_on_the_cpu():
-    unpacking.reason_against = lambda kind: ""
     for name, slab in slabs().items():
-        some = slab[: 20 * 2 * BLOCK_VALUES]
         for width in WIDTHS:
-            target = torch.empty_like(some)
-            unpack_into(in_width(some, width), target)
-            assert torch.equal(target, some), name
+            compare(slab[: 20 * 2 * BLOCK_VALUES], width, name)

@@ -1,5 +1,4 @@
-"""Packed slabs: copied as they are, and unpacked on the accelerator, in one launch each. `weights/packing.py` defines
-what is computed."""
+"""Packing slabs on an accelerator, and unpacking them there, in one launch each, as `weights/packing.py` defines it."""
 
 from __future__ import annotations
 
@@ -11,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ..weights.packing import BLOCK_VALUES, PackedSlab, unpack
+from ..weights.packing import BLOCK_VALUES, NUM_EXPONENTS, Coder, PackedSlab, Reference
 from .streams import backend_of, on_device
 
 _KINDS = ("cuda",)
 """Of devices for which Triton makes kernels: NVIDIA's and, with a ROCm build of torch, AMD's."""
-_WARPS = 4
+_WARPS = 2
 
 
 @functools.cache
@@ -31,11 +30,51 @@ def reason_against(kind: str) -> str:
     return "" if is_there else "Triton is not installed"
 
 
-def unpacked(packed: PackedSlab) -> torch.Tensor:
-    """The slab again, by the way in which it will be served."""
-    slab = torch.empty(packed.layout.num_bytes_unpacked, dtype=torch.uint8, device=packed.device)
-    unpack_into(packed, slab)
-    return slab
+class Kernels:
+    """A `Coder` by kernels, on the stream that is the current one."""
+
+    def counts(self, slab: torch.Tensor) -> torch.Tensor:
+        from .packing_kernels import count
+
+        num_values = slab.nbytes // 2
+        num_blocks = -(-num_values // BLOCK_VALUES)
+        counts = torch.empty(num_blocks, NUM_EXPONENTS, dtype=torch.int32, device=slab.device)
+        with on_device(slab.device):
+            count[(num_blocks,)](slab, counts, num_values, BLOCK=BLOCK_VALUES, NUM_EXPONENTS=NUM_EXPONENTS)
+        return counts
+
+    def encode(self, slab: torch.Tensor, packed: PackedSlab) -> None:
+        from .packing_kernels import encode
+
+        self._run(encode, slab, packed)
+
+    def decode(self, packed: PackedSlab, slab: torch.Tensor) -> None:
+        from .packing_kernels import decode
+
+        self._run(decode, slab, packed)
+
+    def _run(self, kernel: Any, slab: torch.Tensor, packed: PackedSlab) -> None:
+        layout = packed.layout
+        with on_device(slab.device):
+            kernel[(layout.num_blocks,)](
+                slab,
+                packed.buffer,
+                layout.codes,
+                layout.bases,
+                layout.first_escapes,
+                layout.escapes,
+                layout.num_bytes_unpacked // 2,
+                layout.num_values // 8,
+                WIDTH=layout.width,
+                ESCAPE=layout.escape_code,
+                BLOCK=BLOCK_VALUES,
+                num_warps=_WARPS,
+            )
+
+
+def coder_for(device: torch.device) -> Coder:
+    """For devices whose slabs may be unpacked, and for those that are simulated."""
+    return Reference() if reason_against(device.type) else Kernels()
 
 
 class Unpacker:
@@ -44,45 +83,21 @@ class Unpacker:
 
     def __init__(self, device: torch.device, slots: Sequence[torch.Tensor]) -> None:
         self.slots = slots
-        self._backend = backend_of(device)
+        self._backend, self._coder = backend_of(device), coder_for(device)
         self.stream = self._backend.Stream(device)
         self.stream.wait_stream(self._backend.current_stream(device))  # which may have used the slots' memory
-        self._turns = itertools.cycle([(slot, self._backend.Event()) for slot in slots])
+        self._turns = itertools.cycle([(slot, self._backend.Event(), self._backend.Event()) for slot in slots])
 
     def unpack(
         self, packed: PackedSlab, target: torch.Tensor, copy: Callable[[torch.Tensor, torch.Tensor], Any]
     ) -> None:
         """Have `copy(source, slot)` copy the packed bytes on the current stream, and then unpack them into `target`."""
-        slot, is_unpacked = next(self._turns)
+        slot, is_copied, is_unpacked = next(self._turns)
         copying, staged = self._backend.current_stream(target.device), slot[: packed.nbytes]
         copying.wait_event(is_unpacked)
         copy(packed.buffer, staged)
-        self.stream.wait_stream(copying)
+        is_copied.record(copying)
+        self.stream.wait_event(is_copied)
         with self._backend.stream(self.stream):
-            unpack_into(PackedSlab(packed.layout, staged), target)
+            self._coder.decode(PackedSlab(packed.layout, staged), target)
         is_unpacked.record(self.stream)
-
-
-def unpack_into(packed: PackedSlab, target: torch.Tensor) -> None:
-    """Fill `target` (uint8, of the slab's bytes, on the same device) on the stream that is the current one."""
-    layout, buffer = packed.layout, packed.buffer
-    if reason_against(target.device.type):
-        target.copy_(unpack(packed))
-        return
-    from .unpack_kernel import unpack as kernel
-
-    with on_device(target.device):
-        kernel[(layout.num_blocks,)](
-            buffer,
-            buffer[layout.first_escapes : layout.escapes].view(torch.int32),
-            target.view(torch.int16),
-            layout.codes,
-            layout.bases,
-            layout.escapes,
-            layout.num_bytes_unpacked // 2,
-            layout.num_values // 8,
-            WIDTH=layout.width,
-            ESCAPE=layout.escape_code,
-            BLOCK=BLOCK_VALUES,
-            num_warps=_WARPS,
-        )

@@ -14,7 +14,7 @@ import torch
 from ..moving.modules import Mover
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
-from ..moving.unpacking import unpacked
+from ..moving.unpacking import coder_for
 from ..planning.eviction import spread
 from ..planning.plan import Group, Plan
 from ..weights.devices import CPU, DISK, device_of
@@ -308,7 +308,7 @@ class Stores:
         try:
             # Two accelerators may not reach each other: one packs its own slabs.
             slab = group.slab.to(self.device) if group.device == CPU else group.slab
-            packed = pack(slab, unpacked)
+            packed = pack(slab, coder_for(self.device))
             if packed is not None and packed.device != group.device:
                 packed = packed.to(group.device)
         except Exception as error:  # of a compiler, too

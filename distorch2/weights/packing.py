@@ -7,14 +7,15 @@ fixed-width variant of what DFloat11 (Zhang et al., 2025) does with Huffman code
 before it.
 
 A slab is packed as it is, whatever tensors lie in it, so that any bit pattern comes back: zeros of both signs, NaNs
-with their payload, and padding. This file is the definition; on accelerators `moving/unpacking.py` does the same.
+with their payload, and padding. `Reference` is the definition; on accelerators `moving/unpacking.py` does the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -25,7 +26,8 @@ WIDTHS = (3, 4)
 _LEAST_GAIN = 0.1
 """A slab that would not become so much smaller stays as it is."""
 _VALUES_AT_A_TIME = 4 * 1024**2
-"""To find the bases takes 9 bytes a value, and more for each block."""
+"""To count takes 9 bytes a value, and more for each block."""
+NUM_EXPONENTS = 256
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class PackedLayout:
 
     @cached_property
     def first_escapes(self) -> int:
-        """For each block an int32: how many escapes there are in the blocks before it."""
+        """An int32 for each block: how many escapes there are in the blocks before it."""
         return aligned(self.bases + self.num_blocks)
 
     @cached_property
@@ -97,42 +99,108 @@ class PackedSlab:
         return PackedSlab(self.layout, buffer.copy_(self.buffer))
 
 
-def pack(slab: torch.Tensor, unpacked: Callable[[PackedSlab], torch.Tensor] | None = None) -> PackedSlab | None:
+class Coder(Protocol):
+    """The parts of packing that look at every value, on the device of the slab (uint8)."""
+
+    def counts(self, slab: torch.Tensor) -> torch.Tensor:
+        """How often each exponent occurs in each block: int32 [blocks, 256]. The last value again fills the last
+        block."""
+
+    def encode(self, slab: torch.Tensor, packed: PackedSlab) -> None:
+        """Write signs and mantissas, codes, and escapes; bases and first escapes are there."""
+
+    def decode(self, packed: PackedSlab, slab: torch.Tensor) -> None:
+        """Fill the slab."""
+
+
+def pack(slab: torch.Tensor, coder: Coder | None = None) -> PackedSlab | None:
     """A slab (uint8, on any device), packed there in the width in which it is smallest.
 
-    None where that gains too little, or where `unpacked` (by default `unpack`) would not give the same bytes.
+    None where that gains too little, or where `coder` (by default `Reference`) would not give the same bytes back.
     """
     if not slab.nbytes:
         return None
-    values = _in_blocks(slab)
-    exponents = values.bitwise_right_shift(7).bitwise_and_(0xFF).to(torch.uint8)
-    bases = _bases(exponents)
-    layouts = {
-        width: PackedLayout(slab.nbytes, width, int(_is_escape(exponents, bases[width], width).sum()))
-        for width in WIDTHS
-    }
-    width, layout = min(layouts.items(), key=lambda item: item[1].num_bytes)
-    if layout.num_bytes > (1 - _LEAST_GAIN) * slab.nbytes:
+    coder = coder or Reference()
+    packed = prepared(slab, coder)
+    if packed.nbytes > (1 - _LEAST_GAIN) * slab.nbytes:
         return None
-    packed = PackedSlab(layout, _encoded(layout, values, exponents, bases[width]))
-    return packed if torch.equal((unpacked or unpack)(packed), slab) else None
+    coder.encode(slab, packed)
+    return packed if torch.equal(unpack(packed, coder), slab) else None
 
 
-def unpack(packed: PackedSlab) -> torch.Tensor:
+def unpack(packed: PackedSlab, coder: Coder | None = None) -> torch.Tensor:
     """The slab again, on the device of the packed one."""
-    layout, buffer = packed.layout, packed.buffer
-    codes = buffer[layout.codes : layout.bases]
-    if layout.width == 4:
-        code = torch.stack([codes & 15, codes >> 4], dim=1).view(-1)
-    else:
-        planes = codes.view(layout.width, -1, 1).bitwise_right_shift(_bit_numbers(buffer.device)).bitwise_and_(1)
-        code = sum(plane << bit for bit, plane in enumerate(planes.view(layout.width, -1)))
-    base = buffer[layout.bases : layout.bases + layout.num_blocks].repeat_interleave(BLOCK_VALUES)
-    exponent = base + code  # of an escape it may wrap around: it is replaced
-    exponent[code == layout.escape_code] = buffer[layout.escapes : layout.escapes + layout.num_escapes]
-    rest = buffer[: layout.num_values].to(torch.int16)
-    bits = (rest & 0x80) << 8 | exponent.to(torch.int16) << 7 | rest & 0x7F
-    return bits.view(torch.uint8)[: layout.num_bytes_unpacked]
+    slab = torch.empty(packed.layout.num_bytes_unpacked, dtype=torch.uint8, device=packed.device)
+    (coder or Reference()).decode(packed, slab)
+    return slab
+
+
+def prepared(slab: torch.Tensor, coder: Coder, widths: Sequence[int] = WIDTHS) -> PackedSlab:
+    """In the width in which it is smallest, with bases and first escapes: the coder is to write the rest.
+
+    The base of a block is the lowest of those exponents in a row, as many as there are codes, that are most frequent.
+    """
+    up_to = torch.nn.functional.pad(coder.counts(slab).cumsum(1, dtype=torch.int32), (1, 0))  # those below each
+    bases, first_escapes, num_escapes = {}, {}, []
+    for width in widths:
+        num_codes = 2**width - 1
+        with_code, bases[width] = (up_to[:, num_codes:] - up_to[:, :-num_codes]).max(1)
+        until = (BLOCK_VALUES - with_code).cumsum(0, dtype=torch.int32)
+        first_escapes[width] = torch.nn.functional.pad(until[:-1], (1, 0))
+        num_escapes.append(until[-1])
+    layouts = [
+        PackedLayout(slab.nbytes, width, number)
+        for width, number in zip(widths, torch.stack(num_escapes).tolist(), strict=True)
+    ]
+    layout = min(layouts, key=lambda each: each.num_bytes)
+    buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=slab.device)
+    buffer[layout.bases : layout.bases + layout.num_blocks] = bases[layout.width].to(torch.uint8)
+    buffer[layout.first_escapes : layout.escapes] = first_escapes[layout.width].view(torch.uint8)
+    return PackedSlab(layout, buffer)
+
+
+class Reference:
+    """The `Coder` that is the definition, with torch's own functions."""
+
+    def counts(self, slab: torch.Tensor) -> torch.Tensor:
+        exponents = _exponents(_in_blocks(slab))
+        counts = torch.zeros(len(exponents), NUM_EXPONENTS, dtype=torch.int32, device=slab.device)
+        blocks = _VALUES_AT_A_TIME // BLOCK_VALUES
+        for some, of_some in zip(exponents.split(blocks), counts.split(blocks), strict=True):
+            of_some.scatter_add_(1, some.long(), torch.ones_like(some, dtype=torch.int32))
+        return counts
+
+    def encode(self, slab: torch.Tensor, packed: PackedSlab) -> None:
+        layout, buffer = packed.layout, packed.buffer
+        values = _in_blocks(slab)
+        exponents = _exponents(values)
+        bases = buffer[layout.bases : layout.bases + layout.num_blocks]
+        above = exponents - bases[:, None]  # wraps around below the base, to more than there are codes
+        is_escape = above >= layout.escape_code
+        codes = torch.where(is_escape, layout.escape_code, above).view(-1)
+        buffer[: layout.num_values] = (values.bitwise_right_shift(8) & 0x80 | values & 0x7F).view(-1)
+        into = buffer[layout.codes : layout.bases]
+        if layout.width == 4:
+            into.copy_(codes[::2] | codes[1::2] << 4)
+        else:
+            bits = (codes.view(-1, 8) >> bit & 1 for bit in range(layout.width))
+            into.copy_(torch.cat([_bytes_of(of_plane) for of_plane in bits]))
+        buffer[layout.escapes : layout.escapes + layout.num_escapes] = exponents[is_escape]
+
+    def decode(self, packed: PackedSlab, slab: torch.Tensor) -> None:
+        layout, buffer = packed.layout, packed.buffer
+        codes = buffer[layout.codes : layout.bases]
+        if layout.width == 4:
+            code = torch.stack([codes & 15, codes >> 4], dim=1).view(-1)
+        else:
+            planes = codes.view(layout.width, -1, 1).bitwise_right_shift(_bit_numbers(buffer.device)).bitwise_and_(1)
+            code = sum(plane << bit for bit, plane in enumerate(planes.view(layout.width, -1)))
+        base = buffer[layout.bases : layout.bases + layout.num_blocks].repeat_interleave(BLOCK_VALUES)
+        exponent = base + code  # of an escape it may wrap around: it is replaced
+        exponent[code == layout.escape_code] = buffer[layout.escapes : layout.escapes + layout.num_escapes]
+        rest = buffer[: layout.num_values].to(torch.int16)
+        bits = (rest & 0x80) << 8 | exponent.to(torch.int16) << 7 | rest & 0x7F
+        slab.copy_(bits.view(torch.uint8)[: slab.nbytes])
 
 
 def _in_blocks(slab: torch.Tensor) -> torch.Tensor:
@@ -142,42 +210,8 @@ def _in_blocks(slab: torch.Tensor) -> torch.Tensor:
     return torch.cat([values, values[-1:].expand(missing)]).view(-1, BLOCK_VALUES)
 
 
-def _bases(exponents: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Width -> for each block (uint8 [blocks, values]) the lowest of those exponents in a row, as many as there are
-    codes, that are most frequent."""
-    bases: dict[int, list[torch.Tensor]] = {width: [] for width in WIDTHS}
-    for some in exponents.split(_VALUES_AT_A_TIME // BLOCK_VALUES):
-        counts = torch.zeros(len(some), 257, dtype=torch.int16, device=some.device)
-        counts.scatter_add_(1, some.long().add_(1), torch.ones_like(some, dtype=torch.int16))
-        up_to = counts.cumsum(1, dtype=torch.int16)  # how many exponents are below each
-        for width, of_width in bases.items():
-            num_codes = 2**width - 1
-            of_width.append((up_to[:, num_codes:] - up_to[:, :-num_codes]).argmax(1).to(torch.uint8))
-    return {width: torch.cat(of_width) for width, of_width in bases.items()}
-
-
-def _is_escape(exponents: torch.Tensor, bases: torch.Tensor, width: int) -> torch.Tensor:
-    above = exponents - bases[:, None]  # wraps around below the base, to more than there are codes
-    return above >= 2**width - 1
-
-
-def _encoded(layout: PackedLayout, values: torch.Tensor, exponents: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
-    is_escape = _is_escape(exponents, bases, layout.width)
-    codes = torch.where(is_escape, layout.escape_code, exponents - bases[:, None]).view(-1)
-    buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=values.device)
-    buffer[: layout.num_values] = (values.bitwise_right_shift(8) & 0x80 | values & 0x7F).view(-1)
-    into = buffer[layout.codes : layout.bases]
-    if layout.width == 4:
-        into.copy_(codes[::2] | codes[1::2] << 4)
-    else:
-        bits = (codes.view(-1, 8) >> bit & 1 for bit in range(layout.width))
-        into.copy_(torch.cat([_bytes_of(of_plane) for of_plane in bits]))
-    buffer[layout.bases : layout.bases + layout.num_blocks] = bases
-    before = is_escape.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32).roll(1)
-    before[0] = 0
-    buffer[layout.first_escapes : layout.escapes] = before.view(torch.uint8)
-    buffer[layout.escapes : layout.escapes + layout.num_escapes] = exponents[is_escape]
-    return buffer
+def _exponents(values: torch.Tensor) -> torch.Tensor:
+    return values.bitwise_right_shift(7).bitwise_and_(0xFF).to(torch.uint8)
 
 
 def _bytes_of(bits: torch.Tensor) -> torch.Tensor:
