@@ -14,17 +14,17 @@ import torch
 from ..moving.modules import Mover
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
-from ..moving.unpacking import coder_for
 from ..planning.eviction import spread
 from ..planning.plan import Group, Plan
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.inventory import layout_of, loaded_dtypes, note_dtype
-from ..weights.packing import PackedSlab, pack
+from ..weights.packing import PackedSlab
 from ..weights.quantised import as_parameter, plain_tensors, to_device
 from ..weights.sources import Sources
 from ..weights.temporary import TemporarySlabs
 from . import host_memory
 from .groups import StoredGroup, StoredLayer
+from .packer import Packer
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class Stores:
         self.sources = Sources()
         self.pinned = PinnedSlabs(device, program)
         self.is_in_use = False
-        self._program, self._packs, self._packing_error = program, packs, ""
+        self.packer = Packer(device, program, self.pinned, packs)
+        self._program = program
         self._temporary = TemporarySlabs(program.temporary_folder)
         self._limits: dict[torch.device, float] = {}
         self._module = weakref.ref(module)
@@ -297,33 +298,34 @@ class Stores:
         self._pack(group)
         self._pin(group)  # if it could not be, beside the one that it replaces
 
+    def _is_to_be_packed(self, group: StoredGroup) -> bool:
+        """Whether that is asked for, may make it smaller, and its modules can have the weights in the mappings of
+        files."""
+        return (
+            self.packer.is_on
+            and group.is_streamed
+            and group.is_bf16
+            and all(
+                self.sources.of(layer.module, field.name) is not None
+                for layer in group.living
+                for field in layer.layout.fields
+            )
+        )
+
     def _pack(self, group: StoredGroup) -> None:
-        """Have a group that lies in memory packed there, if that is asked for, makes it smaller, and its modules can
-        have the weights in the mappings of files."""
-        is_to_be = self._packs and group.is_streamed and group.is_bf16
-        if not is_to_be or group.slab is None or group.device == DISK:
+        """Have a group that lies in memory packed there."""
+        if group.slab is None or group.device == DISK or not self._is_to_be_packed(group):
             return
-        if any(self.sources.of(layer.module, name) is None for layer in group.living for name in layer.stored):
-            return
-        try:
-            # Two accelerators may not reach each other: one packs its own slabs.
-            slab = group.slab.to(self.device) if group.device == CPU else group.slab
-            packed = pack(slab, coder_for(self.device))
-            if packed is not None and packed.device != group.device:
-                packed = packed.to(group.device)
-        except Exception as error:  # of a compiler, too
-            if not self._program.is_out_of_memory(error):
-                self._packs = False
-            if str(error) != self._packing_error:
-                self._packing_error = str(error)
-                logger.warning("DisTorch2: weights are not packed (%s)", str(error).partition("\n")[0])
-            return
+        replaced = group.host_slab
+        packed = self.packer.packed(group.slab)
         if packed is not None:
-            replaced = group.host_slab
-            for layer in group.living:
-                self.sources.rebind(layer.module)
-            group.serve_copy(packed)
+            self._serve_packed(group, packed)
             self.pinned.unpin(replaced)
+
+    def _serve_packed(self, group: StoredGroup, packed: PackedSlab) -> None:
+        for layer in group.living:
+            self.sources.rebind(layer.module)
+        group.serve_copy(packed)
 
     def _put_on_disk(self, group: StoredGroup) -> None:
         """Serve the weights that the modules have from their files; from a temporary one where some have none: those
@@ -374,8 +376,14 @@ class Stores:
             for key, members in modules.items()
         }
         on_host = iter([key for key in made if devices[key] == CPU])
-        filling: dict[Group, Future[torch.Tensor]] = {}
-        with ThreadPoolExecutor(_FILLING_THREADS) as pool:
+        to_pack = {
+            key
+            for key, group in made.items()
+            if devices[key] == CPU and self._is_to_be_packed(group) and self.packer.takes(group)
+        }
+        filling: dict[Group, Future[torch.Tensor | PackedSlab]] = {}
+        buffers = self.packer.buffers([made[key] for key in to_pack], _FILLING_THREADS)
+        with buffers, ThreadPoolExecutor(_FILLING_THREADS) as pool:
             for key, group in made.items():
                 if is_cancellable:
                     self._program.raise_if_cancelled()
@@ -383,22 +391,29 @@ class Stores:
                     if ahead in evicted:
                         # The same parameters with other memory: whoever holds them too keeps none of the device.
                         self._take_to_the_host(modules[ahead].values())
-                    # What a thread allocates, the C library may keep for it when it is freed.
-                    filling[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(CPU))
+                    if ahead in to_pack:
+                        filling[ahead] = pool.submit(self.packer.filled, made[ahead])
+                    else:  # what a thread allocates, the C library may keep for it when it is freed
+                        filling[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(CPU))
                 replaced = self.groups.get(key)
                 with self.sources.kept(modules[key].values()):
                     if devices[key] == DISK:
                         self._take_to_the_host(modules[key].values())
                         self._put_on_disk(group)
                     elif key in filling:
-                        group.serve_from(filling.pop(key).result())
+                        filled = filling.pop(key).result()
+                        if isinstance(filled, PackedSlab):
+                            self._serve_packed(group, filled)
+                        else:
+                            group.serve_from(filled)
                     else:
                         group.serve_from(self._there_or_on_host(group.filled_on, devices[key]))
                 self.groups[key] = group
                 self._stored.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:
                     self.pinned.unpin(replaced.host_slab)
-                self._pack(group)
+                if key not in to_pack:
+                    self._pack(group)
                 self._pin(group)
 
     def _pin(self, group: StoredGroup) -> None:
