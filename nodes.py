@@ -15,7 +15,7 @@ from . import device_utils
 from .allocation_parser import DISK_NAME, AllocationError, parse_allocation
 from .distorch2 import loading
 from .distorch2.comfyui import whole
-from .distorch2.planning.plan import AUTO, DONOR_MODES, ComponentRequest, VirtualVram
+from .distorch2.planning.plan import AUTO, DONOR_MODES, PACK_MODES, Allocation, ComponentRequest, VirtualVram
 
 
 class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
@@ -62,6 +62,7 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                     tooltip="Unload all other models from the diffusion model's compute device first.",
                 ),
                 _donor_mode_input(),
+                _pack_weights_input(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The diffusion model."),
@@ -104,14 +105,16 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
         high_precision_loras: bool = True,
         eject_models: bool = False,
         donor_mode: str = AUTO,
+        pack_weights: str = AUTO,
     ) -> io.NodeOutput:
+        modes = donor_mode, pack_weights
         loaded = loading.load_components(
             folder_paths.get_full_path_or_raise("checkpoints", ckpt_name),
             request_for(
-                unet_compute_device, unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations, donor_mode
+                unet_compute_device, unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations, *modes
             ),
             request_for(
-                clip_compute_device, clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations, donor_mode
+                clip_compute_device, clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations, *modes
             ),
             vae_device,
             high_precision_loras=high_precision_loras,
@@ -152,6 +155,7 @@ class _Distribute(io.ComfyNode):
                 _expert_input("", cls.COMPONENT),
                 _high_precision_input(),
                 _donor_mode_input(),
+                _pack_weights_input(),
             ],
             outputs=[cls.TYPE.Output(tooltip=f"The {cls.COMPONENT}, distributed.")],
         )
@@ -169,9 +173,12 @@ class _Distribute(io.ComfyNode):
         expert_mode_allocations: str = "",
         high_precision_loras: bool = True,
         donor_mode: str = AUTO,
+        pack_weights: str = AUTO,
         **inputs: Any,
     ) -> io.NodeOutput:
-        request = request_for(compute_device, virtual_vram_gb, donor_device, expert_mode_allocations, donor_mode)
+        request = request_for(
+            compute_device, virtual_vram_gb, donor_device, expert_mode_allocations, donor_mode, pack_weights
+        )
         distribute = loading.distribute_clip if cls.TYPE is io.Clip else loading.distribute
         distributed: Any = distribute(inputs[cls.INPUT], request, high_precision_loras)
         patcher = distributed.patcher if cls.TYPE is io.Clip else distributed
@@ -306,6 +313,19 @@ def _donor_mode_input() -> io.Input:
     )
 
 
+def _pack_weights_input() -> io.Input:
+    return io.Combo.Input(
+        "pack_weights",
+        options=list(PACK_MODES),
+        default=AUTO,
+        optional=True,
+        advanced=True,
+        tooltip="Whether bf16 weights that are copied to the compute device in every step are packed, without loss, to "
+        "about 70% of their size: less to copy, and less main memory. on: from the start. auto: when a run shows that "
+        "computing waits for copies, or when main memory is short.",
+    )
+
+
 def selectable_devices() -> tuple[str, ...]:
     """The devices to choose from: those that ComfyUI manages, which with --cpu are no accelerators."""
     managed = {str(device) for device in comfy.model_management.get_all_torch_devices()}
@@ -332,11 +352,17 @@ def mistakes_in(**allocations: str | None) -> bool | str:
 
 
 def request_for(
-    compute_device: str, virtual_vram_gb: float, donor_device: str, expert_text: str = "", donor_mode: str = AUTO
+    compute_device: str,
+    virtual_vram_gb: float,
+    donor_device: str,
+    expert_text: str = "",
+    donor_mode: str = AUTO,
+    pack_weights: str = AUTO,
 ) -> ComponentRequest:
+    allocation: Allocation = VirtualVram(virtual_vram_gb, donor_device)
     if expert_text.strip():
-        return ComponentRequest(compute_device, parse_allocation(expert_text, selectable_donors()), donor_mode)
-    return ComponentRequest(compute_device, VirtualVram(virtual_vram_gb, donor_device), donor_mode)
+        allocation = parse_allocation(expert_text, selectable_donors())
+    return ComponentRequest(compute_device, allocation, donor_mode, pack_weights)
 
 
 def placement_of(patchers: Mapping[str, Any], notes: Iterable[str] = ()) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ Names and shapes are read off ComfyUI's own classes, built without memory; the v
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,7 +107,9 @@ class DiffusionModel:
         return patcher.memory_required([2, *inputs["x"].shape[1:]])  # both conditionings, whatever the inputs are
 
     def step(self, patcher: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return patcher.model.apply_model(**inputs)
+        distribution = getattr(patcher, "distribution", None)
+        with distribution.running() if distribution is not None else contextlib.nullcontext():
+            return patcher.model.apply_model(**inputs)
 
 
 @dataclass(frozen=True)

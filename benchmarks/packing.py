@@ -3,8 +3,8 @@
     python3 tools/host.py run benchmarks/packing.py [FOLDER]
 
 First a group of 64 MiB alone: how small it becomes, and how fast it is packed and unpacked. Then steps of the model
-with parts of it on the CPU, resident, plain and packed in turns, in the same process; their outputs are compared bit by
-bit. The link is measured in the same run. FOLDER (default /dev/shm) needs room for 23 GiB.
+with parts of it on the CPU, resident, plain, packed, and as `auto` has it, in turns, in the same process; their outputs
+are compared bit by bit. The link is measured in the same run. FOLDER (default /dev/shm) needs room for 23 GiB.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from harness import (
     resident_model,
     saved_model,
     start_comfyui,
+    step,
     steps_ms,
     warmed_up,
 )
 from record import printed_by, write_results
 
-PERCENTAGES = (25, 50, 75, 100)
+PERCENTAGES = (50, 100, 25, 75)
 TURNS = 2
 STEPS = 5
 
@@ -37,23 +38,47 @@ STEPS = 5
 def measure_a_group() -> dict[str, Any]:
     import torch
 
-    from distorch2.moving.unpacking import unpack_into
+    from distorch2.moving.unpacking import Kernels
     from distorch2.planning.sizing import GROUP_BYTES
     from distorch2.weights.packing import pack
 
     generator = torch.Generator("cuda").manual_seed(0)
     values = torch.randn(GROUP_BYTES // 2, generator=generator, device="cuda").mul_(0.02).bfloat16()
     slab, target = values.view(torch.uint8), torch.empty(GROUP_BYTES, dtype=torch.uint8, device="cuda")
-    packed = pack(slab)
+    kernels = Kernels()
+    packed = pack(slab, kernels)
     assert packed is not None
     found = {
         "size": round(packed.nbytes / slab.nbytes, 4),
         "bits of a code": packed.layout.width,
-        "pack GB/s": round(gb_per_second(lambda: pack(slab), slab.nbytes), 1),
-        "unpack GB/s": round(gb_per_second(lambda: unpack_into(packed, target), slab.nbytes), 1),
+        "pack GB/s": round(gb_per_second(lambda: pack(slab, kernels), slab.nbytes), 1),
+        "unpack GB/s": round(gb_per_second(lambda: kernels.decode(packed, target), slab.nbytes), 1),
     }
     assert torch.equal(target, slab)
     return found
+
+
+def placed(model: Any, path: str, percent: int, mode: str, inputs: Any) -> tuple[Any, dict[str, float]]:
+    """Such a model after its first step, and what that took."""
+    import comfy.model_management as mm
+    import torch
+
+    from allocation_parser import parse_allocation
+    from distorch2.planning.plan import ComponentRequest
+
+    mm.soft_empty_cache()
+    before, started = torch.cuda.mem_get_info()[0], time.perf_counter()
+    request = ComponentRequest("cuda:0", parse_allocation(f"cuda:0,{100 - percent}%;cpu,*"), pack_weights=mode)
+    patcher = model.distributed(path, request)
+    patcher.patch_model()
+    step(model, patcher, inputs)
+    seconds = time.perf_counter() - started
+    mm.soft_empty_cache()
+    return patcher, {
+        "seconds from the file to the first step": round(seconds, 2),
+        "GiB in main memory": round(patcher.distribution.bytes_on(torch.device("cpu")) / 1024**3, 2),
+        "GiB of the GPU": round((before - torch.cuda.mem_get_info()[0]) / 1024**3, 2),
+    }
 
 
 def measure(path: str) -> dict[str, Any]:
@@ -61,9 +86,6 @@ def measure(path: str) -> dict[str, Any]:
     import comfy.model_management as mm
     import models
     import torch
-
-    from allocation_parser import parse_allocation
-    from distorch2.planning.plan import ComponentRequest
 
     torch.set_grad_enabled(False)
     model = models.FLUX
@@ -75,24 +97,10 @@ def measure(path: str) -> dict[str, Any]:
         for percent in PERCENTAGES:
             row: dict[str, Any] = {"percent on cpu": percent, "link GB/s": round(link_gb_per_second(True), 1)}
             patchers = {"resident": resident}
-            for name, pack_weights in (("plain", False), ("packed", True)):
-                allocation = parse_allocation(f"cuda:0,{100 - percent}%;cpu,*")
-                patchers[name] = model.distributed(
-                    path, ComponentRequest("cuda:0", allocation, pack_weights=pack_weights)
-                )
-                mm.soft_empty_cache()
-                before, started = torch.cuda.mem_get_info()[0], time.perf_counter()
-                patchers[name].patch_model()
-                torch.cuda.synchronize()
-                seconds = time.perf_counter() - started
-                mm.soft_empty_cache()
-                distribution = patchers[name].distribution
-                row[name] = {
-                    "place s": round(seconds, 2),
-                    "GiB in main memory": round(distribution.bytes_on(torch.device("cpu")) / 1024**3, 2),
-                    "GiB of the GPU": round((before - torch.cuda.mem_get_info()[0]) / 1024**3, 2),
-                }
+            for name, mode in (("plain", "off"), ("packed", "on")):
+                patchers[name], row[name] = placed(model, path, percent, mode, inputs["1024 px"])
             for case in model.cases:
+                patchers["auto"], _ = placed(model, path, percent, "auto", inputs[case])
                 outputs = {name: warmed_up(model, patcher, inputs[case]) for name, patcher in patchers.items()}
                 times: dict[str, list[float]] = {name: [] for name in patchers}
                 for _ in range(TURNS):
@@ -100,6 +108,8 @@ def measure(path: str) -> dict[str, Any]:
                         times[name] += steps_ms(model, patcher, inputs[case], STEPS)
                 row[case] = {f"{name} ms": round(statistics.median(of_one), 1) for name, of_one in times.items()}
                 row[case]["bit-identical"] = all(torch.equal(each, expected[case]) for each in outputs.values())
+                row[case]["auto has them packed"] = patchers["auto"].distribution.transfer.packed_room_bytes > 0
+                patchers.pop("auto").unpatch_model(torch.device("cpu"))
             found["rows"].append(row)
             print(json.dumps(found), flush=True)
             for name in ("plain", "packed"):

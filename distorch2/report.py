@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .planning.plan import LOOKED_UP, RELAYED, RESIDENT, STREAMED, Plan
+from .planning.plan import LOOKED_UP, RELAYED, RESIDENT, STREAMED, Placement, Plan
 
 MIB = 1024**2
+_PACKED = f"{STREAMED}, packed"
 _HEADINGS = ("component", "device", "served", "layers", "MiB", "share")
 
 
@@ -29,12 +30,16 @@ def rows_of_plan(component: str, plan: Plan) -> list[Row]:
     rows = []
     for device in plan.devices:
         on_device = [placement for placement in plan.placements if placement.device == device]
-        for way in (RELAYED, RESIDENT, STREAMED, LOOKED_UP):
-            served_so = [placement.layer.num_bytes for placement in on_device if plan.how_served(placement) == way]
+        for way in (RELAYED, RESIDENT, STREAMED, _PACKED, LOOKED_UP):
+            served_so = [placement.layer.num_bytes for placement in on_device if _how_served(plan, placement) == way]
             if served_so:
                 share = sum(served_so) / plan.model_bytes if plan.model_bytes else 1.0
                 rows.append(Row(component, device, way, len(served_so), sum(served_so), share))
     return rows
+
+
+def _how_served(plan: Plan, placement: Placement) -> str:
+    return _PACKED if plan.is_packed(placement) else plan.how_served(placement)
 
 
 def render_table(title: str, rows: Iterable[Row], notes: Iterable[str] = ()) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from distorch2.moving.transfer import Copy, Transfer
 from distorch2.moving.unpacking import Kernels, reason_against
 from distorch2.weights import packing
 from distorch2.weights.packing import BLOCK_VALUES, WIDTHS, PackedSlab, Reference, pack, prepared, unpack
@@ -125,6 +126,23 @@ def test_kernels_give_the_same_bits_on_a_gpu():
         on_device, of_host = pack(slab.to(device), Kernels()), pack(slab)
         assert (on_device is None) == (of_host is None)
         assert on_device is None or on_device.nbytes == of_host.nbytes
+
+
+@pytest.mark.gpu
+def test_waiting_for_copies_is_timed_on_a_gpu():
+    device = torch.device("cuda:0")
+    transfer, source = Transfer(device), torch.ones(64 * 1024**2, dtype=torch.uint8, pin_memory=True)
+    copy = Copy(source, torch.empty_like(source, device=device))
+    with transfer.timed() as waiting:
+        transfer.submit([copy])
+        transfer.use(copy)
+        copy.target.sum()
+    with transfer.timed() as without:
+        transfer.use(copy)  # it is there
+        copy.target.sum()
+    torch.cuda.synchronize()
+    assert 0 < waiting.waiting_part() < 1
+    assert without.waiting_part() == 0
 
 
 def compare(slab, width, name):

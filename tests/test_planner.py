@@ -1,11 +1,21 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocation_parser import parse_allocation
-from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, VirtualVram
+from distorch2.planning.plan import (
+    GIB,
+    PACK_MODES,
+    ComponentRequest,
+    DeviceMemory,
+    Layer,
+    Plan,
+    PlanError,
+    VirtualVram,
+)
 from distorch2.planning.planner import make_plan
 
 pytestmark = pytest.mark.quick
@@ -315,6 +325,32 @@ def test_a_little_more_or_less_free_memory_moves_nothing():
     assert len(asked.within(size - 300_000, served).evicted) > len(served.evicted)
     assert 0 < len(asked.within(size + 700_000, served).evicted) < len(served.evicted)
     assert asked.within(float("inf"), served) == asked
+
+
+def test_room_for_packed_groups_is_taken_where_some_may_come_packed():
+    mib = 1024**2
+    layers = [Layer(f"blocks.{index}", 10 * mib, True, 10 * mib, is_bf16=index % 4 > 0) for index in range(96)]
+    memory = {**MEMORY, "cuda:0": DeviceMemory(2**40), "cpu": DeviceMemory(2**40)}
+    rooms = {}
+    for mode in PACK_MODES:
+        for share in (20, 40, 100):
+            request = ComponentRequest("cuda:0", parse_allocation(f"cuda:0,{100 - share}%;cpu,*"), pack_weights=mode)
+            made = make_plan(layers, request, memory)
+            rooms[mode, share] = made.packed_room_bytes
+            assert made.compute_bytes == made.bytes_on("cuda:0") + made.staging_bytes + made.packed_room_bytes
+    room = 3 * 27 * mib  # of nine tenths of groups of 30 MiB
+    assert [rooms["on", share] for share in (20, 40, 100)] == [room, room, room]
+    assert [rooms["auto", share] for share in (20, 40, 100)] == [0, room, room]  # 192 MiB are too few
+    assert [rooms["off", share] for share in (20, 40, 100)] == [0, 0, 0]
+    assert {made.is_packed(item) for item in made.streamed} == {False}
+
+    resident = replace(Plan.all_on("cuda:0", layers), pack_weights="auto")
+    assert resident.packed_room_bytes == 0
+    assert resident.within(resident.compute_bytes) == resident
+    for lacking in (1, 100 * mib, 500 * mib):
+        within = resident.within(resident.compute_bytes - lacking)
+        assert within.compute_bytes <= resident.compute_bytes - lacking
+    assert within.packed_room_bytes == room
 
 
 def test_a_table_needs_no_staging_buffer_and_is_a_group_of_its_own():

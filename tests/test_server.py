@@ -85,6 +85,7 @@ def test_the_node_is_what_saved_workflows_expect(server):
         ("high_precision_loras", "BOOLEAN", {"default": True}),
         ("eject_models", "BOOLEAN", {"default": False}),
         ("donor_mode", "COMBO", {"default": "auto", "options": ["auto", "stream", "relay"]}),
+        ("pack_weights", "COMBO", {"default": "auto", "options": ["auto", "on", "off"]}),
     ]
     assert info["output"] == ["MODEL", "CLIP", "VAE"]
     assert info["category"] == "multigpu/distorch_2"

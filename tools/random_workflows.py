@@ -108,7 +108,12 @@ def resident_placement(devices: Devices) -> Widgets:
         widgets[f"{part}_donor_device"] = devices.compute
         widgets[f"{part}_expert_mode_allocations"] = ""
     # With high precision a LoRA on fp8 weights gives another latent than ComfyUI, which rounds them.
-    return widgets | {"eject_models": False, "high_precision_loras": False, "donor_mode": "auto"}
+    return widgets | {
+        "eject_models": False,
+        "high_precision_loras": False,
+        "donor_mode": "auto",
+        "pack_weights": "auto",
+    }
 
 
 def random_placement(rng: random.Random, devices: Devices) -> Widgets:
@@ -121,7 +126,11 @@ def random_placement(rng: random.Random, devices: Devices) -> Widgets:
         widgets[f"{part}_expert_mode_allocations"] = text
     # Beside a GPU the host would compute with other kernels, if it were told to.
     mode = rng.choice(["auto", "stream", "relay"] if devices.are_simulated else ["auto", "stream"])
-    return widgets | {"eject_models": rng.random() < 0.2, "donor_mode": mode}
+    return widgets | {
+        "eject_models": rng.random() < 0.2,
+        "donor_mode": mode,
+        "pack_weights": rng.choice(["auto", "on", "off"]),
+    }
 
 
 # --- allocation strings

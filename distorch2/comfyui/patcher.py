@@ -427,9 +427,11 @@ def _around_forward(executor: Any, *arguments: Any, **options: Any) -> Any:
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not isinstance(patcher, DistributedPatcher):
         return executor(*arguments, **options)
-    patcher.distribution.relieve_host_memory()
     try:
-        with contextlib.nullcontext() if patcher.distribution.relay is None else core.without_compiler():
+        with (
+            patcher.distribution.running(),
+            contextlib.nullcontext() if patcher.distribution.relay is None else core.without_compiler(),
+        ):
             return executor(*arguments, **options)
     except RuntimeError as error:
         if is_device_lost(error):

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -73,6 +73,7 @@ class Transfer:
         self._donor_streams: dict[torch.device, Any] = {}
         self._reached: dict[torch.device, bool] = {}  # whether copies from a donor arrive
         self._given: Any = None  # an event, recorded after the work that the device has been given so far
+        self._waits: list[tuple[Any, Any]] | None = None  # events before and after each, while they are noted
         self._copied_ahead: list[Copy] = []  # by several ways: those that nobody has waited for
 
     @property
@@ -206,9 +207,31 @@ class Transfer:
         """Let what the compute device is given from now on wait for `copy`."""
         if not copy.is_awaited:
             stream = self._backend.current_stream(self._index)
+            begins = None if self._waits is None else self._recorded(stream)
             for event in copy.done_events:
                 stream.wait_event(event)
+            if self._waits is not None:
+                self._waits.append((begins, self._recorded(stream)))
             copy.is_awaited = True
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[Timing]:
+        """Times what the compute device is given meanwhile, and how long it waits for copies."""
+        stream = self._backend.current_stream(self._index)
+        waits: list[tuple[Any, Any]] = []
+        self._waits = waits
+        begins = self._recorded(stream)
+        timing = Timing(waits)
+        try:
+            yield timing
+        finally:
+            self._waits = None
+            timing.whole = (begins, self._recorded(stream))
+
+    def _recorded(self, stream: Any) -> Any:
+        event = self._backend.Event(enable_timing=True)
+        event.record(stream)
+        return event
 
     def bytes_per_second(self, copies: Sequence[Copy]) -> float:
         """The speed of these copies, measured by doing them a few times."""
@@ -232,6 +255,22 @@ class Transfer:
             self._backend.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+
+class Timing:
+    """How long the compute device took for something, and waited for copies meanwhile: events before and after each."""
+
+    def __init__(self, waits: Sequence[tuple[Any, Any]]) -> None:
+        self._waits = waits
+        self.whole: tuple[Any, Any] | None = None
+        """Of all; None until it is over."""
+
+    def waiting_part(self) -> float | None:
+        """0 to 1; None until the device has done it."""
+        if self.whole is None or not self.whole[1].query():
+            return None
+        milliseconds = self.whole[0].elapsed_time(self.whole[1])
+        return sum(begin.elapsed_time(end) for begin, end in self._waits) / milliseconds if milliseconds else 0.0
 
 
 class Detour:

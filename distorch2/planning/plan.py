@@ -80,11 +80,16 @@ AUTO, STREAM, RELAY = DONOR_MODES = ("auto", "stream", "relay")
 """What happens with weights on a donor: `STREAM` copies them to the compute device when they are needed; `RELAY` runs
 the units that they belong to where they lie, and moves the activations; `AUTO` relays where that gives the same."""
 
+_, ON, OFF = PACK_MODES = (AUTO, "on", "off")
+"""Whether what is streamed is packed without loss; in doubt, where it is found that computing waits for copies."""
+LEAST_TO_PACK_BYTES = 256 * 1024**2
+"""With `AUTO`, less is streamed as it is: little is gained."""
+
 
 @dataclass(frozen=True)
 class ComponentRequest:
-    """Where one component of a checkpoint computes, which devices keep its weights, and which of `DONOR_MODES` they
-    are in. With `pack_weights` what is streamed is packed without loss, where the compute device can unpack it.
+    """Where one component of a checkpoint computes, which devices keep its weights, which of `DONOR_MODES` they are in,
+    and which of `PACK_MODES` is wanted, where the compute device can unpack weights.
 
     Raises `PlanError` for another mode.
     """
@@ -92,11 +97,13 @@ class ComponentRequest:
     compute_device: str
     allocation: Allocation
     donor_mode: str = AUTO
-    pack_weights: bool = False
+    pack_weights: str = AUTO
 
     def __post_init__(self) -> None:
         if self.donor_mode not in DONOR_MODES:
             raise PlanError(f"donor mode is {self.donor_mode!r}; use {', '.join(DONOR_MODES)}")
+        if self.pack_weights not in PACK_MODES:
+            raise PlanError(f"pack weights is {self.pack_weights!r}; use {', '.join(PACK_MODES)}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ class Layer:
     One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab, where its
     tensors are aligned. `block` names the repeated part of the model that it belongs to, and `unit` the module that can
     run on another device as a whole; "" where there is none. `is_table`: an embedding, of which only single rows are
-    read. With some patches the weights take `extra_bytes` more; with these or without, it is the same layer.
+    read. `is_bf16`: most of its bytes are bf16 weights, which can be packed. With some patches the weights take
+    `extra_bytes` more; with these or without, it is the same layer.
     """
 
     name: str
@@ -128,6 +136,7 @@ class Layer:
     block: str = ""
     unit: str = ""
     is_table: bool = False
+    is_bf16: bool = False
     extra_bytes: int = field(default=0, compare=False)
 
 
@@ -162,6 +171,12 @@ class Group:
         return not (self.is_relayed or self.is_table)
 
     @cached_property
+    def is_packable(self) -> bool:
+        """Whether it is streamed, and most of its bytes can be packed."""
+        of_bf16 = sum(layer.num_bytes for layer in self.layers if layer.is_bf16)
+        return self.is_streamed and 2 * of_bf16 > sum(layer.num_bytes for layer in self.layers)
+
+    @cached_property
     def num_bytes(self) -> int:
         return sum(layer.num_bytes + layer.extra_bytes for layer in self.layers)
 
@@ -175,8 +190,7 @@ class Plan:
     """For every layer, in the order of registration, the device that keeps it.
 
     `evicted` are groups that were planned for the compute device, and have to be elsewhere for want of room. On
-    `relays`, donors that compute, the units run all of whose layers lie there. If it `packs`, streamed groups are
-    packed.
+    `relays`, donors that compute, the units run all of whose layers lie there. `pack_weights` is one of `PACK_MODES`.
     """
 
     compute_device: str
@@ -184,7 +198,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     evicted: tuple[Group, ...] = ()
     relays: tuple[str, ...] = ()
-    packs: bool = False
+    pack_weights: str = OFF
 
     @classmethod
     def all_on(cls, device: str, layers: Iterable[Layer]) -> Plan:
@@ -199,9 +213,8 @@ class Plan:
         names = {self.compute_device: device, device: self.compute_device}
         device_of = {item.layer.name: names.get(item.device, item.device) for item in self.placements}
         placements = tuple(Placement(layer, device_of.get(layer.name, device)) for layer in layers)
-        return Plan(
-            device, placements, relays=tuple(names.get(relay, relay) for relay in self.relays), packs=self.packs
-        )
+        relays = tuple(names.get(relay, relay) for relay in self.relays)
+        return Plan(device, placements, relays=relays, pack_weights=self.pack_weights)
 
     @cached_property
     def model_bytes(self) -> int:
@@ -238,6 +251,11 @@ class Plan:
         """Placements on donors that are copied to the compute device."""
         return tuple(placement for placement in self.placements if self.how_served(placement) == STREAMED)
 
+    def is_packed(self, placement: Placement) -> bool:
+        """Whether the weights are to be packed from the start, if they become smaller."""
+        is_streamed = self.how_served(placement) == STREAMED
+        return self.pack_weights == ON and is_streamed and placement.layer.is_bf16
+
     def how_served(self, placement: Placement) -> str:
         if placement.device == self.compute_device:
             return RESIDENT
@@ -273,7 +291,13 @@ class Plan:
     @cached_property
     def packed_room_bytes(self) -> int:
         """Memory of the compute device through which packed groups come, besides."""
-        return sizing.packed_room_bytes(self._streamed_sizes) if self.packs else 0
+        return self._room_for(group for group in self.groups if group.is_packable)
+
+    def _room_for(self, packable: Iterable[Group]) -> int:
+        """The memory for these to come packed, where they may."""
+        sizes = [group.slab_bytes for group in packable]
+        may_be = self.pack_weights == ON or (self.pack_weights == AUTO and sum(sizes) >= LEAST_TO_PACK_BYTES)
+        return sizing.packed_room_bytes(sizes) if may_be else 0
 
     @property
     def buffer_bytes(self) -> int:
@@ -318,9 +342,9 @@ class Plan:
         a little from prompt to prompt.
         """
         resident = self.bytes_on(self.compute_device)
-        if self.packs:  # what the largest group would need
-            sizes = [*self._streamed_sizes, *(group.slab_bytes for group in self._evictable)]
-            compute_bytes -= sizing.packed_room_bytes(sizes)
+        does_fit = self.compute_bytes <= compute_bytes
+        to_come = self.groups if does_fit else (*self.groups, *self._evictable)
+        compute_bytes -= self._room_for(group for group in to_come if group.is_packable)
         num_evicted = num_to_evict(self._evictable, resident, self._streamed_sizes, compute_bytes)
         evicted_before = before.evicted if before is not None else ()
         if num_evicted < len(evicted_before) and evicted_before == self._evictable[: len(evicted_before)]:

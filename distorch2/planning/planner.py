@@ -92,7 +92,7 @@ def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Map
     device_of.update(dict.fromkeys(sizes, OVERFLOW_DEVICE))
 
     placements = tuple(Placement(layer, device_of[index]) for index, layer in enumerate(layers))
-    plan = Plan(compute_device, placements, relays=computing, packs=request.pack_weights)
+    plan = Plan(compute_device, placements, relays=computing, pack_weights=request.pack_weights)
     notes = (
         allocation.note,
         _fixed_note(compute_device, fixed_bytes, excess, model_bytes),

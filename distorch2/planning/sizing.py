@@ -24,6 +24,8 @@ class _Layer(Protocol):
     def is_table(self) -> bool: ...
 
 
+PACKED_PART = 0.76
+"""Of their size, what packed weights of networks take at most: with 4 bits of exponent for each, and few escapes."""
 PACKED_SLOTS = 3
 """Of packed groups on the compute device: one is copied while another is unpacked, and copies need not wait."""
 

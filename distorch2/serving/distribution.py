@@ -15,11 +15,13 @@ from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.transfer import Transfer
 from ..moving.unpacking import reason_against
-from ..planning.plan import GIB, Group, Plan, size_text
+from ..planning.plan import AUTO, GIB, OFF, Group, Plan, size_text
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.files import FileError
+from ..weights.packing import PackedSlab
 from . import host_memory
 from .groups import StoredGroup
+from .pace import Pace
 from .reading import Reading
 from .relay import Relay
 from .serving import Serving
@@ -27,6 +29,9 @@ from .stores import Stores
 from .streaming import Streamer
 
 logger = logging.getLogger(__name__)
+
+_MOST_WAITING = 0.05
+"""Where computing waits longer for copies, packed ones gain more than it costs to unpack them."""
 
 
 class State(enum.Enum):
@@ -57,9 +62,9 @@ class Distribution:
 
     def __init__(self, module: torch.nn.Module, plan: Plan, program: Program) -> None:
         self.device = torch.device(plan.compute_device)
-        if plan.packs and (reason := reason_against(self.device.type)):
+        if plan.packed_room_bytes and (reason := reason_against(self.device.type)):
             logger.info("DisTorch2: weights are not packed for %s: %s", self.device, reason)
-            plan = replace(plan, packs=False)
+            plan = replace(plan, pack_weights=OFF)
         self.asked = self.plan = plan
         self.state = State.RELEASED
         self.shares = [
@@ -67,10 +72,11 @@ class Distribution:
             for donor in plan.donors
             if device_of(donor) not in (CPU, DISK)
         ]
-        self._logged_overflow = 0
+        self._logged_overflow = self._logged_packed = 0
         self._program = program
-        self._stores = Stores(module, self.device, program, plan.packs)
+        self._stores = Stores(module, self.device, program, plan.pack_weights)
         self._serving = Serving(self._stores, program)
+        self._pace = Pace(self.transfer) if plan.pack_weights == AUTO and self.transfer.has_streams else None
         # A dropped module is not unloaded first.
         weakref.finalize(module, _unpin_all, self.transfer, self.pinned).atexit = False
 
@@ -146,6 +152,32 @@ class Distribution:
     def note_restored(self, layer_name: str, name: str) -> None:
         self._stores.sources.restored(self._stores.module.get_submodule(layer_name), name)
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Around each pass of the module."""
+        self.relieve_host_memory()
+        if self._pace is None or self._stores.packer.is_on or not self.plan.packed_room_bytes:
+            yield
+            return
+        waiting_part = self._pace.waiting_part()
+        if waiting_part is not None and waiting_part > _MOST_WAITING and self.is_placed:
+            self._pack(waiting_part)
+        with self._pace.a_pass():
+            yield
+
+    def _pack(self, waiting_part: float) -> None:
+        logger.info(
+            "DisTorch2: %s waits %.0f%% of the time for copies of weights, and has them packed",
+            type(self._stores.module).__name__,
+            100 * waiting_part,
+        )
+        self._pause()
+        try:
+            self._stores.pack()
+        finally:
+            self._serve()
+        self._log_packed()
+
     def relieve_host_memory(self) -> None:
         """Give slabs up where others have taken so much main memory that less is left than is to be."""
         if self._program.spare_host_memory() >= 0 or not self.host_bytes:  # the first costs little, in every step
@@ -162,6 +194,8 @@ class Distribution:
         if self.relay is not None:
             self.relay.streamer.give_up_staging()
         host_memory.note_use(self)
+        if self._pace is not None:
+            self._pace.begin_run()
         if self.is_placed and plan.evicted == before.evicted and not self._stores.can_leave_the_disk(plan):
             self._stores.place_others()
             return
@@ -170,6 +204,7 @@ class Distribution:
         self._stores.place(plan, is_cancellable)
         self._serve()
         self._log_overflow()
+        self._log_packed()
 
     def limit(self, donor: torch.device, num_bytes: float) -> None:
         """Keep no more than `num_bytes` of slabs on a donor, and the others that are planned for it on the host."""
@@ -268,6 +303,18 @@ class Distribution:
                 self.device,
                 "streamed from the host, for want of room" if now else "resident again",
             )
+
+    def _log_packed(self) -> None:
+        packed = [group for group in self.groups.values() if isinstance(group.source, PackedSlab)]
+        num_bytes, of_slabs = sum(each.source.nbytes for each in packed), sum(each.slab_bytes for each in packed)
+        if num_bytes and num_bytes != self._logged_packed:
+            logger.info(
+                "DisTorch2: %s of %s are packed to %.0f%%, and streamed so",
+                size_text(of_slabs),
+                type(self._stores.module).__name__,
+                100 * num_bytes / of_slabs,
+            )
+        self._logged_packed = num_bytes
 
     def _log_overflow(self) -> None:
         num_bytes = self._stores.overflow_bytes(self.plan)

@@ -116,9 +116,9 @@ class StoredGroup:
         modules: Mapping[str, torch.nn.Module],
         layouts: Sequence[SlabLayout],
         is_table: bool = False,
-        is_streamed: bool = False,
+        is_packable: bool = False,
     ) -> None:
-        self.is_table, self.is_streamed = is_table, is_streamed
+        self.is_table, self.is_packable = is_table, is_packable
         self.layers: list[StoredLayer] = []
         self.slab_bytes = 0
         for (name, module), layout in zip(modules.items(), layouts, strict=True):
@@ -163,12 +163,6 @@ class StoredGroup:
     def is_bound_on_host(self) -> bool:
         """Whether the parameters are views of a slab there, in memory or in the mapping of a temporary file."""
         return self.slab is not None and self.slab.device == CPU
-
-    @property
-    def is_bf16(self) -> bool:
-        """Whether most of its bytes are."""
-        parts = [part for layer in self.layers for field in layer.layout.fields for part in field.parts]
-        return 2 * sum(part.num_bytes for part in parts if part.dtype is torch.bfloat16) > self.slab_bytes
 
     @property
     def is_in_temporary_file(self) -> bool:

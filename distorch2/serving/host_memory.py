@@ -40,7 +40,7 @@ def note_use(keeper: _Keeper) -> None:
     _keepers.append(weakref.ref(keeper))
 
 
-def make_room(num_bytes: int, module: torch.nn.Module, program: Program) -> float:
+def make_room(num_bytes: float, module: torch.nn.Module, program: Program) -> float:
     """Have `num_bytes` of main memory spare for slabs of `module`. Returns how many bytes of them are to lie elsewhere:
     0 where there is room. For 0 bytes, how many that are there are to leave it, since others have taken some."""
     if num_bytes > program.spare_host_memory():
@@ -63,7 +63,7 @@ def obtainable(module: torch.nn.Module, program: Program) -> float:
     return program.spare_host_memory() + sum(keeper.host_bytes for keeper in _idle_keepers(module, program))
 
 
-def _to_leave_out(num_bytes: int, spare: float) -> float:
+def _to_leave_out(num_bytes: float, spare: float) -> float:
     lacking = num_bytes - spare
     return lacking + _BESIDE_SLABS_BYTES if lacking > 0 else 0
 

@@ -28,7 +28,7 @@ class Packer:
     def __init__(self, device: torch.device, program: Program, pinned: PinnedSlabs, is_on: bool) -> None:
         self.is_on = is_on
         self._device, self._program, self._pinned = device, program, pinned
-        self._reason = ""
+        self._has_warned = False
         self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         self._is_packing = threading.Lock()
 
@@ -80,9 +80,8 @@ class Packer:
         try:
             return pack(slab.to(device, non_blocking=True), coder_for(device))
         except Exception as error:  # of a compiler, too
-            if not self._program.is_out_of_memory(error):
-                self.is_on = False
-            if str(error) != self._reason:
-                self._reason = str(error)
+            self.is_on = self._program.is_out_of_memory(error)
+            if not (self.is_on and self._has_warned):
+                self._has_warned = True
                 logger.warning("DisTorch2: weights are not packed (%s)", str(error).partition("\n")[0])
             return None

@@ -60,7 +60,7 @@ class Serving:
         self._page_lock([slab for slab in moved if slab is not None])
         streamed = [group.host_slab for group in groups if not isinstance(group.source, PackedSlab)]
         slabs = [slab for slab in streamed if slab is not None and stores.pinned.holds(slab)]
-        if plan.packed_room_bytes and self.transfer.has_streams:
+        if any(isinstance(group.source, PackedSlab) for group in groups) and self.transfer.has_streams:
             self.transfer.take(unpacker=self._make_unpacker(plan))
         devices = [device_of(name) for name in plan.devices]
         take_detour(self.transfer, slabs, self.streamer.staging, devices, self._program)

@@ -15,9 +15,10 @@ from ..moving.modules import Mover
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..planning.eviction import spread
-from ..planning.plan import Group, Plan
+from ..planning.plan import OFF, ON, Group, Plan
+from ..planning.sizing import PACKED_PART
 from ..weights.devices import CPU, DISK, device_of
-from ..weights.inventory import layout_of, loaded_dtypes, note_dtype
+from ..weights.inventory import layout_of, loaded_dtypes, note_dtype, own_tensors
 from ..weights.packing import PackedSlab
 from ..weights.quantised import as_parameter, plain_tensors, to_device
 from ..weights.sources import Sources
@@ -35,17 +36,21 @@ _FILLING_THREADS = 8
 class Stores:
     """The weights of one module: slabs on donors, and everything else on `device`, or on the host after `release`.
 
-    `groups` are those that lie in slabs. `pinned` page-locks those on the host while `is_in_use`. With `packs`, groups
-    that are streamed are packed where that makes them smaller.
+    `groups` are those that lie in slabs. `pinned` page-locks those on the host while `is_in_use`. With `pack_weights`,
+    one of `PACK_MODES`, groups that are streamed are packed where that makes them smaller: from the start, or after
+    `pack`, or when main memory is short.
     """
 
-    def __init__(self, module: torch.nn.Module, device: torch.device, program: Program, packs: bool = False) -> None:
+    def __init__(
+        self, module: torch.nn.Module, device: torch.device, program: Program, pack_weights: str = OFF
+    ) -> None:
         self.device = device
         self.groups: dict[Group, StoredGroup] = {}
         self.sources = Sources()
         self.pinned = PinnedSlabs(device, program)
         self.is_in_use = False
-        self.packer = Packer(device, program, self.pinned, packs)
+        self.packer = Packer(device, program, self.pinned, pack_weights == ON)
+        self._may_pack = pack_weights != OFF
         self._program = program
         self._temporary = TemporarySlabs(program.temporary_folder)
         self._limits: dict[torch.device, float] = {}
@@ -301,16 +306,26 @@ class Stores:
     def _is_to_be_packed(self, group: StoredGroup) -> bool:
         """Whether that is asked for, may make it smaller, and its modules can have the weights in the mappings of
         files."""
-        return (
-            self.packer.is_on
-            and group.is_streamed
-            and group.is_bf16
-            and all(
-                self.sources.of(layer.module, field.name) is not None
-                for layer in group.living
-                for field in layer.layout.fields
-            )
-        )
+        return self.packer.is_on and group.is_packable and self._are_in_files(layer.module for layer in group.living)
+
+    def _are_in_files(self, modules: Iterable[torch.nn.Module]) -> bool:
+        return all(self.sources.of(child, name) is not None for child in modules for name in own_tensors(child))
+
+    def _bytes_expected(self, key: Group) -> float:
+        """Of its slab, before it is filled."""
+        modules = (self.module.get_submodule(layer.name) for layer in key.layers)
+        is_to_be_packed = self.packer.is_on and key.is_packable and self._are_in_files(modules)
+        return key.slab_bytes * (PACKED_PART if is_to_be_packed else 1)
+
+    def pack(self) -> None:
+        """Have what is streamed packed, now and from now on."""
+        self.packer.is_on = True
+        for group in self.groups.values():
+            if group.device not in (CPU, DISK):
+                self._pack(group)
+        on_host = [key for key in self.keys_on_host() if self._is_to_be_packed(self.groups[key])]
+        modules = {key: {layer.name: layer.module for layer in self.groups[key].living} for key in on_host}
+        self._fill(modules, dict.fromkeys(on_host, CPU))
 
     def _pack(self, group: StoredGroup) -> None:
         """Have a group that lies in memory packed there."""
@@ -353,11 +368,17 @@ class Stores:
             devices[key] = device
         is_there = {key for key, group in self.groups.items() if group.device == CPU}
         coming = [key for key, device in devices.items() if device == CPU and key not in is_there]
-        to_leave_out = host_memory.make_room(sum(key.slab_bytes for key in coming), self.module, self._program)
+        to_leave_out = self._lacking_for(coming)
+        if to_leave_out and self._may_pack and not self.packer.is_on:
+            self.packer.is_on = True
+            to_leave_out = self._lacking_for(coming)
         if to_leave_out:
             in_order = [coming[index] for index in spread(len(coming))]
             devices |= dict.fromkeys(self._as_many_as(in_order, to_leave_out), DISK)
         return devices
+
+    def _lacking_for(self, keys: Iterable[Group]) -> float:
+        return host_memory.make_room(sum(map(self._bytes_expected, keys)), self.module, self._program)
 
     def _fill(
         self,
@@ -372,7 +393,7 @@ class Stores:
         when the weights that they are filled with are let go.
         """
         made = {
-            key: StoredGroup(members, [layout_of(each) for each in members.values()], key.is_table, key.is_streamed)
+            key: StoredGroup(members, [layout_of(each) for each in members.values()], key.is_table, key.is_packable)
             for key, members in modules.items()
         }
         on_host = iter([key for key in made if devices[key] == CPU])

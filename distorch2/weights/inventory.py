@@ -28,12 +28,14 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
     layers, seen = [], set()
     for name, child in modules.items():
         tensors = own_tensors(child)
-        sizes = []
+        sizes, bf16_bytes = [], 0
         for tensor_name, tensor in tensors.items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 parts = zip(plain_tensors(tensor), loaded_dtypes(child, tensor_name), strict=True)
-                sizes += [part.numel() * dtype.itemsize for part, dtype in parts]
+                of_parts = [(part.numel() * dtype.itemsize, dtype) for part, dtype in parts]
+                sizes += [num_bytes for num_bytes, _ in of_parts]
+                bf16_bytes += sum(num_bytes for num_bytes, dtype in of_parts if dtype is torch.bfloat16)
         if tensors:
             movable = (
                 hasattr(child, "comfy_cast_weights")
@@ -45,7 +47,8 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
             slab_bytes = layout_of(child).num_bytes if movable else 0
             block, unit = _block_of(name, modules), _unit_of(name, modules)
             is_table = movable and sum(sizes) >= LEAST_TABLE_BYTES and _is_table(child)
-            layers.append(Layer(name, sum(sizes), movable, slab_bytes, block, unit, is_table))
+            is_bf16 = 2 * bf16_bytes > sum(sizes)
+            layers.append(Layer(name, sum(sizes), movable, slab_bytes, block, unit, is_table, is_bf16))
     return layers
 
 
