@@ -52,6 +52,13 @@ def compute_on_sim(monkeypatch):
     monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *arguments, **options: 0)
 
 
+def limit(monkeypatch, index, num_bytes):
+    """How much memory a simulated accelerator has."""
+    capacity = list(sim.capacity_bytes)
+    capacity[index] = int(num_bytes)
+    monkeypatch.setattr(sim, "capacity_bytes", capacity)
+
+
 def load(checkpoints, kind, text, donor_mode="stream", **options):
     """(model, clip) with the diffusion model as in `text`, and the text encoder on the host."""
     unet = ComponentRequest("sim:0", parse_allocation(text), donor_mode)

@@ -16,7 +16,7 @@ import comfy.lora
 import comfy.model_management as mm
 import pytest
 import torch
-from computing import INFERENCE_BYTES, MIB, compute_on_sim, load, same, sim
+from computing import INFERENCE_BYTES, MIB, compute_on_sim, limit, load, same, sim
 from computing import computing as computing
 from computing import expected as expected
 from computing import inference_mode as inference_mode
@@ -34,12 +34,6 @@ from distorch2.weights import slab
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
 KINDS = ("sd3_no_clip_weights", "flux", "sd15_blocks", "sd15_blocks_no_clip")
-
-
-def limit(monkeypatch, index, num_bytes):
-    capacity = list(sim.capacity_bytes)
-    capacity[index] = int(num_bytes)
-    monkeypatch.setattr(sim, "capacity_bytes", capacity)
 
 
 def log_lines(caplog, text):

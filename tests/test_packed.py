@@ -1,15 +1,16 @@
 """Streamed weights that are packed: the same bits, in less memory."""
 
+import itertools
 import logging
 
 import comfy.cli_args
 import comfy.model_management as mm
 import pytest
 import torch
+from computing import MIB, limit, same, sim
 from computing import computing as computing
 from computing import expected as expected
 from computing import inference_mode as inference_mode
-from computing import same, sim
 from placing import lora_for, with_hook
 from sampling import core_load, sample
 
@@ -21,13 +22,14 @@ from distorch2.moving.transfer import Timing
 from distorch2.planning import plan
 from distorch2.planning.plan import ComponentRequest
 from distorch2.serving import distribution
-from distorch2.serving.stores import Stores
+from distorch2.serving.groups import StoredGroup
 from distorch2.weights import sources
 from distorch2.weights.devices import CPU, DISK
 from distorch2.weights.packing import PackedSlab
 
-KINDS = ("wan_bf16", "wan_fp32")
-KIND, NOT_PACKED = KINDS
+KINDS = ("wan_bf16", "wan_fp32", "wan_bf16_deep")
+KIND, NOT_PACKED, DEEP = KINDS
+FOR_THE_DEFINITION_BYTES = 128 * MIB
 
 pytestmark = [
     pytest.mark.usefixtures("bf16", "inference_mode", "computing", "unpacking_on_sim"),
@@ -58,6 +60,10 @@ def packed(model):
     return [group for group in model.distribution.groups.values() if isinstance(group.source, PackedSlab)]
 
 
+def packed_on(model, device="sim:0"):
+    return [group for group in packed(model) if str(group.device) == device]
+
+
 @pytest.mark.parametrize("text", ["cpu,*", "sim:0,50%;cpu,*", "sim:0,30%;sim:1,30%;cpu,*", "sim:0,30%;sim:1,*"])
 def test_latents_are_bit_identical(checkpoints, expected, text):
     model, clip = load(checkpoints, text)
@@ -68,7 +74,7 @@ def test_latents_are_bit_identical(checkpoints, expected, text):
         assert len(groups) > 4
         assert 0.69 < sum(each.source.nbytes for each in groups) / sum(each.slab_bytes for each in groups) < 0.73
         # What ComfyUI is told is what there is, but for what the last step left: less than 1 MiB.
-        assert 0 <= sim.used_bytes[0] - model.loaded_size() < 1024**2
+        assert 0 <= sim.used_bytes[0] - model.loaded_size() < MIB
         assert model.distribution.bytes_on(CPU) == sum(
             each.source.nbytes for each in model.distribution.groups.values() if each.device == CPU
         )
@@ -101,6 +107,7 @@ def test_loras_and_hooks(checkpoints):
         assert same(sample(hooked, clip, hooks=hooks), with_hooks)
         assert not [group for group in model.distribution.groups.values() if group.device == DISK]
         assert same(sample(model, clip), plain)
+        assert len(packed(model)) > 4
         mm.unload_all_models()
 
 
@@ -130,7 +137,7 @@ class TestAutomatically:
         assert "are packed to 7" in caplog.text
         assert len(packed(model)) > 4
         assert {group.device.type for group in packed(model)} == ({"cpu", "sim"} if "sim:1" in text else {"cpu"})
-        assert 0 <= sim.used_bytes[0] - model.loaded_size() < 1024**2
+        assert 0 <= sim.used_bytes[0] - model.loaded_size() < MIB
         assert same(sample(model, clip), expected[KIND])
         mm.unload_all_models()
         assert same(sample(model, clip), expected[KIND])  # it is known now
@@ -170,19 +177,119 @@ class TestAutomatically:
     def test_an_interrupt_while_packing(self, checkpoints, expected, waiting, monkeypatch):
         waiting(0.5)
         model, clip = load(checkpoints, "sim:0,20%;cpu,*", pack_weights="auto")
-        fill = Stores._fill
+        serve, calls = StoredGroup.serve_copy, itertools.count()
 
-        def interrupted(stores, modules, *arguments):
-            fill(stores, dict(list(modules.items())[:3]), *arguments)
-            raise mm.InterruptProcessingException
+        def interrupted(group, source):
+            if next(calls) == 3:
+                raise mm.InterruptProcessingException
+            serve(group, source)
 
         sample(model, clip)
-        monkeypatch.setattr(Stores, "_fill", interrupted)
-        with pytest.raises(mm.InterruptProcessingException):
-            sample(model, clip, steps=4)
-        monkeypatch.setattr(Stores, "_fill", fill)
+        with monkeypatch.context() as patches:
+            patches.setattr(StoredGroup, "serve_copy", interrupted)
+            with pytest.raises(mm.InterruptProcessingException):
+                sample(model, clip, steps=4)
         assert len(packed(model)) == 3
         assert same(sample(model, clip), expected[KIND])
+        assert len(packed(model)) > 4
+
+
+@pytest.fixture
+def limited():
+    """Has the simulated accelerator grant so many bytes to models. Beside them the definition of packing needs room."""
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(mm, "minimum_inference_memory", lambda: FOR_THE_DEFINITION_BYTES)
+
+        def grant(num_bytes):
+            limit(patches, 0, num_bytes + FOR_THE_DEFINITION_BYTES)
+            return num_bytes
+
+        yield grant
+
+
+class TestOnTheComputeDevice:
+    @pytest.mark.parametrize("text", ["sim:0,*", "sim:0,70%;cpu,*", "sim:0,70%;sim:1,*"])
+    def test_what_has_no_room_is_packed_before_any_leaves(self, checkpoints, expected, limited, caplog, text):
+        model, clip = load(checkpoints, text, DEEP)
+        asked = model.model_size()
+        for part, leaves in ((0.95, False), (0.5, True)):
+            mm.unload_all_models()
+            granted = limited(asked * part)
+            assert same(sample(model, clip), expected[DEEP])
+            plan, sizes = model.distribution.plan, [(each.source.nbytes, each.slab_bytes) for each in packed_on(model)]
+            assert len(sizes) == len(plan.packed) > 0
+            assert bool(plan.evicted) == leaves
+            assert {plan.how_served(item) for item in plan.placements} >= {"packed"}
+            assert 0 <= sim.used_bytes[0] - model.loaded_size() < MIB
+            assert model.loaded_size() <= plan.compute_bytes <= granted
+            assert 0.69 < sum(size for size, _ in sizes) / sum(before for _, before in sizes) < 0.76
+            caplog.clear()
+            assert same(sample(model, clip), expected[DEEP])  # nothing moves when nothing changed
+            assert "DisTorch2" not in caplog.text
+        limited(2 * asked)
+        assert same(sample(model, clip), expected[DEEP])
+        assert model.distribution.plan == model.distribution.asked
+        mm.unload_all_models()
+        assert sim.used_bytes == [0, 0]
+
+    def test_loras_and_hooks(self, checkpoints, limited):
+        """What is patched is not packed, and leaves instead."""
+        core_model, core_clip, _ = core_load(checkpoints(DEEP))
+        plain, with_lora = sample(core_model, core_clip), sample(lora_for(core_model), core_clip)
+        hooked, hooks = with_hook(core_model)
+        with_hooks = sample(hooked, core_clip, hooks=hooks)
+        mm.unload_all_models()
+        model, clip = load(checkpoints, "sim:0,*", DEEP)
+        granted = limited(model.model_size() * 0.95)
+        for _ in range(2):
+            assert same(sample(model, clip), plain)
+            assert packed_on(model)
+            assert same(sample(lora_for(model), clip), with_lora)
+            assert model.distribution.plan.evicted
+            assert model.loaded_size() <= granted
+            hooked, hooks = with_hook(model)
+            assert same(sample(hooked, clip, hooks=hooks), with_hooks)
+            assert model.loaded_size() <= granted
+        assert same(sample(model, clip), plain)
+
+    def test_what_cannot_be_packed_lies_in_main_memory(self, checkpoints, expected, limited, monkeypatch):
+        monkeypatch.setattr(unpacking.Reference, "decode", lambda self, packed, slab: slab.zero_())
+        model, clip = load(checkpoints, "sim:0,*", DEEP)
+        granted = limited(model.model_size() * 0.95)
+        for _ in range(2):
+            assert same(sample(model, clip), expected[DEEP])
+            assert model.distribution.plan.packed
+            assert not packed(model)
+            assert model.loaded_size() <= granted
+            assert {group.device for group in model.distribution.groups.values()} == {CPU}
+
+    def test_what_has_left_is_packed_there_when_copies_do_not_keep_up(
+        self, checkpoints, expected, limited, waiting, small_models_too
+    ):
+        waiting(0.5)
+        model, clip = load(checkpoints, "sim:0,*", DEEP, pack_weights="auto")
+        limited(model.model_size() * 0.95)
+        for _ in range(2):
+            assert same(sample(model, clip), expected[DEEP])
+            assert model.distribution.plan.evicted
+            assert not packed(model)
+        sample(model, clip, steps=4)
+        assert packed(model)
+        assert model.distribution.plan.evicted
+        assert same(sample(model, clip), expected[DEEP])
+        assert model.distribution.plan.packed
+        assert not model.distribution.plan.evicted
+
+    def test_memory_taken_back_between_two_steps(self, checkpoints, expected):
+        model, clip = load(checkpoints, "sim:0,*", DEEP)
+        assert same(sample(model, clip), expected[DEEP])
+        size = model.loaded_size()
+        assert size == model.model_size()
+        for part in (0.95, 0.6):
+            model.partially_unload(CPU, model.loaded_size() - part * size)
+            assert model.loaded_size() <= part * size
+            assert packed_on(model)
+            assert same(sample(model, clip), expected[DEEP])
 
 
 def test_small_models_are_left_as_they_are(checkpoints, waiting):

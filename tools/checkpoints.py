@@ -413,6 +413,7 @@ KINDS = {
     "wan": Kind(lambda seed: wan().draw(seed, prefix=MODEL)),
     "wan_fp32": Kind(lambda seed: wan(6, 768).draw(seed, torch.float32, prefix=MODEL)),  # 245 MB; as the CPU computes
     "wan_bf16": Kind(lambda seed: wan(3, 768).draw(seed, torch.bfloat16, prefix=MODEL)),
+    "wan_bf16_deep": Kind(lambda seed: wan(16, 384).draw(seed, torch.bfloat16, prefix=MODEL)),
     "minimax_h3": Kind(lambda seed: minimax_h3().draw(seed, torch.bfloat16, prefix=MODEL)),
     "minimax_h3_int8": Kind(lambda seed: to_int8(minimax_h3().draw(seed, torch.bfloat16, prefix=MODEL))),
     "qwen_image": Kind(lambda seed: qwen_image().draw(seed, torch.bfloat16, prefix=MODEL)),

@@ -378,8 +378,8 @@ class DistributedPatcher(WeightPatcher):
         """The plan as asked, with what this clone's patches add to it."""
         asked, cached = self.distribution.asked, vars(self).get("_planned")
         if cached is None or cached[0] is not asked or cached[1:3] != (self.patches_uuid, self._compute_dtype):
-            extra = asked.with_extra_bytes(self._extra_bytes())
-            cached = self._planned = (asked, self.patches_uuid, self._compute_dtype, extra)
+            patched = asked.with_patches(self._extra_bytes(), {split_key(key)[0] for key in self.patches})
+            cached = self._planned = (asked, self.patches_uuid, self._compute_dtype, patched)
         return cached[3]
 
     def _set_casting(self) -> None:

@@ -86,6 +86,10 @@ class Transfer:
         return 0 if self._unpacker is None else sum(slot.nbytes for slot in self._unpacker.slots)
 
     @property
+    def unpacker(self) -> Unpacker | None:
+        return self._unpacker
+
+    @property
     def upload(self) -> Upload | None:
         return self._upload
 
@@ -93,12 +97,14 @@ class Transfer:
     def detour(self) -> Detour | None:
         return self._detour
 
-    def take(
-        self, upload: Upload | None = None, detour: Detour | None = None, unpacker: Unpacker | None = None
-    ) -> None:
+    def take(self, upload: Upload | None = None, detour: Detour | None = None) -> None:
         """Have copies take one more of these ways from now on."""
         self._upload, self._detour = upload or self._upload, detour or self._detour
-        self._unpacker = unpacker or self._unpacker
+
+    def unpack_by(self, unpacker: Unpacker | None) -> None:
+        """Have what is packed come this way from now on, instead of the one before, whose slots may be freed then."""
+        self.wait()
+        self._unpacker = unpacker
 
     def leave_detour(self) -> None:
         try:

@@ -78,26 +78,37 @@ def coder_for(device: torch.device) -> Coder:
 
 
 class Unpacker:
-    """Unpacks slabs that have been copied to one device into `slots` there (uint8) that take turns, on a `stream` of
-    its own: meanwhile copying goes on."""
+    """Unpacks slabs on one device on a `stream` of its own: meanwhile copying goes on. Those from elsewhere are copied
+    into `slots` there (uint8) that take turns."""
 
     def __init__(self, device: torch.device, slots: Sequence[torch.Tensor]) -> None:
         self.slots = slots
+        self.slot_bytes = min((slot.nbytes for slot in slots), default=0)
+        self._device = device
         self._backend, self._coder = backend_of(device), coder_for(device)
         self.stream = self._backend.Stream(device)
         self.stream.wait_stream(self._backend.current_stream(device))  # which may have used the slots' memory
-        self._turns = itertools.cycle([(slot, self._backend.Event(), self._backend.Event()) for slot in slots])
+        self._turns = itertools.cycle([(slot, self._backend.Event()) for slot in slots])
+        self._is_there = self._backend.Event()
 
     def unpack(
         self, packed: PackedSlab, target: torch.Tensor, copy: Callable[[torch.Tensor, torch.Tensor], Any]
     ) -> None:
-        """Have `copy(source, slot)` copy the packed bytes on the current stream, and then unpack them into `target`."""
-        slot, is_copied, is_unpacked = next(self._turns)
-        copying, staged = self._backend.current_stream(target.device), slot[: packed.nbytes]
+        """Have `copy(source, slot)` copy the packed bytes on the current stream, where they are elsewhere, and then
+        unpack them into `target`."""
+        copying = self._backend.current_stream(self._device)
+        if packed.device == self._device:
+            self._decode(packed, target, copying)
+            return
+        slot, is_unpacked = next(self._turns)
+        staged = slot[: packed.nbytes]
         copying.wait_event(is_unpacked)
         copy(packed.buffer, staged)
-        is_copied.record(copying)
-        self.stream.wait_event(is_copied)
-        with self._backend.stream(self.stream):
-            self._coder.decode(PackedSlab(packed.layout, staged), target)
+        self._decode(PackedSlab(packed.layout, staged), target, copying)
         is_unpacked.record(self.stream)
+
+    def _decode(self, packed: PackedSlab, target: torch.Tensor, after: Any) -> None:
+        self._is_there.record(after)
+        self.stream.wait_event(self._is_there)
+        with self._backend.stream(self.stream):
+            self._coder.decode(packed, target)

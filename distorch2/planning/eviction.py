@@ -1,4 +1,4 @@
-"""Which resident groups leave the compute device for want of room, in which order, and how many."""
+"""What is done for want of room on the compute device: in which order, and how much of it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Protocol
 from .sizing import staging_bytes
 
 
-class _Group(Protocol):
+class _Relief(Protocol):
     @property
-    def num_bytes(self) -> int: ...
+    def freed_bytes(self) -> int: ...
 
     @property
-    def slab_bytes(self) -> int: ...
-
-    @property
-    def is_streamed(self) -> bool: ...
+    def newly_streamed_bytes(self) -> int:
+        """Of a slab for which the staging buffer has to have room from then on; 0 where it has."""
 
 
 def spread(count: int) -> list[int]:
@@ -26,22 +24,22 @@ def spread(count: int) -> list[int]:
     return sorted(range(count), key=lambda index: f"{index:0{num_digits}b}"[::-1])
 
 
-def num_to_evict(
-    in_order: Iterable[_Group], resident_bytes: int, streamed_sizes: Sequence[int], compute_bytes: float
+def num_to_relieve(
+    in_order: Iterable[_Relief], resident_bytes: int, streamed_sizes: Sequence[int], compute_bytes: float
 ) -> int:
-    """How many of the groups `in_order` have to go, for no more than `compute_bytes` on the compute device.
+    """How many of the reliefs `in_order` it takes, for no more than `compute_bytes` on the compute device.
 
-    There lie `resident_bytes`, these groups included, and a staging buffer for groups of `streamed_sizes`, to which
-    evicted ones are added. Where no number is enough it is the one that leaves the least.
+    There lie `resident_bytes`, and a staging buffer for groups of `streamed_sizes`. Where no number is enough it is the
+    one that leaves the least.
     """
     sizes, resident = list(streamed_sizes), resident_bytes
     least, found = resident + staging_bytes(sizes), 0
-    for number, group in enumerate(in_order, 1):
+    for number, relief in enumerate(in_order, 1):
         if least <= compute_bytes:
             break
-        resident -= group.num_bytes
-        if group.is_streamed:
-            sizes.append(group.slab_bytes)
+        resident -= relief.freed_bytes
+        if relief.newly_streamed_bytes:
+            sizes.append(relief.newly_streamed_bytes)
         needed = resident + staging_bytes(sizes)
         if needed < least:
             least, found = needed, number

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
 from . import sizing
-from .eviction import num_to_evict, spread
+from .eviction import num_to_relieve, spread
 
 GIB = 1024**3
 SMALL_BYTES = 64 * 1024
@@ -125,8 +125,8 @@ class Layer:
     One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab, where its
     tensors are aligned. `block` names the repeated part of the model that it belongs to, and `unit` the module that can
     run on another device as a whole; "" where there is none. `is_table`: an embedding, of which only single rows are
-    read. `is_bf16`: most of its bytes are bf16 weights, which can be packed. With some patches the weights take
-    `extra_bytes` more; with these or without, it is the same layer.
+    read. `is_bf16`: most of its bytes are bf16 weights, which can be packed, unless it `is_patched`. With some patches
+    the weights take `extra_bytes` more; with these or without, it is the same layer.
     """
 
     name: str
@@ -138,11 +138,12 @@ class Layer:
     is_table: bool = False
     is_bf16: bool = False
     extra_bytes: int = field(default=0, compare=False)
+    is_patched: bool = field(default=False, compare=False)
 
 
-RESIDENT, STREAMED, RELAYED, LOOKED_UP = ("resident", "streamed", "relayed", "looked up")
-"""Of a layer's weights: they lie on the compute device; they are copied there for each run; the donor runs the layer;
-the rows that are asked for are copied."""
+RESIDENT, PACKED, STREAMED, RELAYED, LOOKED_UP = ("resident", "packed", "streamed", "relayed", "looked up")
+"""Of a layer's weights: they lie on the compute device; they do, and are unpacked for each run; they are copied there
+for each run; the donor runs the layer; the rows that are asked for are copied."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Placement:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers on the same donor that are moved by one copy; of units that run there, if it `is_relayed`.
+    """Layers on the same donor that are moved by one copy; of units that run there, if it `is_relayed`. Or layers that
+    are packed on the compute device, `is_packed`.
 
     A table is a group of its own, and is not moved.
     """
@@ -161,6 +163,7 @@ class Group:
     device: str
     layers: tuple[Layer, ...]
     is_relayed: bool = False
+    is_packed: bool = False
 
     @property
     def is_table(self) -> bool:
@@ -171,10 +174,14 @@ class Group:
         return not (self.is_relayed or self.is_table)
 
     @cached_property
-    def is_packable(self) -> bool:
-        """Whether it is streamed, and most of its bytes can be packed."""
+    def is_bf16(self) -> bool:
+        """Whether most of its bytes can be packed, unless it is used where it lies."""
         of_bf16 = sum(layer.num_bytes for layer in self.layers if layer.is_bf16)
         return self.is_streamed and 2 * of_bf16 > sum(layer.num_bytes for layer in self.layers)
+
+    @cached_property
+    def is_packable(self) -> bool:
+        return self.is_bf16 and not any(layer.is_patched for layer in self.layers)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -186,17 +193,45 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Relief:
+    """What frees room on the compute device: a group that is resident, or packed there already, is packed, or goes
+    elsewhere."""
+
+    group: Group
+    is_packed: bool = False
+
+    @property
+    def packs(self) -> bool:
+        return self.group.is_packed
+
+    @property
+    def freed_bytes(self) -> int:
+        before = packed_bytes(self.group.num_bytes) if self.is_packed else self.group.num_bytes
+        return before - packed_bytes(self.group.num_bytes) if self.packs else before
+
+    @property
+    def newly_streamed_bytes(self) -> int:
+        return self.group.slab_bytes if self.group.is_streamed and not self.is_packed else 0
+
+
+def packed_bytes(num_bytes: int) -> int:
+    """What weights will take about, packed."""
+    return int(num_bytes * sizing.PACKED_PART)
+
+
+@dataclass(frozen=True)
 class Plan:
     """For every layer, in the order of registration, the device that keeps it.
 
-    `evicted` are groups that were planned for the compute device, and have to be elsewhere for want of room. On
-    `relays`, donors that compute, the units run all of whose layers lie there. `pack_weights` is one of `PACK_MODES`.
+    What was `relieved` is where it is for want of room: groups that were planned for the compute device are `packed`
+    there, or are elsewhere, `evicted`. On `relays`, donors that compute, the units run all of whose layers lie there.
+    `pack_weights` is one of `PACK_MODES`.
     """
 
     compute_device: str
     placements: tuple[Placement, ...]
     notes: tuple[str, ...] = ()
-    evicted: tuple[Group, ...] = ()
+    relieved: tuple[Relief, ...] = ()
     relays: tuple[str, ...] = ()
     pack_weights: str = OFF
 
@@ -215,6 +250,15 @@ class Plan:
         placements = tuple(Placement(layer, device_of.get(layer.name, device)) for layer in layers)
         relays = tuple(names.get(relay, relay) for relay in self.relays)
         return Plan(device, placements, relays=relays, pack_weights=self.pack_weights)
+
+    @cached_property
+    def evicted(self) -> tuple[Group, ...]:
+        return tuple(relief.group for relief in self.relieved if not relief.packs)
+
+    @cached_property
+    def packed(self) -> tuple[Group, ...]:
+        evicted = {group.layers for group in self.evicted}
+        return tuple(relief.group for relief in self.relieved if relief.packs and relief.group.layers not in evicted)
 
     @cached_property
     def model_bytes(self) -> int:
@@ -258,14 +302,14 @@ class Plan:
 
     def how_served(self, placement: Placement) -> str:
         if placement.device == self.compute_device:
-            return RESIDENT
+            return PACKED if placement.layer.name in self._packed_names else RESIDENT
         if self.is_relayed(placement):
             return RELAYED
         return LOOKED_UP if placement.layer.is_table else STREAMED
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The layers on donors in groups of up to `group_bytes`; a larger layer is a group of its own."""
+        """The layers that are not resident in groups of up to `group_bytes`; a larger layer is a group of its own."""
         evicted = self._evicted_names
         groups: list[Group] = []
         for device in self.donors:
@@ -273,11 +317,15 @@ class Plan:
             for is_relayed in (True, False):  # the last lose their place first when there is less room
                 layers = (item.layer for item in on_device if self.is_relayed(item) == is_relayed)
                 groups += self._grouped(device, layers, is_relayed)
-        return (*groups, *self.evicted)
+        return (*groups, *self.packed, *self.evicted)
 
     @cached_property
     def _evicted_names(self) -> frozenset[str]:
         return frozenset(layer.name for group in self.evicted for layer in group.layers)
+
+    @cached_property
+    def _packed_names(self) -> frozenset[str]:
+        return frozenset(layer.name for group in self.packed for layer in group.layers)
 
     @cached_property
     def group_bytes(self) -> int:
@@ -290,8 +338,8 @@ class Plan:
 
     @cached_property
     def packed_room_bytes(self) -> int:
-        """Memory of the compute device through which packed groups come, besides."""
-        return self._room_for(group for group in self.groups if group.is_packable)
+        """Memory of the compute device through which packed groups come from donors, besides."""
+        return self._room_for(group for group in self.groups if group.is_packable and not group.is_packed)
 
     def _room_for(self, packable: Iterable[Group]) -> int:
         """The memory for these to come packed, where they may."""
@@ -321,43 +369,69 @@ class Plan:
         return tuple(placement.layer for placement in self.placements if placement.device == device)
 
     def bytes_on(self, device: str) -> int:
-        return sum(layer.num_bytes + layer.extra_bytes for layer in self.layers_on(device))
+        num_bytes = sum(layer.num_bytes + layer.extra_bytes for layer in self.layers_on(device))
+        return num_bytes if device != self.compute_device else num_bytes - self._bytes_saved
 
-    def with_extra_bytes(self, extra: Mapping[str, int]) -> Plan:
-        """The same layers at the same places in the same groups, but taking so much more, by name."""
-        if not extra:
+    @cached_property
+    def resident_bytes(self) -> int:
+        """On the compute device, without what is packed there."""
+        return self.bytes_on(self.compute_device) - sum(packed_bytes(group.num_bytes) for group in self.packed)
+
+    @cached_property
+    def _bytes_saved(self) -> int:
+        return sum(group.num_bytes - packed_bytes(group.num_bytes) for group in self.packed)
+
+    def with_patches(self, extra_bytes: Mapping[str, int], patched: Collection[str]) -> Plan:
+        """The same layers at the same places in the same groups. By name, these take so many bytes more, and those are
+        patched."""
+        if not extra_bytes and not patched:
             return self
         placements = (
-            replace(item, layer=replace(item.layer, extra_bytes=extra.get(item.layer.name, 0)))
+            Placement(
+                replace(
+                    item.layer,
+                    extra_bytes=extra_bytes.get(item.layer.name, 0),
+                    is_patched=item.layer.name in patched,
+                ),
+                item.device,
+            )
             for item in self.placements
         )
         return replace(self, placements=tuple(placements))
 
     def within(self, compute_bytes: float, before: Plan | None = None) -> Plan:
-        """This plan, with as many resident groups evicted as it takes to need no more than `compute_bytes` on the
-        compute device; with those that leave the least there, where even that is more.
+        """This plan, with as many resident groups packed or evicted as it takes to need no more than `compute_bytes` on
+        the compute device; with those that leave the least there, where even that is more.
 
-        For a smaller number these groups are evicted and more, so that little moves when it changes. A group that
-        `before`, the plan that is served, has evicted comes back only if two groups more would fit: free memory differs
-        a little from prompt to prompt.
+        For a smaller number these are relieved and more, so that little moves when it changes. What `before`, the plan
+        that is served, has relieved comes back only if two groups more would fit: free memory differs a little from
+        prompt to prompt.
         """
-        resident = self.bytes_on(self.compute_device)
-        does_fit = self.compute_bytes <= compute_bytes
-        to_come = self.groups if does_fit else (*self.groups, *self._evictable)
-        compute_bytes -= self._room_for(group for group in to_come if group.is_packable)
-        num_evicted = num_to_evict(self._evictable, resident, self._streamed_sizes, compute_bytes)
-        evicted_before = before.evicted if before is not None else ()
-        if num_evicted < len(evicted_before) and evicted_before == self._evictable[: len(evicted_before)]:
-            with_spare = num_to_evict(
-                self._evictable, resident, self._streamed_sizes, compute_bytes - 2 * self.group_bytes
-            )
-            num_evicted = min(len(evicted_before), with_spare)
-        evicted = self._evictable[:num_evicted]
-        if not evicted:
+        number = self._num_to_relieve(compute_bytes)
+        num_before = len(before.relieved) if before is not None else 0
+        if before is not None and number < num_before and before.relieved == self._reliefs[:num_before]:
+            number = min(num_before, self._num_to_relieve(compute_bytes - 2 * self.group_bytes))
+        if not number:
             return self
-        device_of = {layer.name: group.device for group in evicted for layer in group.layers}
+        relieved = self._reliefs[:number]
+        device_of = {layer.name: relief.group.device for relief in relieved for layer in relief.group.layers}
         placements = (Placement(item.layer, device_of.get(item.layer.name, item.device)) for item in self.placements)
-        return replace(self, placements=tuple(placements), evicted=evicted)
+        return replace(self, placements=tuple(placements), relieved=relieved)
+
+    def _num_to_relieve(self, compute_bytes: float) -> int:
+        resident, sizes = self.bytes_on(self.compute_device), self._streamed_sizes
+        number = num_to_relieve(self._reliefs, resident, sizes, compute_bytes - self.packed_room_bytes)
+        if all(relief.packs for relief in self._reliefs[:number]):
+            return number
+        room = self._room_for(group for group in (*self.groups, *self._evictable) if group.is_packable)
+        return num_to_relieve(self._reliefs, resident, sizes, compute_bytes - room)
+
+    @cached_property
+    def _reliefs(self) -> tuple[Relief, ...]:
+        """In the order in which they are taken: all that are to be packed are, before any leave."""
+        to_pack = [group for group in self._evictable if group.is_packable] if self.pack_weights == ON else []
+        packing = [Relief(Group(self.compute_device, group.layers, is_packed=True)) for group in to_pack]
+        return (*packing, *(Relief(group, is_packed=group in to_pack) for group in self._evictable))
 
     @cached_property
     def _evictable(self) -> tuple[Group, ...]:

@@ -17,6 +17,7 @@ from fractions import Fraction
 
 from .plan import (
     AUTO,
+    ON,
     OVERFLOW_DEVICE,
     RELAY,
     SMALL_BYTES,
@@ -39,6 +40,8 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
     than one layer more or less than asked unless memory ran short. What fits nowhere else goes to `cpu`, with a note.
     Raises `PlanError` when a device of the request is not in `memory`.
     """
+    if request.pack_weights == ON and request.compute_device in memory and any(layer.is_bf16 for layer in layers):
+        return _plan_to_pack(layers, request, memory)
     plan = _plan_within(layers, request, memory)
     compute_memory, reserved = memory[plan.compute_device], 0
     free_bytes = compute_memory.free_bytes
@@ -48,6 +51,20 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
         less = replace(compute_memory, free_bytes=max(0, free_bytes - reserved))
         plan = _plan_within(layers, request, {**memory, plan.compute_device: less})
     return plan
+
+
+def _plan_to_pack(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
+    """What the compute device has no room for may have room there when it is packed: `Plan.within` is to decide."""
+    compute_memory = memory[request.compute_device]
+    unlimited = {**memory, request.compute_device: replace(compute_memory, free_bytes=None)}
+    plan = _plan_within(layers, request, unlimited)
+    if compute_memory.free_bytes is None or plan.compute_bytes <= compute_memory.free_bytes:
+        return plan
+    note = (
+        f"{plan.compute_device} has {size_text(compute_memory.free_bytes)} free of the "
+        f"{size_text(plan.compute_bytes)} asked; weights there are packed, and what does not fit then is on cpu"
+    )
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:

@@ -15,7 +15,7 @@ from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.transfer import Transfer
 from ..moving.unpacking import reason_against
-from ..planning.plan import AUTO, GIB, OFF, Group, Plan, size_text
+from ..planning.plan import AUTO, GIB, OFF, ON, Group, Plan, size_text
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.files import FileError
 from ..weights.packing import PackedSlab
@@ -110,11 +110,11 @@ class Distribution:
 
     @property
     def compute_bytes(self) -> int:
-        """What is on the compute device: resident layers and staging buffers."""
+        """What is on the compute device: resident layers, those that are packed there, and staging buffers."""
         if self.streamer is None:
             return 0
         buffers = self.streamer.staging.nbytes + self.transfer.packed_room_bytes + self.unplanned_bytes
-        return self.plan.bytes_on(self.plan.compute_device) + buffers
+        return self.plan.resident_bytes + self.bytes_on(self.device) + buffers
 
     @property
     def unplanned_bytes(self) -> int:
@@ -171,9 +171,12 @@ class Distribution:
             type(self._stores.module).__name__,
             100 * waiting_part,
         )
+        # What has to leave the compute device from now on is packed there, if that is enough.
+        self.asked, self.plan = (replace(plan, pack_weights=ON) for plan in (self.asked, self.plan))
         self._pause()
         try:
-            self._stores.pack()
+            self._stores.packer.is_on = True
+            self._stores.place(self.plan)
         finally:
             self._serve()
         self._log_packed()
@@ -196,7 +199,8 @@ class Distribution:
         host_memory.note_use(self)
         if self._pace is not None:
             self._pace.begin_run()
-        if self.is_placed and plan.evicted == before.evicted and not self._stores.can_leave_the_disk(plan):
+        is_as_planned = plan.relieved == before.relieved and not self._stores.is_any_to_be_packed(plan)
+        if self.is_placed and is_as_planned and not self._stores.can_leave_the_disk(plan):
             self._stores.place_others()
             return
         self._pause()
@@ -223,7 +227,9 @@ class Distribution:
                     raise
                 where = "in main memory" if before == CPU else f"on {before}"
                 logger.warning("DisTorch2: %s stays %s (%s)", type(self._stores.module).__name__, where, str(error))
-                return
+                break
+        if moving and self.is_placed:
+            self._serving.fit_unpacker()
 
     def release(self, originals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Take everything back to the host and stop serving, as `Stores.release` says."""
@@ -269,6 +275,8 @@ class Distribution:
         """After `replace`: serve again, if weights of another size made it stop."""
         if self.state is State.PAUSED:
             self._serve()
+        elif self.state is State.SERVED:
+            self._serving.fit_unpacker()
 
     def kept_weight(self, layer_name: str, name: str) -> torch.Tensor | None:
         """As `Stores.kept_weight`."""

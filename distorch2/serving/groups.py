@@ -99,7 +99,8 @@ class StoredLayer:
 class StoredGroup:
     """Layers of which one slab has the weights. The slab is filled with those that the modules have, or lies in files.
 
-    Of these, streamed and relayed groups are copied as a whole. A table is read row by row, and is not page-locked.
+    Of these, streamed and relayed groups are copied as a whole. A table is read row by row, and is not page-locked. One
+    that is to be a packed resident lies on the compute device while it can be packed, and in main memory else.
 
     Only hook patches rewrite a slab that holds weights, as they rewrite a resident weight. Otherwise new weights come
     in a new slab: others may hold the old ones (a merge, an extraction).
@@ -116,9 +117,12 @@ class StoredGroup:
         modules: Mapping[str, torch.nn.Module],
         layouts: Sequence[SlabLayout],
         is_table: bool = False,
-        is_packable: bool = False,
+        is_bf16: bool = False,
+        is_packed_resident: bool = False,
     ) -> None:
-        self.is_table, self.is_packable = is_table, is_packable
+        self.is_table, self.is_bf16, self.is_packed_resident = is_table, is_bf16, is_packed_resident
+        self.stays_unpacked = False
+        """It was to be packed, and could not be."""
         self.layers: list[StoredLayer] = []
         self.slab_bytes = 0
         for (name, module), layout in zip(modules.items(), layouts, strict=True):
@@ -152,6 +156,11 @@ class StoredGroup:
     @property
     def device(self) -> torch.device:
         return DISK if isinstance(self.source, SlabInFiles) else self.source.device
+
+    @property
+    def device_unpacked(self) -> torch.device:
+        """Where it is to lie as it is."""
+        return CPU if self.is_packed_resident else self.device
 
     @property
     def host_slab(self) -> torch.Tensor | None:

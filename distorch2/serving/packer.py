@@ -13,13 +13,15 @@ import torch
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.unpacking import coder_for
-from ..planning.sizing import GROUP_BYTES
 from ..weights.devices import CPU
 from ..weights.packing import PackedSlab, pack
 from ..weights.slab import allocate
 from .groups import StoredGroup
 
 logger = logging.getLogger(__name__)
+
+_BUFFERS_BYTES = 1024**3
+"""In all, unless one group needs more."""
 
 
 class Packer:
@@ -32,18 +34,19 @@ class Packer:
         self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         self._is_packing = threading.Lock()
 
-    def packed(self, slab: torch.Tensor) -> PackedSlab | None:
-        """A slab, packed where it is; one in main memory by the device. None where it stays as it is."""
+    def packed(self, slab: torch.Tensor, on: torch.device) -> PackedSlab | None:
+        """A slab, packed where it is, or one in main memory on the compute device. None where it stays as it is."""
         # Two accelerators may not reach each other: each packs its own slabs.
         by = self._device if slab.device == CPU else slab.device
         packed = self._packed_by(by, slab)
-        return packed.to(slab.device) if packed is not None else None
+        return packed if packed is None or packed.device == on else packed.to(on)
 
     @contextlib.contextmanager
     def buffers(self, groups: Sequence[StoredGroup], number: int) -> Iterator[None]:
-        """For `filled`, of these groups: so many at a time."""
-        num_bytes = max((group.slab_bytes for group in groups), default=0)
-        buffers = [allocate(num_bytes, CPU).zero_() for _ in range(min(number, len(groups)))]
+        """For `filled`, of these groups: up to so many at a time."""
+        num_bytes = max((group.slab_bytes for group in groups), default=1)
+        number = min(number, len(groups), max(1, _BUFFERS_BYTES // num_bytes))
+        buffers = [allocate(num_bytes, CPU).zero_() for _ in range(number)]
         try:
             for buffer in buffers:
                 self._pinned.pin(buffer)  # what has been written to is locked faster
@@ -54,22 +57,20 @@ class Packer:
             for buffer in buffers:
                 self._pinned.unpin(buffer)
 
-    def takes(self, group: StoredGroup) -> bool:
-        """Whether a buffer would not be too large."""
-        return group.slab_bytes <= GROUP_BYTES
-
-    def filled(self, group: StoredGroup) -> torch.Tensor | PackedSlab:
-        """A slab in main memory with the weights that the modules have, packed if it can be. Within `buffers`; several
-        threads may call it."""
+    def filled(self, group: StoredGroup, device: torch.device) -> torch.Tensor | PackedSlab:
+        """A slab with the weights that the modules have, packed for main memory or for the compute device; as it is, in
+        main memory, where it cannot be. Within `buffers`; several threads may call it."""
         buffer = self._buffers.get()
         try:
             slab = group.fill(buffer[: group.slab_bytes])
             with self._is_packing:  # it takes memory of the device
                 packed = self._packed_by(self._device, slab)
-                if packed is not None:
+                if packed is not None and packed.device != device:
                     slab[: packed.nbytes].copy_(packed.buffer)
             if packed is None:
                 return group.new_slab(CPU).copy_(slab)
+            if packed.device == device:
+                return packed
             return PackedSlab(packed.layout, allocate(packed.nbytes, CPU).copy_(slab[: packed.nbytes]))
         finally:
             self._buffers.put(buffer)

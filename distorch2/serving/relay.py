@@ -110,7 +110,7 @@ class StreamerOfUnits(Streamer):
         super().__init__(groups, transfer, staging_bytes, allocate_later=allocate_later)
 
     def _make_forward(self, index: int, layer: StoredLayer, previous: Callable[..., Any] | None) -> Callable[..., Any]:
-        serve, group = super()._make_forward(index, layer, previous), self._groups[self._group_of[index]]
+        serve, group = super()._make_forward(index, layer, previous), self.groups[self._group_of[index]]
 
         def serve_where_called(*arguments: Any, **options: Any) -> Any:
             if _device_of(arguments, options) != group.device:

@@ -60,8 +60,7 @@ class Serving:
         self._page_lock([slab for slab in moved if slab is not None])
         streamed = [group.host_slab for group in groups if not isinstance(group.source, PackedSlab)]
         slabs = [slab for slab in streamed if slab is not None and stores.pinned.holds(slab)]
-        if any(isinstance(group.source, PackedSlab) for group in groups) and self.transfer.has_streams:
-            self.transfer.take(unpacker=self._make_unpacker(plan))
+        self.fit_unpacker()
         devices = [device_of(name) for name in plan.devices]
         take_detour(self.transfer, slabs, self.streamer.staging, devices, self._program)
 
@@ -101,6 +100,18 @@ class Serving:
             self._only_read -= layer_names
             self._order = LearntOrder()
 
+    def fit_unpacker(self) -> None:
+        """Have one that serves what is packed, and none where nothing is. No copy may be under way."""
+        served = self.streamer.groups if self.streamer is not None and self.transfer.has_streams else ()
+        packed = [group.source for group in served if isinstance(group.source, PackedSlab)]
+        slot_bytes = max((each.nbytes for each in packed if each.device != self._stores.device), default=0)
+        unpacker = self.transfer.unpacker
+        if not packed:
+            self.transfer.unpack_by(None)
+        elif unpacker is None or unpacker.slot_bytes < slot_bytes:
+            self.transfer.unpack_by(None)
+            self.transfer.unpack_by(self._make_unpacker(slot_bytes))
+
     def _make_relay(self, plan: Plan) -> Relay:
         stores = self._stores
         groups = [stores.groups[key] for key in plan.groups if key.is_relayed]
@@ -128,16 +139,16 @@ class Serving:
                 num_bytes = max(smallest, num_bytes // 2)
                 logger.warning("DisTorch2: %s is full; streaming through %d MiB", self.transfer.device, num_bytes >> 20)
 
-    def _make_unpacker(self, plan: Plan) -> Unpacker:
-        """With fewer slots where there is no memory for those that are planned: one has to fit."""
-        slot_bytes = plan.packed_room_bytes // PACKED_SLOTS
-        slots = [allocate(slot_bytes, self._stores.device)]
+    def _make_unpacker(self, slot_bytes: int) -> Unpacker:
+        """With fewer slots where there is no memory for as many as are planned: one has to fit."""
+        device, slots = self._stores.device, list[torch.Tensor]()
         try:
-            slots += [allocate(slot_bytes, self._stores.device) for _ in range(PACKED_SLOTS - 1)]
+            while slot_bytes and len(slots) < PACKED_SLOTS:
+                slots.append(allocate(slot_bytes, device))
         except RuntimeError as error:
-            if not self._program.is_out_of_memory(error):
+            if not (slots and self._program.is_out_of_memory(error)):
                 raise
-        return Unpacker(self._stores.device, slots)
+        return Unpacker(device, slots)
 
     def _page_lock(self, slabs: Sequence[torch.Tensor]) -> None:
         """All of `slabs`, or as many as can be beside buffers by way of which the others are copied."""

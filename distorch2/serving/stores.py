@@ -81,11 +81,12 @@ class Stores:
         devices = self._devices_of_slabs(plan.groups)
         to_fill = {}
         for key in plan.groups:
-            if key not in self.groups or not self.groups[key].is_bound():
+            if key not in self.groups or not self.groups[key].is_bound() or self._is_to_be_packed_now(key):
                 to_fill[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
             elif self.groups[key].device != devices[key]:
                 self.move(key, devices[key])
-        self._fill(to_fill, devices, set(plan.evicted), is_cancellable)
+        packable = {key for key in to_fill if key.is_packable}  # others get patches after this
+        self._fill(to_fill, devices, packable, set(plan.evicted), is_cancellable)
         returned = [self._unstore(key) for key in list(self.groups) if key not in devices]
         self._take_the_others_to_the_device()
         for group in returned:
@@ -251,7 +252,7 @@ class Stores:
             if group.device == DISK:
                 group.move(*self._temporary.store(group.copied_to(CPU)))
             else:
-                group.move(self._there_or_on_host(group.copied_to, group.device))
+                group.move(self._there_or_on_host(group.copied_to, group.device_unpacked))
         self.pinned.unpin(replaced)
         self._pin(group)
 
@@ -286,7 +287,7 @@ class Stores:
         """Serve a group from a new slab with these weights. It is page-locked before they come: from the compute device
         that is faster."""
         replaced = group.host_slab
-        slab = self._there_or_on_host(group.new_slab, group.device)
+        slab = self._there_or_on_host(group.new_slab, group.device_unpacked)
         try:
             if self.is_in_use and not group.is_table:
                 self.pinned.pin(slab)
@@ -306,7 +307,16 @@ class Stores:
     def _is_to_be_packed(self, group: StoredGroup) -> bool:
         """Whether that is asked for, may make it smaller, and its modules can have the weights in the mappings of
         files."""
-        return self.packer.is_on and group.is_packable and self._are_in_files(layer.module for layer in group.living)
+        return self.packer.is_on and group.is_bf16 and self._are_in_files(layer.module for layer in group.living)
+
+    def is_any_to_be_packed(self, plan: Plan) -> bool:
+        """Of groups that lie as they are, since they had patches, or there was no need."""
+        return any(key in self.groups and self._is_to_be_packed_now(key) for key in plan.groups if key.is_packable)
+
+    def _is_to_be_packed_now(self, key: Group) -> bool:
+        group = self.groups[key]
+        is_plain = group.slab is not None and group.device != DISK
+        return is_plain and key.is_packable and not group.stays_unpacked and self._is_to_be_packed(group)
 
     def _are_in_files(self, modules: Iterable[torch.nn.Module]) -> bool:
         return all(self.sources.of(child, name) is not None for child in modules for name in own_tensors(child))
@@ -314,26 +324,18 @@ class Stores:
     def _bytes_expected(self, key: Group) -> float:
         """Of its slab, before it is filled."""
         modules = (self.module.get_submodule(layer.name) for layer in key.layers)
-        is_to_be_packed = self.packer.is_on and key.is_packable and self._are_in_files(modules)
+        is_to_be_packed = self.packer.is_on and key.is_bf16 and self._are_in_files(modules)
         return key.slab_bytes * (PACKED_PART if is_to_be_packed else 1)
 
-    def pack(self) -> None:
-        """Have what is streamed packed, now and from now on."""
-        self.packer.is_on = True
-        for group in self.groups.values():
-            if group.device not in (CPU, DISK):
-                self._pack(group)
-        on_host = [key for key in self.keys_on_host() if self._is_to_be_packed(self.groups[key])]
-        modules = {key: {layer.name: layer.module for layer in self.groups[key].living} for key in on_host}
-        self._fill(modules, dict.fromkeys(on_host, CPU))
-
     def _pack(self, group: StoredGroup) -> None:
-        """Have a group that lies in memory packed there."""
+        """Have a group that lies in memory packed there, or on the compute device."""
         if group.slab is None or group.device == DISK or not self._is_to_be_packed(group):
             return
         replaced = group.host_slab
-        packed = self.packer.packed(group.slab)
-        if packed is not None:
+        packed = self.packer.packed(group.slab, self.device if group.is_packed_resident else group.device)
+        if packed is None:
+            group.stays_unpacked = True
+        else:
             self._serve_packed(group, packed)
             self.pinned.unpin(replaced)
 
@@ -365,6 +367,8 @@ class Stores:
                     device = CPU
                 else:
                     used[device] += self.bytes_of(key)
+            if key.is_packed and key in self.groups and not self._is_to_be_packed_now(key):
+                device = self.groups[key].device  # what could not be packed on the compute device stays where it is
             devices[key] = device
         is_there = {key for key, group in self.groups.items() if group.device == CPU}
         coming = [key for key, device in devices.items() if device == CPU and key not in is_there]
@@ -384,36 +388,35 @@ class Stores:
         self,
         modules: Mapping[Group, Mapping[str, torch.nn.Module]],
         devices: Mapping[Group, torch.device],
+        packable: Collection[Group] = (),
         evicted: Collection[Group] = (),
         is_cancellable: bool = False,
     ) -> None:
-        """Serve these groups from slabs on these devices, or on the host where a device has no memory.
+        """Serve these groups from slabs on these devices, or on the host where a device has no memory. Those that are
+        `packable` are packed, where they are to be.
 
-        On the host several are filled at a time, a few ahead of the one that is page-locked and served here: that is
-        when the weights that they are filled with are let go.
+        For the host, and packed, several are filled at a time, a few ahead of the one that is page-locked and served
+        here: that is when the weights that they are filled with are let go.
         """
         made = {
-            key: StoredGroup(members, [layout_of(each) for each in members.values()], key.is_table, key.is_packable)
+            key: StoredGroup(members, list(map(layout_of, members.values())), key.is_table, key.is_bf16, key.is_packed)
             for key, members in modules.items()
         }
-        on_host = iter([key for key in made if devices[key] == CPU])
-        to_pack = {
-            key
-            for key, group in made.items()
-            if devices[key] == CPU and self._is_to_be_packed(group) and self.packer.takes(group)
-        }
+        is_ahead = {key for key in made if devices[key] == CPU or key.is_packed}
+        to_pack = {key for key in packable if key in is_ahead and self._is_to_be_packed(made[key])}
         filling: dict[Group, Future[torch.Tensor | PackedSlab]] = {}
+        ahead_of = iter([key for key in made if key in is_ahead])
         buffers = self.packer.buffers([made[key] for key in to_pack], _FILLING_THREADS)
         with buffers, ThreadPoolExecutor(_FILLING_THREADS) as pool:
             for key, group in made.items():
                 if is_cancellable:
                     self._program.raise_if_cancelled()
-                for ahead in itertools.islice(on_host, 2 * _FILLING_THREADS - len(filling)):
+                for ahead in itertools.islice(ahead_of, 2 * _FILLING_THREADS - len(filling)):
                     if ahead in evicted:
                         # The same parameters with other memory: whoever holds them too keeps none of the device.
                         self._take_to_the_host(modules[ahead].values())
                     if ahead in to_pack:
-                        filling[ahead] = pool.submit(self.packer.filled, made[ahead])
+                        filling[ahead] = pool.submit(self.packer.filled, made[ahead], devices[ahead])
                     else:  # what a thread allocates, the C library may keep for it when it is freed
                         filling[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(CPU))
                 replaced = self.groups.get(key)
@@ -426,6 +429,7 @@ class Stores:
                         if isinstance(filled, PackedSlab):
                             self._serve_packed(group, filled)
                         else:
+                            group.stays_unpacked = key in to_pack
                             group.serve_from(filled)
                     else:
                         group.serve_from(self._there_or_on_host(group.filled_on, devices[key]))
@@ -433,7 +437,7 @@ class Stores:
                 self._stored.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:
                     self.pinned.unpin(replaced.host_slab)
-                if key not in to_pack:
+                if key in packable and key not in to_pack:
                     self._pack(group)
                 self._pin(group)
 

@@ -35,7 +35,7 @@ class Streamer:
         order: Sequence[int] | None = None,
         allocate_later: Callable[[int, torch.device], torch.Tensor] | None = None,
     ) -> None:
-        self._groups = groups
+        self.groups = groups
         self.layers = [layer for group in groups for layer in group.layers]
         self._transfer = transfer
         self._capacity = staging_bytes
@@ -140,7 +140,7 @@ class Streamer:
         if self._allocate_later is not None and self.staging.nbytes < self._capacity:
             self.staging = self._allocate_later(self._capacity, self._transfer.device)
         self._copies, self._staged = [], []
-        for index, group in enumerate(self._groups):
+        for index, group in enumerate(self.groups):
             begin = self._schedule.offsets[index]
             target = self.staging[begin : begin + group.slab_bytes]
             self._copies.append(Copy(group.source, target))
