@@ -2,8 +2,9 @@
 
     python3 tools/host.py run benchmarks/packing.py [FOLDER]
 
-First a group of 64 MiB alone: how small it becomes, and how fast it is packed and unpacked. Then steps of the model
-with parts of it on the CPU, resident, plain, packed, and as `auto` has it, in turns, in the same process; their outputs
+First a group of 64 MiB alone: how small it becomes, and how fast it is packed and unpacked. Then the model on a GPU
+with less memory than it takes, where a third of it or all is packed, beside streaming and ComfyUI's own way. Then steps of
+it with parts on the CPU, resident, plain, packed, and as `auto` has it, in turns. All in the same process; the outputs
 are compared bit by bit. The link is measured in the same run. FOLDER (default /dev/shm) needs room for 23 GiB.
 """
 
@@ -30,6 +31,7 @@ from harness import (
 )
 from record import printed_by, write_results
 
+GIB = 1024**3
 PERCENTAGES = (50, 100, 25, 75)
 TURNS = 2
 STEPS = 5
@@ -58,8 +60,11 @@ def measure_a_group() -> dict[str, Any]:
     return found
 
 
-def placed(model: Any, path: str, percent: int, mode: str, inputs: Any) -> tuple[Any, dict[str, float]]:
-    """Such a model after its first step, and what that took."""
+def placed(
+    model: Any, path: str, percent: int, mode: str, inputs: Any, granted: float = 0
+) -> tuple[Any, dict[str, float]]:
+    """A model with so many percent on the CPU, in up to `granted` bytes of the GPU if that is not 0, after its first
+    step, and what that took."""
     import comfy.model_management as mm
     import torch
 
@@ -70,14 +75,14 @@ def placed(model: Any, path: str, percent: int, mode: str, inputs: Any) -> tuple
     before, started = torch.cuda.mem_get_info()[0], time.perf_counter()
     request = ComponentRequest("cuda:0", parse_allocation(f"cuda:0,{100 - percent}%;cpu,*"), pack_weights=mode)
     patcher = model.distributed(path, request)
-    patcher.patch_model()
+    patcher.patch_model(lowvram_model_memory=granted)
     step(model, patcher, inputs)
     seconds = time.perf_counter() - started
     mm.soft_empty_cache()
     return patcher, {
         "seconds from the file to the first step": round(seconds, 2),
-        "GiB in main memory": round(patcher.distribution.bytes_on(torch.device("cpu")) / 1024**3, 2),
-        "GiB of the GPU": round((before - torch.cuda.mem_get_info()[0]) / 1024**3, 2),
+        "GiB in main memory": round(patcher.distribution.bytes_on(torch.device("cpu")) / GIB, 2),
+        "GiB of the GPU": round((before - torch.cuda.mem_get_info()[0]) / GIB, 2),
     }
 
 
@@ -89,11 +94,15 @@ def measure(path: str) -> dict[str, Any]:
 
     torch.set_grad_enabled(False)
     model = models.FLUX
-    found: dict[str, Any] = {"a group of normal weights": measure_a_group(), "rows": []}
+    found: dict[str, Any] = {"a group of normal weights": measure_a_group()}
     with torch.inference_mode():
+        before = torch.cuda.memory_allocated()
         resident = resident_model(model, path)
         inputs = {case: model.inputs(case) for case in model.cases}
         expected = {case: warmed_up(model, resident, inputs[case]) for case in model.cases}
+        found["on the GPU"] = measure_on_the_gpu(model, path, resident, inputs, expected, before)
+        print(json.dumps(found), flush=True)
+        found["rows"] = []
         for percent in PERCENTAGES:
             row: dict[str, Any] = {"percent on cpu": percent, "link GB/s": round(link_gb_per_second(True), 1)}
             patchers = {"resident": resident}
@@ -101,13 +110,7 @@ def measure(path: str) -> dict[str, Any]:
                 patchers[name], row[name] = placed(model, path, percent, mode, inputs["1024 px"])
             for case in model.cases:
                 patchers["auto"], _ = placed(model, path, percent, "auto", inputs[case])
-                outputs = {name: warmed_up(model, patcher, inputs[case]) for name, patcher in patchers.items()}
-                times: dict[str, list[float]] = {name: [] for name in patchers}
-                for _ in range(TURNS):
-                    for name, patcher in patchers.items():
-                        times[name] += steps_ms(model, patcher, inputs[case], STEPS)
-                row[case] = {f"{name} ms": round(statistics.median(of_one), 1) for name, of_one in times.items()}
-                row[case]["bit-identical"] = all(torch.equal(each, expected[case]) for each in outputs.values())
+                row[case] = in_turns(model, patchers, inputs[case], expected[case])
                 row[case]["auto has them packed"] = patchers["auto"].distribution.transfer.packed_room_bytes > 0
                 patchers.pop("auto").unpatch_model(torch.device("cpu"))
             found["rows"].append(row)
@@ -116,6 +119,58 @@ def measure(path: str) -> dict[str, Any]:
                 patchers.pop(name).unpatch_model(torch.device("cpu"))
             mm.soft_empty_cache()
     return found
+
+
+def in_turns(model: Any, patchers: dict[str, Any], inputs: Any, expected: Any) -> dict[str, Any]:
+    import torch
+
+    outputs = {name: warmed_up(model, patcher, inputs) for name, patcher in patchers.items()}
+    times: dict[str, list[float]] = {name: [] for name in patchers}
+    for _ in range(TURNS):
+        for name, patcher in patchers.items():
+            times[name] += steps_ms(model, patcher, inputs, STEPS)
+    found: dict[str, Any] = {f"{name} ms": round(statistics.median(of_one), 1) for name, of_one in times.items()}
+    return {**found, "bit-identical": all(torch.equal(each, expected) for each in outputs.values())}
+
+
+def measure_on_the_gpu(
+    model: Any, path: str, resident: Any, inputs: Any, expected: Any, allocated_before: int
+) -> list[dict[str, Any]]:
+    """What is planned for the GPU, with less memory there than it takes: a third of the model packed, and all of it;
+    as much memory without packing; and ComfyUI's own way."""
+    import torch
+
+    from distorch2.planning.sizing import PACKED_PART, STAGING_BYTES
+
+    def peak_gib(patcher: Any, before: int) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        step(model, patcher, inputs["1024 px"])
+        return round((torch.cuda.max_memory_allocated() - before) / GIB, 2)
+
+    rows: list[dict[str, Any]] = [{"way": "resident", "peak GiB": peak_gib(resident, allocated_before)}]
+    model_bytes = resident.model_size()
+    for packed_part in (1 / 3, 1):
+        least = model_bytes * (1 - (1 - PACKED_PART) * packed_part) + STAGING_BYTES
+        for way, mode in (("packed", "on"), ("streamed", "off"), ("ComfyUI's own", None)):
+            before = torch.cuda.memory_allocated()
+            if mode is None:
+                patcher = model.core(path)
+                patcher.patch_model(patcher.load_device, lowvram_model_memory=least)
+            else:
+                patcher, _ = placed(model, path, 0, mode, inputs["1024 px"], least)
+            row = {"way": way, "granted GiB": round(least / GIB, 2), "peak GiB": peak_gib(patcher, before)}
+            if mode is not None:
+                plan = patcher.distribution.plan
+                for served in ("packed", "evicted"):
+                    num_bytes = sum(group.num_bytes for group in getattr(plan, served))
+                    row[f"part {served}"] = round(num_bytes / plan.model_bytes, 3)
+            for case in model.cases:
+                row[case] = in_turns(model, {"resident": resident, way: patcher}, inputs[case], expected[case])
+            rows.append(row)
+            print(json.dumps(rows), file=sys.stderr, flush=True)
+            patcher.unpatch_model(torch.device("cpu"))
+            del patcher
+    return rows
 
 
 def main(folder: Path) -> None:
