@@ -3,9 +3,9 @@
     python3 tools/host.py run benchmarks/packing.py [FOLDER]
 
 First a group of 64 MiB alone: how small it becomes, and how fast it is packed and unpacked. Then the model on a GPU
-with less memory than it takes, where a third of it or all is packed, beside streaming and ComfyUI's own way. Then steps of
-it with parts on the CPU, resident, plain, packed, and as `auto` has it, in turns. All in the same process; the outputs
-are compared bit by bit. The link is measured in the same run. FOLDER (default /dev/shm) needs room for 23 GiB.
+with less memory than it takes, where a third of it or all is packed, beside streaming and ComfyUI's own way. Then steps
+of it with parts on the CPU, resident, plain, packed, and as `auto` has it, in turns. All in the same process; the
+outputs are compared bit by bit. The link is measured in the same run. FOLDER (default /dev/shm) needs room for 23 GiB.
 """
 
 from __future__ import annotations

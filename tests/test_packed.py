@@ -263,22 +263,21 @@ class TestOnTheComputeDevice:
             assert model.loaded_size() <= granted
             assert {group.device for group in model.distribution.groups.values()} == {CPU}
 
-    def test_what_has_left_is_packed_there_when_copies_do_not_keep_up(
+    def test_what_has_left_is_packed_in_main_memory_when_copies_do_not_keep_up(
         self, checkpoints, expected, limited, waiting, small_models_too
     ):
         waiting(0.5)
         model, clip = load(checkpoints, "sim:0,*", DEEP, pack_weights="auto")
-        limited(model.model_size() * 0.95)
+        granted = limited(model.model_size() * 0.8)
         for _ in range(2):
             assert same(sample(model, clip), expected[DEEP])
             assert model.distribution.plan.evicted
             assert not packed(model)
         sample(model, clip, steps=4)
         assert packed(model)
-        assert model.distribution.plan.evicted
         assert same(sample(model, clip), expected[DEEP])
-        assert model.distribution.plan.packed
-        assert not model.distribution.plan.evicted
+        assert not packed_on(model)
+        assert model.loaded_size() <= granted
 
     def test_memory_taken_back_between_two_steps(self, checkpoints, expected):
         model, clip = load(checkpoints, "sim:0,*", DEEP)

@@ -165,7 +165,7 @@ class Transfer:
         source, target = copy.source, copy.target
         if isinstance(source, PackedSlab):
             assert self._unpacker is not None
-            self._unpacker.unpack(source, target, functools.partial(self._copy, copy.is_pageable))
+            self._unpacker.unpack(source, target, functools.partial(self._copy, copy.is_pageable), self._stream)
             return (self._unpacker.stream,)
         if isinstance(source, SlabInFiles):
             assert self._reader is not None

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from ..weights.packing import BLOCK_VALUES, NUM_EXPONENTS, Coder, PackedSlab, Reference
-from .streams import backend_of, on_device
+from .streams import backend_of, context_of
 
 _KINDS = ("cuda",)
 """Of devices for which Triton makes kernels: NVIDIA's and, with a ROCm build of torch, AMD's."""
-_WARPS = 2
+_WARPS_TO_ENCODE = 2
+_WARPS_TO_DECODE = 1
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def reason_against(kind: str) -> str:
 
 
 class Kernels:
-    """A `Coder` by kernels, on the stream that is the current one."""
+    """A `Coder` by kernels, for slabs on the device that is the current one, on its current stream."""
 
     def counts(self, slab: torch.Tensor) -> torch.Tensor:
         from .packing_kernels import count
@@ -39,37 +40,35 @@ class Kernels:
         num_values = slab.nbytes // 2
         num_blocks = -(-num_values // BLOCK_VALUES)
         counts = torch.empty(num_blocks, NUM_EXPONENTS, dtype=torch.int32, device=slab.device)
-        with on_device(slab.device):
-            count[(num_blocks,)](slab, counts, num_values, BLOCK=BLOCK_VALUES, NUM_EXPONENTS=NUM_EXPONENTS)
+        count[(num_blocks,)](slab, counts, num_values, BLOCK=BLOCK_VALUES, NUM_EXPONENTS=NUM_EXPONENTS)
         return counts
 
     def encode(self, slab: torch.Tensor, packed: PackedSlab) -> None:
         from .packing_kernels import encode
 
-        self._run(encode, slab, packed)
+        self._run(encode, slab, packed, _WARPS_TO_ENCODE)
 
     def decode(self, packed: PackedSlab, slab: torch.Tensor) -> None:
         from .packing_kernels import decode
 
-        self._run(decode, slab, packed)
+        self._run(decode, slab, packed, _WARPS_TO_DECODE)
 
-    def _run(self, kernel: Any, slab: torch.Tensor, packed: PackedSlab) -> None:
+    def _run(self, kernel: Any, slab: torch.Tensor, packed: PackedSlab, num_warps: int) -> None:
         layout = packed.layout
-        with on_device(slab.device):
-            kernel[(layout.num_blocks,)](
-                slab,
-                packed.buffer,
-                layout.codes,
-                layout.bases,
-                layout.first_escapes,
-                layout.escapes,
-                layout.num_bytes_unpacked // 2,
-                layout.num_values // 8,
-                WIDTH=layout.width,
-                ESCAPE=layout.escape_code,
-                BLOCK=BLOCK_VALUES,
-                num_warps=_WARPS,
-            )
+        kernel[(layout.num_blocks,)](
+            slab,
+            packed.buffer,
+            layout.codes,
+            layout.bases,
+            layout.first_escapes,
+            layout.escapes,
+            layout.num_bytes_unpacked // 2,
+            layout.num_values // 8,
+            WIDTH=layout.width,
+            ESCAPE=layout.escape_code,
+            BLOCK=BLOCK_VALUES,
+            num_warps=num_warps,
+        )
 
 
 def coder_for(device: torch.device) -> Coder:
@@ -85,18 +84,23 @@ class Unpacker:
         self.slots = slots
         self.slot_bytes = min((slot.nbytes for slot in slots), default=0)
         self._device = device
-        self._backend, self._coder = backend_of(device), coder_for(device)
-        self.stream = self._backend.Stream(device)
-        self.stream.wait_stream(self._backend.current_stream(device))  # which may have used the slots' memory
-        self._turns = itertools.cycle([(slot, self._backend.Event()) for slot in slots])
-        self._is_there = self._backend.Event()
+        backend = backend_of(device)
+        self._coder = coder_for(device)
+        self.stream = backend.Stream(device)
+        self.stream.wait_stream(backend.current_stream(device))  # which may have used the slots' memory
+        self._on_stream = context_of(self.stream)
+        self._turns = itertools.cycle([(slot, backend.Event()) for slot in slots])
+        self._is_there = backend.Event()
 
     def unpack(
-        self, packed: PackedSlab, target: torch.Tensor, copy: Callable[[torch.Tensor, torch.Tensor], Any]
+        self,
+        packed: PackedSlab,
+        target: torch.Tensor,
+        copy: Callable[[torch.Tensor, torch.Tensor], Any],
+        copying: Any,
     ) -> None:
-        """Have `copy(source, slot)` copy the packed bytes on the current stream, where they are elsewhere, and then
-        unpack them into `target`."""
-        copying = self._backend.current_stream(self._device)
+        """Have `copy(source, slot)` copy the packed bytes on the stream `copying`, the current one, where they are
+        elsewhere, and then unpack them into `target`."""
         if packed.device == self._device:
             self._decode(packed, target, copying)
             return
@@ -110,5 +114,5 @@ class Unpacker:
     def _decode(self, packed: PackedSlab, target: torch.Tensor, after: Any) -> None:
         self._is_there.record(after)
         self.stream.wait_event(self._is_there)
-        with self._backend.stream(self.stream):
+        with self._on_stream:
             self._coder.decode(packed, target)

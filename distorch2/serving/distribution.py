@@ -15,7 +15,7 @@ from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.transfer import Transfer
 from ..moving.unpacking import reason_against
-from ..planning.plan import AUTO, GIB, OFF, ON, Group, Plan, size_text
+from ..planning.plan import AUTO, GIB, OFF, Group, Plan, size_text
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.files import FileError
 from ..weights.packing import PackedSlab
@@ -171,8 +171,6 @@ class Distribution:
             type(self._stores.module).__name__,
             100 * waiting_part,
         )
-        # What has to leave the compute device from now on is packed there, if that is enough.
-        self.asked, self.plan = (replace(plan, pack_weights=ON) for plan in (self.asked, self.plan))
         self._pause()
         try:
             self._stores.packer.is_on = True

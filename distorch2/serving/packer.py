@@ -12,6 +12,7 @@ import torch
 
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
+from ..moving.streams import on_device
 from ..moving.unpacking import coder_for
 from ..weights.devices import CPU
 from ..weights.packing import PackedSlab, pack
@@ -79,7 +80,8 @@ class Packer:
         if not self.is_on:
             return None
         try:
-            return pack(slab.to(device, non_blocking=True), coder_for(device))
+            with on_device(device):
+                return pack(slab.to(device, non_blocking=True), coder_for(device))
         except Exception as error:  # of a compiler, too
             self.is_on = self._program.is_out_of_memory(error)
             if not (self.is_on and self._has_warned):
