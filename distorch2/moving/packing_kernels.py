@@ -67,7 +67,7 @@ def encode(
 
 @triton.jit
 def _code(of_row, value: tl.constexpr, WIDTH: tl.constexpr):
-    """Of one of the eight values of each row. `of_row` has their 4 bits in order, or for 3 bits a byte of each plane."""
+    """Of one of the eight values of each row. `of_row` has their 4 bits in order, or a byte of each of 3 planes."""
     if WIDTH == 4:
         return (of_row >> (4 * value)) & 15
     return ((of_row >> value) & 1) | ((of_row >> (7 + value)) & 2) | ((of_row >> (14 + value)) & 4)
