@@ -66,24 +66,6 @@ def encode(
 
 
 @triton.jit
-def _code(of_row, value: tl.constexpr, WIDTH: tl.constexpr):
-    """Of one of the eight values of each row. `of_row` has their 4 bits in order, or a byte of each of 3 planes."""
-    if WIDTH == 4:
-        return (of_row >> (4 * value)) & 15
-    return ((of_row >> value) & 1) | ((of_row >> (7 + value)) & 2) | ((of_row >> (14 + value)) & 4)
-
-
-@triton.jit
-def _bits(of_row, rest, rank, base, escapes, value: tl.constexpr, WIDTH: tl.constexpr, ESCAPE: tl.constexpr):
-    """Of one of the eight values of each row, as int64."""
-    code = _code(of_row, value, WIDTH)
-    escaped = tl.load(escapes + rank, mask=code == ESCAPE, other=0).to(tl.int32)
-    exponent = tl.where(code == ESCAPE, escaped, base + code)
-    own = (rest >> (8 * value)).to(tl.int32)
-    return (((own & 0x80) << 8) | (exponent << 7) | (own & 0x7F)).to(tl.int64)
-
-
-@triton.jit
 def decode(
     slab,
     packed,
@@ -97,33 +79,20 @@ def decode(
     ESCAPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """In rows of eight values, which are read and written as words."""
-    block = tl.program_id(0).to(tl.int64)
-    row = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    block = tl.program_id(0)
+    value = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if WIDTH == 4:
-        of_row = tl.load((packed + codes).to(tl.pointer_type(tl.int32)) + row)
+        pair = tl.load(packed + codes + value // 2).to(tl.int32)
+        code = (pair >> (value % 2 * 4)) & 15
     else:
-        of_row = tl.load(packed + codes + row).to(tl.int32)
-        of_row |= tl.load(packed + codes + bytes_of_plane + row).to(tl.int32) << 8
-        of_row |= tl.load(packed + codes + 2 * bytes_of_plane + row).to(tl.int32) << 16
-    num_escapes = tl.zeros([BLOCK // 8], tl.int32)
-    for value in tl.static_range(8):
-        num_escapes += (_code(of_row, value, WIDTH) == ESCAPE).to(tl.int32)
-    rank = _escapes_before(packed, first_escapes) + tl.cumsum(num_escapes, 0) - num_escapes
-    base = tl.load(packed + bases + block).to(tl.int32)
-    rest = tl.load(packed.to(tl.pointer_type(tl.int64)) + row)
-    words = slab.to(tl.pointer_type(tl.int64))
-    values = slab.to(tl.pointer_type(tl.int16))
-    is_whole = (block + 1) * BLOCK <= num_values
-    for half in tl.static_range(2):
-        word = tl.zeros([BLOCK // 8], tl.int64)
-        for quarter in tl.static_range(4):
-            bits = _bits(of_row, rest, rank, base, packed + escapes, 4 * half + quarter, WIDTH, ESCAPE)
-            rank += (_code(of_row, 4 * half + quarter, WIDTH) == ESCAPE).to(tl.int32)
-            word |= bits << (16 * quarter)
-        if is_whole:
-            tl.store(words + 2 * row + half, word)
-        else:
-            for quarter in tl.static_range(4):
-                number = 8 * row + 4 * half + quarter
-                tl.store(values + number, (word >> (16 * quarter)).to(tl.int16), mask=number < num_values)
+        code = tl.zeros([BLOCK], tl.int32)
+        for bit in tl.static_range(WIDTH):
+            of_eight = tl.load(packed + codes + bit * bytes_of_plane + value // 8).to(tl.int32)
+            code |= ((of_eight >> (value % 8)) & 1) << bit
+    is_escape = code == ESCAPE
+    rank = _escapes_before(packed, first_escapes) + tl.cumsum(is_escape.to(tl.int32), 0) - 1
+    escaped = tl.load(packed + escapes + rank, mask=is_escape, other=0).to(tl.int32)
+    exponent = tl.where(is_escape, escaped, tl.load(packed + bases + block).to(tl.int32) + code)
+    rest = tl.load(packed + value).to(tl.int32)
+    bits = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
+    tl.store(slab.to(tl.pointer_type(tl.int16)) + value, bits.to(tl.int16), mask=value < num_values)

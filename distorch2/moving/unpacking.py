@@ -15,8 +15,7 @@ from .streams import backend_of, context_of
 
 _KINDS = ("cuda",)
 """Of devices for which Triton makes kernels: NVIDIA's and, with a ROCm build of torch, AMD's."""
-_WARPS_TO_ENCODE = 2
-_WARPS_TO_DECODE = 1
+_WARPS = 2
 
 
 @functools.cache
@@ -46,14 +45,14 @@ class Kernels:
     def encode(self, slab: torch.Tensor, packed: PackedSlab) -> None:
         from .packing_kernels import encode
 
-        self._run(encode, slab, packed, _WARPS_TO_ENCODE)
+        self._run(encode, slab, packed)
 
     def decode(self, packed: PackedSlab, slab: torch.Tensor) -> None:
         from .packing_kernels import decode
 
-        self._run(decode, slab, packed, _WARPS_TO_DECODE)
+        self._run(decode, slab, packed)
 
-    def _run(self, kernel: Any, slab: torch.Tensor, packed: PackedSlab, num_warps: int) -> None:
+    def _run(self, kernel: Any, slab: torch.Tensor, packed: PackedSlab) -> None:
         layout = packed.layout
         kernel[(layout.num_blocks,)](
             slab,
@@ -67,7 +66,7 @@ class Kernels:
             WIDTH=layout.width,
             ESCAPE=layout.escape_code,
             BLOCK=BLOCK_VALUES,
-            num_warps=num_warps,
+            num_warps=_WARPS,
         )
 
 
