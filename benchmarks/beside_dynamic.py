@@ -89,8 +89,8 @@ def measure(setup: str, folder: Path) -> dict[str, Any]:
     mm.LoadedModel.model_unload = counted
     flux, t5 = models.FLUX, models.T5_XXL
     flux_path, t5_path = str(folder / "distorch2_Flux.safetensors"), str(folder / "distorch2_T5-XXL.safetensors")
-    half = ComponentRequest("cuda:0", VirtualVram(11.1, "cpu"))
-    all_there = ComponentRequest("cuda:0", VirtualVram(0.0, "cpu"))
+    half = ComponentRequest("cuda:0", VirtualVram(11.1, "cpu"), pack_weights="off")
+    all_there = ComponentRequest("cuda:0", VirtualVram(0.0, "cpu"), pack_weights="off")
     with torch.inference_mode():
         model = flux.core(flux_path) if whose_model == "core" else flux.distributed(flux_path, half)
         encoder = t5.core(t5_path) if whose_encoder == "core" else t5.distributed(t5_path, all_there)

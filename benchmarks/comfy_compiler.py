@@ -118,7 +118,7 @@ def measure(name: str, path: str) -> None:
     for percent in PERCENT_ON_CPU[name]:
         with torch.inference_mode():
             gib = Path(path).stat().st_size / GIB * percent / 100
-            request = ComponentRequest("cuda:0", VirtualVram(gib, "cpu"))
+            request = ComponentRequest("cuda:0", VirtualVram(gib, "cpu"), pack_weights="off")
             patcher = load_checkpoint(path, request, request, "cuda:0")[0]
             patcher.patch_model()
             if expected is None:

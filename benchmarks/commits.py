@@ -45,7 +45,8 @@ def measure(checkout: str, path: str, with_switches: bool) -> dict[str, Any]:
     torch.set_grad_enabled(False)
 
     def load(text: str) -> Any:
-        request = loading.ComponentRequest("cuda:0", parse_allocation(text))
+        plain = {"pack_weights": "off"} if hasattr(loading.ComponentRequest, "pack_weights") else {}
+        request = loading.ComponentRequest("cuda:0", parse_allocation(text), **plain)
         return loading.load_checkpoint(path, request, request, "cuda:0")[0]
 
     model = models.FLUX

@@ -126,7 +126,7 @@ def load(model: Any, setup: str, path: str) -> Any:
     if setup == "DynamicVRAM":
         return model.core(path)
     gib = 1000.0 if setup == "ours" else 0.0
-    return model.distributed(path, ComponentRequest("cuda:0", VirtualVram(gib, "cpu")))
+    return model.distributed(path, ComponentRequest("cuda:0", VirtualVram(gib, "cpu"), pack_weights="off"))
 
 
 def measure(setup: str, name: str, paths: list[str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ TURNS = 4
 def request_for(gib: float) -> Any:
     from distorch2.planning.plan import ComponentRequest, VirtualVram
 
-    return ComponentRequest("cuda:0", VirtualVram(gib, "cpu"))
+    return ComponentRequest("cuda:0", VirtualVram(gib, "cpu"), pack_weights="off")
 
 
 def anonymous_gib() -> float:

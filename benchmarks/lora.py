@@ -51,7 +51,9 @@ def measure(path: str) -> None:
         model_bytes = core.model_size()
         patchers = {"ComfyUI, all on the GPU": core}
         for percent in PERCENTAGES:
-            request = ComponentRequest("cuda:0", VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
+            request = ComponentRequest(
+                "cuda:0", VirtualVram(model_bytes * percent / 100 / GIB, "cpu"), pack_weights="off"
+            )
             patchers[f"ours, {percent} % on the CPU"] = models.FLUX.distributed(path, request)
         patches = lora_patches(core)
         seconds: dict[str, list[float]] = {name: [] for name in patchers}

@@ -137,39 +137,40 @@ def measure_on_the_gpu(
     model: Any, path: str, resident: Any, inputs: Any, expected: Any, allocated_before: int
 ) -> list[dict[str, Any]]:
     """What is planned for the GPU, with less memory there than it takes: a third of the model packed, and all of it;
-    as much memory without packing; and ComfyUI's own way."""
+    as much memory without packing; and ComfyUI's own way with what the packed one used at most."""
     import torch
+    from streaming import comfyuis_own
 
     from distorch2.planning.sizing import PACKED_PART, STAGING_BYTES
 
-    def peak_gib(patcher: Any, before: int) -> float:
+    def peak_bytes(patcher: Any, before: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         step(model, patcher, inputs["1024 px"])
-        return round((torch.cuda.max_memory_allocated() - before) / GIB, 2)
+        return torch.cuda.max_memory_allocated() - before
 
-    rows: list[dict[str, Any]] = [{"way": "resident", "peak GiB": peak_gib(resident, allocated_before)}]
+    rows: list[dict[str, Any]] = [
+        {"way": "resident", "peak GiB": round(peak_bytes(resident, allocated_before) / GIB, 2)}
+    ]
     model_bytes = resident.model_size()
     for packed_part in (1 / 3, 1):
-        least = model_bytes * (1 - (1 - PACKED_PART) * packed_part) + STAGING_BYTES
-        for way, mode in (("packed", "on"), ("streamed", "off"), ("ComfyUI's own", None)):
+        granted = model_bytes * (1 - (1 - PACKED_PART) * packed_part) + STAGING_BYTES
+        peaks = []
+        for way, mode in (("packed", "on"), ("streamed", "off")):
             before = torch.cuda.memory_allocated()
-            if mode is None:
-                patcher = model.core(path)
-                patcher.patch_model(patcher.load_device, lowvram_model_memory=least)
-            else:
-                patcher, _ = placed(model, path, 0, mode, inputs["1024 px"], least)
-            row = {"way": way, "granted GiB": round(least / GIB, 2), "peak GiB": peak_gib(patcher, before)}
-            if mode is not None:
-                plan = patcher.distribution.plan
-                for served in ("packed", "evicted"):
-                    num_bytes = sum(group.num_bytes for group in getattr(plan, served))
-                    row[f"part {served}"] = round(num_bytes / plan.model_bytes, 3)
+            patcher, _ = placed(model, path, 0, mode, inputs["1024 px"], granted)
+            peaks.append(peak_bytes(patcher, before))
+            row: dict[str, Any] = {"way": way, "granted GiB": round(granted / GIB, 2)}
+            row["peak GiB"] = round(peaks[-1] / GIB, 2)
+            plan = patcher.distribution.plan
+            for served, groups in (("packed", plan.packed), ("evicted", plan.evicted)):
+                row[f"part {served}"] = round(sum(group.num_bytes for group in groups) / plan.model_bytes, 3)
             for case in model.cases:
                 row[case] = in_turns(model, {"resident": resident, way: patcher}, inputs[case], expected[case])
             rows.append(row)
             print(json.dumps(rows), file=sys.stderr, flush=True)
             patcher.unpatch_model(torch.device("cpu"))
             del patcher
+        rows.append({"way": "ComfyUI's own", **comfyuis_own(model, path, dict.fromkeys(model.cases, peaks[0]))})
     return rows
 
 

@@ -80,7 +80,9 @@ def measure(name: str, path: str, dynamic_vram: bool) -> dict:
         del core
         model_bytes = activation_bytes = 0
         for percent in PERCENTAGES:
-            request = ComponentRequest(device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
+            request = ComponentRequest(
+                device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"), pack_weights="off"
+            )
             started = time.perf_counter()
             patcher = model.distributed(path, request)
             read_s = time.perf_counter() - started

@@ -118,7 +118,9 @@ def measure(path: Path) -> dict[str, Any]:
             row: dict[str, Any] = {"percent on cpu": percent}
             for name, method in (("before", lambda reading: None), ("now", attach)):
                 Reading.attach = method
-                request = ComponentRequest("cuda:0", VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
+                request = ComponentRequest(
+                    "cuda:0", VirtualVram(model_bytes * percent / 100 / GIB, "cpu"), pack_weights="off"
+                )
                 patcher = load_checkpoint(str(path), request, request, "cuda:0")[0]
                 mm.load_models_gpu([patcher])
                 outputs = [step(model, patcher, arguments) for _ in range(4)]

@@ -229,7 +229,7 @@ def measure(model, path: str, percentages: list[int]) -> Iterator[dict]:
     expected = {case: warmed_up(model, resident, inputs[case]) for case in model.cases}
     for percent in percentages:
         free_before = free_gpu_bytes()
-        request = ComponentRequest(device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"))
+        request = ComponentRequest(device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"), pack_weights="off")
         started = time.perf_counter()
         patcher = model.distributed(path, request)
         read = time.perf_counter()

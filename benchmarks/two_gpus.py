@@ -114,7 +114,7 @@ def measure(path: str, modes: list[str]) -> None:
             torch.cuda.empty_cache()
             donor, donor_mode = ("cpu", "stream") if mode == "two links" else (DONOR, mode.partition(" ")[0])
             allocation = VirtualVram(model_bytes * percent / 100 / GIB, donor)
-            patcher = model.distributed(path, ComponentRequest(HOME, allocation, donor_mode))
+            patcher = model.distributed(path, ComponentRequest(HOME, allocation, donor_mode, pack_weights="off"))
             patcher.patch_model()
             distribution = patcher.distribution
             plan, relay = distribution.plan, distribution.relay

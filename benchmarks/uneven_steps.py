@@ -102,7 +102,7 @@ def copy_ms_of(plan, link: float) -> float:
 def request_for(device: str, model_bytes: int, percent: int):
     from distorch2.planning.plan import GIB, ComponentRequest, VirtualVram
 
-    return ComponentRequest(device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"), "stream")
+    return ComponentRequest(device, VirtualVram(model_bytes * percent / 100 / GIB, "cpu"), "stream", pack_weights="off")
 
 
 def measure_steps(model, path: str, device: str) -> list[dict]:
