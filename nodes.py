@@ -321,8 +321,9 @@ def _pack_weights_input() -> io.Input:
         optional=True,
         advanced=True,
         tooltip="Whether bf16 weights that are copied to the compute device in every step are packed, without loss, to "
-        "about 70% of their size: less to copy, and less main memory. on: from the start. auto: when a run shows that "
-        "computing waits for copies, or when main memory is short.",
+        "about 70% of their size: less to copy, and less main memory. on: from the start, and also what the compute "
+        "device has no room for, before it leaves. auto: after a run in which computing waited for copies, or when "
+        "main memory is short.",
     )
 
 

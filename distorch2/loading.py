@@ -25,7 +25,8 @@ from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
 from .comfyui.sharing import clone_sharing, unload
 from .moving.file_reader import bytes_per_second
-from .planning.plan import GIB, ComponentRequest, DeviceMemory, Plan, PlanError, size_text
+from .moving.unpacking import reason_against
+from .planning.plan import GIB, OFF, ON, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, size_text
 from .planning.planner import make_plan
 from .report import render_table, rows_of_plan
 from .serving import host_memory
@@ -148,7 +149,7 @@ def distribute(
     memory = memory_of([request])
     _refuse_what_cannot_be_served(patcher)
     taken = patcher if is_new or isinstance(patcher, DistributedPatcher) else clone_sharing(patcher)
-    plan = make_plan(DistributedPatcher.layers_of(taken.model), request, memory)
+    plan = _plan(DistributedPatcher.layers_of(taken.model), request, memory)
     if isinstance(taken, DistributedPatcher):
         distributed = taken.with_plan(plan, high_precision_loras)
     else:
@@ -329,12 +330,23 @@ def _make_plans(
         if component in patchers:
             # ComfyUI computes a text encoder on the CPU when the device asked for lacks its dtype.
             request = replace(request, compute_device=str(patchers[component].load_device))
-            plan = make_plan(list_layers(patchers[component].model), request, memory)
+            plan = _plan(list_layers(patchers[component].model), request, memory)
             memory = {device: _without_donated(room, plan, device) for device, room in memory.items()}
             plans[component] = plan
     if VAE in patchers:
         plans[VAE] = Plan.all_on(str(patchers[VAE].load_device), list_layers(patchers[VAE].model))
     return plans
+
+
+def _plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
+    """A plan that packs nothing where the compute device cannot unpack it."""
+    plan = make_plan(layers, request, memory)
+    reason = reason_against(torch.device(plan.compute_device).type)
+    if not reason or plan.pack_weights == OFF:
+        return plan
+    if plan.packed_room_bytes or plan.pack_weights == ON:
+        logger.info("DisTorch2: weights are not packed for %s: %s", plan.compute_device, reason)
+    return make_plan(layers, replace(request, pack_weights=OFF), memory)
 
 
 def _without_donated(memory: DeviceMemory, plan: Plan, device: str) -> DeviceMemory:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .planning.plan import LOOKED_UP, RELAYED, RESIDENT, STREAMED, Placement, Plan
+from .planning.plan import LOOKED_UP, PACKED, RELAYED, RESIDENT, STREAMED, Placement, Plan
 
 MIB = 1024**2
-_PACKED = f"{STREAMED}, packed"
+_STREAMED_PACKED = f"{STREAMED}, packed"
 _HEADINGS = ("component", "device", "served", "layers", "MiB", "share")
 
 
@@ -30,7 +30,7 @@ def rows_of_plan(component: str, plan: Plan) -> list[Row]:
     rows = []
     for device in plan.devices:
         on_device = [placement for placement in plan.placements if placement.device == device]
-        for way in (RELAYED, RESIDENT, STREAMED, _PACKED, LOOKED_UP):
+        for way in (RELAYED, RESIDENT, PACKED, STREAMED, _STREAMED_PACKED, LOOKED_UP):
             served_so = [placement.layer.num_bytes for placement in on_device if _how_served(plan, placement) == way]
             if served_so:
                 share = sum(served_so) / plan.model_bytes if plan.model_bytes else 1.0
@@ -39,7 +39,7 @@ def rows_of_plan(component: str, plan: Plan) -> list[Row]:
 
 
 def _how_served(plan: Plan, placement: Placement) -> str:
-    return _PACKED if plan.is_packed(placement) else plan.how_served(placement)
+    return _STREAMED_PACKED if plan.is_streamed_packed(placement) else plan.how_served(placement)
 
 
 def render_table(title: str, rows: Iterable[Row], notes: Iterable[str] = ()) -> str:

@@ -31,5 +31,19 @@ def test_a_donor_that_computes_with_a_part_of_its_weights():
     ]
 
 
+def test_what_is_packed():
+    blocks = [Layer(f"blocks.{number}", MIB, True, MIB, is_bf16=True) for number in range(64)]
+    placements = [Placement(layer, "cpu" if number < 8 else "cuda:0") for number, layer in enumerate(blocks)]
+    plan = Plan("cuda:0", tuple(placements), pack_weights="on").within(57 * MIB)
+    assert plan.packed_residents
+    assert not plan.evicted
+    num_packed = sum(len(group.layers) for group in plan.packed_residents)
+    assert [(row.device, row.served, row.num_layers) for row in rows_of_plan("model", plan)] == [
+        ("cuda:0", "resident", 56 - num_packed),
+        ("cuda:0", "packed", num_packed),
+        ("cpu", "streamed, packed", 8),
+    ]
+
+
 def test_a_model_without_weights_has_no_rows():
     assert rows_of_plan("text encoder", Plan("cpu", ())) == []

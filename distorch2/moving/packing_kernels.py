@@ -1,7 +1,7 @@
-"""Kernels that pack and unpack slabs. Imported when the first is packed: Triton takes time to import, and is not on
-every machine. It looks names up in the module, so that they cannot be imported in a function.
+"""Kernels that pack and unpack slabs; each program handles one block of values.
 
-A program of each handles one block of values.
+Imported on first use: Triton is slow to import, and not on every machine. Triton looks names up in the module, so its
+names cannot be imported inside a function.
 """
 
 # mypy: ignore-errors
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _bits_of_block(slab, num_values, BLOCK: tl.constexpr):
-    """Of its values, as int32; the last one again fills the last block."""
+    """The values of this program's block, as int32. The slab's last value is repeated to fill the last block."""
     value = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     values = slab.to(tl.pointer_type(tl.int16))
     return tl.load(values + tl.minimum(value, num_values - 1)).to(tl.int32) & 0xFFFF

@@ -103,7 +103,8 @@ class Transfer:
 
     def unpack_by(self, unpacker: Unpacker | None) -> None:
         """Have what is packed come this way from now on, instead of the one before, whose slots may be freed then."""
-        self.wait()
+        if self._unpacker is not None:
+            self.wait()
         self._unpacker = unpacker
 
     def leave_detour(self) -> None:

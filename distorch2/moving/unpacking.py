@@ -71,7 +71,7 @@ class Kernels:
 
 
 def coder_for(device: torch.device) -> Coder:
-    """For devices whose slabs may be unpacked, and for those that are simulated."""
+    """Kernels where Triton makes them for this kind of device; else the definition, which simulated devices use."""
     return Reference() if reason_against(device.type) else Kernels()
 
 

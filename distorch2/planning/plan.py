@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Protocol
 
 from . import sizing
-from .eviction import num_to_relieve, spread
+from .relief import num_to_relieve, spread
 
 GIB = 1024**3
 SMALL_BYTES = 64 * 1024
@@ -81,7 +81,8 @@ AUTO, STREAM, RELAY = DONOR_MODES = ("auto", "stream", "relay")
 the units that they belong to where they lie, and moves the activations; `AUTO` relays where that gives the same."""
 
 _, ON, OFF = PACK_MODES = (AUTO, "on", "off")
-"""Whether what is streamed is packed without loss; in doubt, where it is found that computing waits for copies."""
+"""Whether streamed bf16 weights are packed without loss. `ON`: from the start, and resident ones for which there is no
+room. `AUTO`: when computing is found to wait for copies, or when main memory is short."""
 LEAST_TO_PACK_BYTES = 256 * 1024**2
 """With `AUTO`, less is streamed as it is: little is gained."""
 
@@ -155,7 +156,7 @@ class Placement:
 @dataclass(frozen=True)
 class Group:
     """Layers on the same donor that are moved by one copy; of units that run there, if it `is_relayed`. Or layers that
-    are packed on the compute device, `is_packed`.
+    are packed on the compute device, `is_packed_resident`.
 
     A table is a group of its own, and is not moved.
     """
@@ -163,7 +164,7 @@ class Group:
     device: str
     layers: tuple[Layer, ...]
     is_relayed: bool = False
-    is_packed: bool = False
+    is_packed_resident: bool = False
 
     @property
     def is_table(self) -> bool:
@@ -175,7 +176,7 @@ class Group:
 
     @cached_property
     def is_bf16(self) -> bool:
-        """Whether most of its bytes can be packed, unless it is used where it lies."""
+        """Whether the group is streamed and most of its bytes are bf16: it can be packed, unless a layer is patched."""
         of_bf16 = sum(layer.num_bytes for layer in self.layers if layer.is_bf16)
         return self.is_streamed and 2 * of_bf16 > sum(layer.num_bytes for layer in self.layers)
 
@@ -194,37 +195,35 @@ class Group:
 
 @dataclass(frozen=True)
 class Relief:
-    """What frees room on the compute device: a group that is resident, or packed there already, is packed, or goes
-    elsewhere."""
+    """One way to free room on the compute device. If it `packs`, a resident group is packed there. Otherwise the group
+    leaves the device; `was_packed` says whether it is packed there until then."""
 
     group: Group
-    is_packed: bool = False
+    was_packed: bool = False
 
     @property
     def packs(self) -> bool:
-        return self.group.is_packed
+        return self.group.is_packed_resident
 
     @property
     def freed_bytes(self) -> int:
-        before = packed_bytes(self.group.num_bytes) if self.is_packed else self.group.num_bytes
-        return before - packed_bytes(self.group.num_bytes) if self.packs else before
+        packed = sizing.packed_bytes(self.group.num_bytes)
+        if self.was_packed:
+            return packed
+        return self.group.num_bytes - packed if self.packs else self.group.num_bytes
 
     @property
     def newly_streamed_bytes(self) -> int:
-        return self.group.slab_bytes if self.group.is_streamed and not self.is_packed else 0
-
-
-def packed_bytes(num_bytes: int) -> int:
-    """What weights will take about, packed."""
-    return int(num_bytes * sizing.PACKED_PART)
+        """Its slab, if the staging buffer has to have room for it from now on. One that was packed has it already."""
+        return self.group.slab_bytes if self.group.is_streamed and not self.was_packed else 0
 
 
 @dataclass(frozen=True)
 class Plan:
     """For every layer, in the order of registration, the device that keeps it.
 
-    What was `relieved` is where it is for want of room: groups that were planned for the compute device are `packed`
-    there, or are elsewhere, `evicted`. On `relays`, donors that compute, the units run all of whose layers lie there.
+    `relieved` are the reliefs that were taken for want of room, in order. Their groups are `packed_residents` on the
+    compute device, or `evicted` from it. On `relays`, donors that compute, the units run all of whose layers lie there.
     `pack_weights` is one of `PACK_MODES`.
     """
 
@@ -249,14 +248,16 @@ class Plan:
         device_of = {item.layer.name: names.get(item.device, item.device) for item in self.placements}
         placements = tuple(Placement(layer, device_of.get(layer.name, device)) for layer in layers)
         relays = tuple(names.get(relay, relay) for relay in self.relays)
-        return Plan(device, placements, relays=relays, pack_weights=self.pack_weights)
+        is_same_kind = device.partition(":")[0] == self.compute_device.partition(":")[0]
+        pack_weights = self.pack_weights if is_same_kind else OFF
+        return Plan(device, placements, relays=relays, pack_weights=pack_weights)
 
     @cached_property
     def evicted(self) -> tuple[Group, ...]:
         return tuple(relief.group for relief in self.relieved if not relief.packs)
 
     @cached_property
-    def packed(self) -> tuple[Group, ...]:
+    def packed_residents(self) -> tuple[Group, ...]:
         evicted = {group.layers for group in self.evicted}
         return tuple(relief.group for relief in self.relieved if relief.packs and relief.group.layers not in evicted)
 
@@ -295,7 +296,7 @@ class Plan:
         """Placements on donors that are copied to the compute device."""
         return tuple(placement for placement in self.placements if self.how_served(placement) == STREAMED)
 
-    def is_packed(self, placement: Placement) -> bool:
+    def is_streamed_packed(self, placement: Placement) -> bool:
         """Whether the weights are to be packed from the start, if they become smaller."""
         is_streamed = self.how_served(placement) == STREAMED
         return self.pack_weights == ON and is_streamed and placement.layer.is_bf16
@@ -317,7 +318,7 @@ class Plan:
             for is_relayed in (True, False):  # the last lose their place first when there is less room
                 layers = (item.layer for item in on_device if self.is_relayed(item) == is_relayed)
                 groups += self._grouped(device, layers, is_relayed)
-        return (*groups, *self.packed, *self.evicted)
+        return (*groups, *self.packed_residents, *self.evicted)
 
     @cached_property
     def _evicted_names(self) -> frozenset[str]:
@@ -325,7 +326,7 @@ class Plan:
 
     @cached_property
     def _packed_names(self) -> frozenset[str]:
-        return frozenset(layer.name for group in self.packed for layer in group.layers)
+        return frozenset(layer.name for group in self.packed_residents for layer in group.layers)
 
     @cached_property
     def group_bytes(self) -> int:
@@ -339,7 +340,7 @@ class Plan:
     @cached_property
     def packed_room_bytes(self) -> int:
         """Memory of the compute device through which packed groups come from donors, besides."""
-        return self._room_for(group for group in self.groups if group.is_packable and not group.is_packed)
+        return self._room_for(group for group in self.groups if group.is_packable and not group.is_packed_resident)
 
     def _room_for(self, packable: Iterable[Group]) -> int:
         """The memory for these to come packed, where they may."""
@@ -369,17 +370,17 @@ class Plan:
         return tuple(placement.layer for placement in self.placements if placement.device == device)
 
     def bytes_on(self, device: str) -> int:
-        num_bytes = sum(layer.num_bytes + layer.extra_bytes for layer in self.layers_on(device))
-        return num_bytes if device != self.compute_device else num_bytes - self._bytes_saved
+        if device == self.compute_device:
+            return self.resident_bytes + sum(sizing.packed_bytes(group.num_bytes) for group in self.packed_residents)
+        return self._unpacked_bytes_on(device)
 
     @cached_property
     def resident_bytes(self) -> int:
-        """On the compute device, without what is packed there."""
-        return self.bytes_on(self.compute_device) - sum(packed_bytes(group.num_bytes) for group in self.packed)
+        """On the compute device, without the groups that are packed there."""
+        return self._unpacked_bytes_on(self.compute_device) - sum(group.num_bytes for group in self.packed_residents)
 
-    @cached_property
-    def _bytes_saved(self) -> int:
-        return sum(group.num_bytes - packed_bytes(group.num_bytes) for group in self.packed)
+    def _unpacked_bytes_on(self, device: str) -> int:
+        return sum(layer.num_bytes + layer.extra_bytes for layer in self.layers_on(device))
 
     def with_patches(self, extra_bytes: Mapping[str, int], patched: Collection[str]) -> Plan:
         """The same layers at the same places in the same groups. By name, these take so many bytes more, and those are
@@ -419,6 +420,8 @@ class Plan:
         return replace(self, placements=tuple(placements), relieved=relieved)
 
     def _num_to_relieve(self, compute_bytes: float) -> int:
+        """Packing alone takes no slots: those are for packed groups from donors. If a group has to leave, the slots for
+        every group that may come packed then are counted."""
         resident, sizes = self.bytes_on(self.compute_device), self._streamed_sizes
         number = num_to_relieve(self._reliefs, resident, sizes, compute_bytes - self.packed_room_bytes)
         if all(relief.packs for relief in self._reliefs[:number]):
@@ -430,8 +433,8 @@ class Plan:
     def _reliefs(self) -> tuple[Relief, ...]:
         """In the order in which they are taken: all that are to be packed are, before any leave."""
         to_pack = [group for group in self._evictable if group.is_packable] if self.pack_weights == ON else []
-        packing = [Relief(Group(self.compute_device, group.layers, is_packed=True)) for group in to_pack]
-        return (*packing, *(Relief(group, is_packed=group in to_pack) for group in self._evictable))
+        packing = [Relief(Group(self.compute_device, group.layers, is_packed_resident=True)) for group in to_pack]
+        return (*packing, *(Relief(group, was_packed=group in to_pack) for group in self._evictable))
 
     @cached_property
     def _evictable(self) -> tuple[Group, ...]:

@@ -24,10 +24,10 @@ class _Layer(Protocol):
     def is_table(self) -> bool: ...
 
 
-PACKED_PART = 0.76
-"""Of their size, what packed weights of networks take at most: with 4 bits of exponent for each, and few escapes."""
+_PACKED_PART = 0.76
 PACKED_SLOTS = 3
-"""Of packed groups on the compute device: one is copied while another is unpacked, and copies need not wait."""
+"""How many packed groups the compute device has room for: one is copied while another is unpacked, and copies need not
+wait."""
 
 _L = TypeVar("_L", bound=_Layer)
 
@@ -57,6 +57,12 @@ def staging_bytes(group_sizes: Sequence[int]) -> int:
     three groups at least: two whose layers take turns, and one to copy into."""
     streamed = sum(group_sizes)
     return min(streamed, max(sum(heapq.nlargest(3, group_sizes)), min(streamed // 8, STAGING_BYTES)))
+
+
+def packed_bytes(num_bytes: int) -> int:
+    """About what bf16 weights of a network take when they are packed: with 4 bits of exponent for each, and few
+    escapes. The bound is nine tenths (`packed_room_bytes`)."""
+    return int(num_bytes * _PACKED_PART)
 
 
 def packed_room_bytes(group_sizes: Sequence[int]) -> int:

@@ -7,21 +7,19 @@ import enum
 import logging
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.transfer import Transfer
-from ..moving.unpacking import reason_against
-from ..planning.plan import AUTO, GIB, OFF, Group, Plan, size_text
+from ..planning.plan import GIB, Group, Plan, size_text
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.files import FileError
 from ..weights.packing import PackedSlab
 from . import host_memory
 from .groups import StoredGroup
-from .pace import Pace
+from .pace import MOST_WAITING, Pace
 from .reading import Reading
 from .relay import Relay
 from .serving import Serving
@@ -29,9 +27,6 @@ from .stores import Stores
 from .streaming import Streamer
 
 logger = logging.getLogger(__name__)
-
-_MOST_WAITING = 0.05
-"""Where computing waits longer for copies, packed ones gain more than it costs to unpack them."""
 
 
 class State(enum.Enum):
@@ -62,9 +57,6 @@ class Distribution:
 
     def __init__(self, module: torch.nn.Module, plan: Plan, program: Program) -> None:
         self.device = torch.device(plan.compute_device)
-        if plan.packed_room_bytes and (reason := reason_against(self.device.type)):
-            logger.info("DisTorch2: weights are not packed for %s: %s", self.device, reason)
-            plan = replace(plan, pack_weights=OFF)
         self.asked = self.plan = plan
         self.state = State.RELEASED
         self.shares = [
@@ -76,7 +68,7 @@ class Distribution:
         self._program = program
         self._stores = Stores(module, self.device, program, plan.pack_weights)
         self._serving = Serving(self._stores, program)
-        self._pace = Pace(self.transfer) if plan.pack_weights == AUTO and self.transfer.has_streams else None
+        self._pace = Pace(self.transfer)
         # A dropped module is not unloaded first.
         weakref.finalize(module, _unpin_all, self.transfer, self.pinned).atexit = False
 
@@ -156,28 +148,9 @@ class Distribution:
     def running(self) -> Iterator[None]:
         """Around each pass of the module."""
         self.relieve_host_memory()
-        if self._pace is None or self._stores.packer.is_on or not self.plan.packed_room_bytes:
+        is_timed = self._stores.packer.can_start and self.transfer.has_streams and self.plan.packed_room_bytes > 0
+        with self._pace.a_pass() if is_timed else contextlib.nullcontext():
             yield
-            return
-        waiting_part = self._pace.waiting_part()
-        if waiting_part is not None and waiting_part > _MOST_WAITING and self.is_placed:
-            self._pack(waiting_part)
-        with self._pace.a_pass():
-            yield
-
-    def _pack(self, waiting_part: float) -> None:
-        logger.info(
-            "DisTorch2: %s waits %.0f%% of the time for copies of weights, and has them packed",
-            type(self._stores.module).__name__,
-            100 * waiting_part,
-        )
-        self._pause()
-        try:
-            self._stores.packer.is_on = True
-            self._stores.place(self.plan)
-        finally:
-            self._serve()
-        self._log_packed()
 
     def relieve_host_memory(self) -> None:
         """Give slabs up where others have taken so much main memory that less is left than is to be."""
@@ -195,8 +168,7 @@ class Distribution:
         if self.relay is not None:
             self.relay.streamer.give_up_staging()
         host_memory.note_use(self)
-        if self._pace is not None:
-            self._pace.begin_run()
+        self._begin_run()
         is_as_planned = plan.relieved == before.relieved and not self._stores.is_any_to_be_packed(plan)
         if self.is_placed and is_as_planned and not self._stores.can_leave_the_disk(plan):
             self._stores.place_others()
@@ -207,6 +179,17 @@ class Distribution:
         self._serve()
         self._log_overflow()
         self._log_packed()
+
+    def _begin_run(self) -> None:
+        """Have what is streamed packed from now on, if computing has waited for it."""
+        waiting_part = self._pace.begin_run()
+        if waiting_part is not None and waiting_part > MOST_WAITING and self._stores.packer.can_start:
+            self._stores.packer.start()
+            logger.info(
+                "DisTorch2: %s has waited %.0f%% of the time for copies of weights, which are packed now",
+                type(self._stores.module).__name__,
+                100 * waiting_part,
+            )
 
     def limit(self, donor: torch.device, num_bytes: float) -> None:
         """Keep no more than `num_bytes` of slabs on a donor, and the others that are planned for it on the host."""
@@ -315,7 +298,7 @@ class Distribution:
         num_bytes, of_slabs = sum(each.source.nbytes for each in packed), sum(each.slab_bytes for each in packed)
         if num_bytes and num_bytes != self._logged_packed:
             logger.info(
-                "DisTorch2: %s of %s are packed to %.0f%%, and streamed so",
+                "DisTorch2: %s of %s are packed to %.0f%%",
                 size_text(of_slabs),
                 type(self._stores.module).__name__,
                 100 * num_bytes / of_slabs,

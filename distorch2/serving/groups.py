@@ -122,7 +122,7 @@ class StoredGroup:
     ) -> None:
         self.is_table, self.is_bf16, self.is_packed_resident = is_table, is_bf16, is_packed_resident
         self.stays_unpacked = False
-        """It was to be packed, and could not be."""
+        """It would not be smaller, or not the same, packed."""
         self.layers: list[StoredLayer] = []
         self.slab_bytes = 0
         for (name, module), layout in zip(modules.items(), layouts, strict=True):
@@ -159,7 +159,7 @@ class StoredGroup:
 
     @property
     def device_unpacked(self) -> torch.device:
-        """Where it is to lie as it is."""
+        """Where a slab of the group lies when it is not packed."""
         return CPU if self.is_packed_resident else self.device
 
     @property

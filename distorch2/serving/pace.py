@@ -7,24 +7,30 @@ from collections.abc import Iterator
 
 from ..moving.transfer import Timing, Transfer
 
+MOST_WAITING = 0.05
+"""Of the time. Where computing waits longer for copies, packed ones gain more than it costs to unpack them."""
 _PASSES_BEFORE = 1
 """Of each run: copies are not ahead yet."""
 _PASSES_TIMED = 2
 
 
 class Pace:
-    """Times a few passes, of one run or of several short ones, and again in a run after they have been judged."""
+    """Times a few passes of a run, or of several short ones."""
 
     def __init__(self, transfer: Transfer) -> None:
         self._transfer = transfer
         self._num_passes = 0
         self._timings: list[Timing] = []
-        self._are_judged = False
 
-    def begin_run(self) -> None:
+    def begin_run(self) -> float | None:
+        """Returns the least part of a timed pass before that computing waited for copies, 0 to 1; None where too few
+        were timed since it was told last."""
         self._num_passes = 0
-        if self._are_judged:
-            self._timings, self._are_judged = [], False
+        parts = [part for timing in self._timings if (part := timing.waiting_part()) is not None]
+        if len(parts) < _PASSES_TIMED:
+            return None
+        self._timings = []
+        return min(parts)
 
     @contextlib.contextmanager
     def a_pass(self) -> Iterator[None]:
@@ -35,11 +41,3 @@ class Pace:
         with self._transfer.timed() as timing:
             yield
         self._timings.append(timing)
-
-    def waiting_part(self) -> float | None:
-        """The least part of a timed pass that computing waited for copies, 0 to 1; None before all are done."""
-        parts = [part for timing in self._timings if (part := timing.waiting_part()) is not None]
-        if len(parts) < _PASSES_TIMED:
-            return None
-        self._are_judged = True
-        return min(parts)

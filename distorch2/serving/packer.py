@@ -14,6 +14,7 @@ from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.streams import on_device
 from ..moving.unpacking import coder_for
+from ..planning.plan import AUTO, ON
 from ..weights.devices import CPU
 from ..weights.packing import PackedSlab, pack
 from ..weights.slab import allocate
@@ -26,25 +27,31 @@ _BUFFERS_BYTES = 1024**3
 
 
 class Packer:
-    """Packs while it `is_on`: until it fails for another reason than want of memory."""
+    """Packs while it `is_on`: with `ON` from the beginning, with `AUTO` from `start`, which may be called while it
+    `can_start`. After a failure that is not want of memory it neither packs nor starts again."""
 
-    def __init__(self, device: torch.device, program: Program, pinned: PinnedSlabs, is_on: bool) -> None:
-        self.is_on = is_on
+    def __init__(self, device: torch.device, program: Program, pinned: PinnedSlabs, pack_weights: str) -> None:
+        self.is_on, self.can_start = pack_weights == ON, pack_weights == AUTO
         self._device, self._program, self._pinned = device, program, pinned
         self._has_warned = False
         self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         self._is_packing = threading.Lock()
 
-    def packed(self, slab: torch.Tensor, on: torch.device) -> PackedSlab | None:
-        """A slab, packed where it is, or one in main memory on the compute device. None where it stays as it is."""
-        # Two accelerators may not reach each other: each packs its own slabs.
-        by = self._device if slab.device == CPU else slab.device
-        packed = self._packed_by(by, slab)
+    def start(self) -> None:
+        self.is_on, self.can_start = True, False
+
+    def pack(self, group: StoredGroup, on: torch.device) -> PackedSlab | None:
+        """Packs the slab of a group: by its own accelerator, or by the compute device where it is in main memory. Returns
+        it on the device `on`; None where it cannot be packed."""
+        slab = group.slab
+        assert slab is not None
+        # Two accelerators may not reach each other.
+        packed = self._packed_by(self._device if slab.device == CPU else slab.device, slab, group)
         return packed if packed is None or packed.device == on else packed.to(on)
 
     @contextlib.contextmanager
     def buffers(self, groups: Sequence[StoredGroup], number: int) -> Iterator[None]:
-        """For `filled`, of these groups: up to so many at a time."""
+        """For `fill_packed`, of these groups: up to so many at a time."""
         num_bytes = max((group.slab_bytes for group in groups), default=1)
         number = min(number, len(groups), max(1, _BUFFERS_BYTES // num_bytes))
         buffers = [allocate(num_bytes, CPU).zero_() for _ in range(number)]
@@ -58,14 +65,14 @@ class Packer:
             for buffer in buffers:
                 self._pinned.unpin(buffer)
 
-    def filled(self, group: StoredGroup, device: torch.device) -> torch.Tensor | PackedSlab:
+    def fill_packed(self, group: StoredGroup, device: torch.device) -> torch.Tensor | PackedSlab:
         """A slab with the weights that the modules have, packed for main memory or for the compute device; as it is, in
         main memory, where it cannot be. Within `buffers`; several threads may call it."""
         buffer = self._buffers.get()
         try:
             slab = group.fill(buffer[: group.slab_bytes])
             with self._is_packing:  # it takes memory of the device
-                packed = self._packed_by(self._device, slab)
+                packed = self._packed_by(self._device, slab, group)
                 if packed is not None and packed.device != device:
                     slab[: packed.nbytes].copy_(packed.buffer)
             if packed is None:
@@ -76,15 +83,17 @@ class Packer:
         finally:
             self._buffers.put(buffer)
 
-    def _packed_by(self, device: torch.device, slab: torch.Tensor) -> PackedSlab | None:
+    def _packed_by(self, device: torch.device, slab: torch.Tensor, group: StoredGroup) -> PackedSlab | None:
         if not self.is_on:
             return None
         try:
             with on_device(device):
-                return pack(slab.to(device, non_blocking=True), coder_for(device))
+                packed = pack(slab.to(device, non_blocking=True), coder_for(device))
         except Exception as error:  # of a compiler, too
             self.is_on = self._program.is_out_of_memory(error)
             if not (self.is_on and self._has_warned):
                 self._has_warned = True
                 logger.warning("DisTorch2: weights are not packed (%s)", str(error).partition("\n")[0])
             return None
+        group.stays_unpacked = packed is None
+        return packed

@@ -101,15 +101,15 @@ class Serving:
             self._order = LearntOrder()
 
     def fit_unpacker(self) -> None:
-        """Have one that serves what is packed, and none where nothing is. No copy may be under way."""
+        """Give the transfer an unpacker whose slots hold every packed group, or none where nothing is packed."""
         served = self.streamer.groups if self.streamer is not None and self.transfer.has_streams else ()
         packed = [group.source for group in served if isinstance(group.source, PackedSlab)]
         slot_bytes = max((each.nbytes for each in packed if each.device != self._stores.device), default=0)
         unpacker = self.transfer.unpacker
-        if not packed:
-            self.transfer.unpack_by(None)
-        elif unpacker is None or unpacker.slot_bytes < slot_bytes:
-            self.transfer.unpack_by(None)
+        if packed and unpacker is not None and unpacker.slot_bytes >= slot_bytes:
+            return
+        self.transfer.unpack_by(None)  # before memory for the next one is taken
+        if packed:
             self.transfer.unpack_by(self._make_unpacker(slot_bytes))
 
     def _make_relay(self, plan: Plan) -> Relay:

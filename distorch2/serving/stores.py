@@ -14,9 +14,9 @@ import torch
 from ..moving.modules import Mover
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
-from ..planning.eviction import spread
-from ..planning.plan import OFF, ON, Group, Plan
-from ..planning.sizing import PACKED_PART
+from ..planning.plan import OFF, Group, Plan
+from ..planning.relief import spread
+from ..planning.sizing import packed_bytes
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.inventory import layout_of, loaded_dtypes, note_dtype, own_tensors
 from ..weights.packing import PackedSlab
@@ -37,8 +37,8 @@ class Stores:
     """The weights of one module: slabs on donors, and everything else on `device`, or on the host after `release`.
 
     `groups` are those that lie in slabs. `pinned` page-locks those on the host while `is_in_use`. With `pack_weights`,
-    one of `PACK_MODES`, groups that are streamed are packed where that makes them smaller: from the start, or after
-    `pack`, or when main memory is short.
+    one of `PACK_MODES`, groups that are streamed are packed where that makes them smaller: from the beginning, or after
+    `packer.start()`.
     """
 
     def __init__(
@@ -49,8 +49,7 @@ class Stores:
         self.sources = Sources()
         self.pinned = PinnedSlabs(device, program)
         self.is_in_use = False
-        self.packer = Packer(device, program, self.pinned, pack_weights == ON)
-        self._may_pack = pack_weights != OFF
+        self.packer = Packer(device, program, self.pinned, pack_weights)
         self._program = program
         self._temporary = TemporarySlabs(program.temporary_folder)
         self._limits: dict[torch.device, float] = {}
@@ -85,8 +84,7 @@ class Stores:
                 to_fill[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
             elif self.groups[key].device != devices[key]:
                 self.move(key, devices[key])
-        packable = {key for key in to_fill if key.is_packable}  # others get patches after this
-        self._fill(to_fill, devices, packable, set(plan.evicted), is_cancellable)
+        self._fill(to_fill, devices, set(plan.evicted), is_cancellable, may_pack=True)
         returned = [self._unstore(key) for key in list(self.groups) if key not in devices]
         self._take_the_others_to_the_device()
         for group in returned:
@@ -161,7 +159,7 @@ class Stores:
         candidates = self.keys_on_host()
         candidates = [candidates[index] for index in spread(len(candidates))]
         candidates.sort(key=lambda key: self.groups[key].find_in_files(self.sources) is None)
-        return self._as_many_as(candidates, num_bytes)
+        return _as_many_as(candidates, num_bytes, self.bytes_of)
 
     def overflow_bytes(self, plan: Plan) -> int:
         """Of groups on the disk that are planned for elsewhere."""
@@ -304,38 +302,39 @@ class Stores:
         self._pack(group)
         self._pin(group)  # if it could not be, beside the one that it replaces
 
-    def _is_to_be_packed(self, group: StoredGroup) -> bool:
-        """Whether that is asked for, may make it smaller, and its modules can have the weights in the mappings of
-        files."""
-        return self.packer.is_on and group.is_bf16 and self._are_in_files(layer.module for layer in group.living)
-
     def is_any_to_be_packed(self, plan: Plan) -> bool:
         """Of groups that lie as they are, since they had patches, or there was no need."""
-        return any(key in self.groups and self._is_to_be_packed_now(key) for key in plan.groups if key.is_packable)
+        return any(key in self.groups and self._is_to_be_packed_now(key) for key in plan.groups)
 
     def _is_to_be_packed_now(self, key: Group) -> bool:
-        group = self.groups[key]
-        is_plain = group.slab is not None and group.device != DISK
-        return is_plain and key.is_packable and not group.stays_unpacked and self._is_to_be_packed(group)
+        return key.is_packable and self._lies_unpacked(self.groups[key]) and self._is_to_be_packed(self.groups[key])
 
-    def _are_in_files(self, modules: Iterable[torch.nn.Module]) -> bool:
-        return all(self.sources.of(child, name) is not None for child in modules for name in own_tensors(child))
+    def _lies_unpacked(self, group: StoredGroup) -> bool:
+        """In memory, and not since it could not be packed."""
+        return group.slab is not None and group.device != DISK and not group.stays_unpacked
 
-    def _bytes_expected(self, key: Group) -> float:
+    def _is_to_be_packed(self, group: StoredGroup) -> bool:
+        return group.is_bf16 and self._may_be_packed(layer.module for layer in group.living)
+
+    def _may_be_packed(self, modules: Iterable[torch.nn.Module]) -> bool:
+        """Packed groups have no slab: their modules have to have all weights in the mappings of files."""
+        return self.packer.is_on and all(
+            self.sources.of(child, name) is not None for child in modules for name in own_tensors(child)
+        )
+
+    def _bytes_expected(self, key: Group) -> int:
         """Of its slab, before it is filled."""
         modules = (self.module.get_submodule(layer.name) for layer in key.layers)
-        is_to_be_packed = self.packer.is_on and key.is_bf16 and self._are_in_files(modules)
-        return key.slab_bytes * (PACKED_PART if is_to_be_packed else 1)
+        is_packed = key.is_packable and self._may_be_packed(modules)
+        return packed_bytes(key.slab_bytes) if is_packed else key.slab_bytes
 
     def _pack(self, group: StoredGroup) -> None:
         """Have a group that lies in memory packed there, or on the compute device."""
-        if group.slab is None or group.device == DISK or not self._is_to_be_packed(group):
+        if not self._lies_unpacked(group) or not self._is_to_be_packed(group):
             return
         replaced = group.host_slab
-        packed = self.packer.packed(group.slab, self.device if group.is_packed_resident else group.device)
-        if packed is None:
-            group.stays_unpacked = True
-        else:
+        packed = self.packer.pack(group, self.device if group.is_packed_resident else group.device)
+        if packed is not None:
             self._serve_packed(group, packed)
             self.pinned.unpin(replaced)
 
@@ -367,18 +366,19 @@ class Stores:
                     device = CPU
                 else:
                     used[device] += self.bytes_of(key)
-            if key.is_packed and key in self.groups and not self._is_to_be_packed_now(key):
-                device = self.groups[key].device  # what could not be packed on the compute device stays where it is
+            if key.is_packed_resident and key in self.groups and not self._is_to_be_packed_now(key):
+                is_packed = isinstance(self.groups[key].source, PackedSlab)
+                device = self.groups[key].device if is_packed else CPU  # what could not be packed has no room there
             devices[key] = device
         is_there = {key for key, group in self.groups.items() if group.device == CPU}
         coming = [key for key, device in devices.items() if device == CPU and key not in is_there]
         to_leave_out = self._lacking_for(coming)
-        if to_leave_out and self._may_pack and not self.packer.is_on:
-            self.packer.is_on = True
+        if to_leave_out and self.packer.can_start:
+            self.packer.start()
             to_leave_out = self._lacking_for(coming)
         if to_leave_out:
             in_order = [coming[index] for index in spread(len(coming))]
-            devices |= dict.fromkeys(self._as_many_as(in_order, to_leave_out), DISK)
+            devices |= dict.fromkeys(_as_many_as(in_order, to_leave_out, self._bytes_expected), DISK)
         return devices
 
     def _lacking_for(self, keys: Iterable[Group]) -> float:
@@ -388,35 +388,38 @@ class Stores:
         self,
         modules: Mapping[Group, Mapping[str, torch.nn.Module]],
         devices: Mapping[Group, torch.device],
-        packable: Collection[Group] = (),
         evicted: Collection[Group] = (),
         is_cancellable: bool = False,
+        may_pack: bool = False,
     ) -> None:
-        """Serve these groups from slabs on these devices, or on the host where a device has no memory. Those that are
-        `packable` are packed, where they are to be.
+        """Serve these groups from slabs on these devices, or on the host where a device has no memory. With `may_pack`
+        those that can be packed are; patches of the others come later.
 
         For the host, and packed, several are filled at a time, a few ahead of the one that is page-locked and served
         here: that is when the weights that they are filled with are let go.
         """
         made = {
-            key: StoredGroup(members, list(map(layout_of, members.values())), key.is_table, key.is_bf16, key.is_packed)
+            key: StoredGroup(
+                members, list(map(layout_of, members.values())), key.is_table, key.is_bf16, key.is_packed_resident
+            )
             for key, members in modules.items()
         }
-        is_ahead = {key for key in made if devices[key] == CPU or key.is_packed}
-        to_pack = {key for key in packable if key in is_ahead and self._is_to_be_packed(made[key])}
+        packable = {key for key in made if may_pack and key.is_packable}
+        filled_ahead = [key for key in made if devices[key] == CPU or key.is_packed_resident]
+        to_pack = {key for key in filled_ahead if key in packable and self._is_to_be_packed(made[key])}
         filling: dict[Group, Future[torch.Tensor | PackedSlab]] = {}
-        ahead_of = iter([key for key in made if key in is_ahead])
+        to_fill_ahead = iter(filled_ahead)
         buffers = self.packer.buffers([made[key] for key in to_pack], _FILLING_THREADS)
         with buffers, ThreadPoolExecutor(_FILLING_THREADS) as pool:
             for key, group in made.items():
                 if is_cancellable:
                     self._program.raise_if_cancelled()
-                for ahead in itertools.islice(ahead_of, 2 * _FILLING_THREADS - len(filling)):
+                for ahead in itertools.islice(to_fill_ahead, 2 * _FILLING_THREADS - len(filling)):
                     if ahead in evicted:
                         # The same parameters with other memory: whoever holds them too keeps none of the device.
                         self._take_to_the_host(modules[ahead].values())
                     if ahead in to_pack:
-                        filling[ahead] = pool.submit(self.packer.filled, made[ahead], devices[ahead])
+                        filling[ahead] = pool.submit(self.packer.fill_packed, made[ahead], devices[ahead])
                     else:  # what a thread allocates, the C library may keep for it when it is freed
                         filling[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(CPU))
                 replaced = self.groups.get(key)
@@ -429,7 +432,6 @@ class Stores:
                         if isinstance(filled, PackedSlab):
                             self._serve_packed(group, filled)
                         else:
-                            group.stays_unpacked = key in to_pack
                             group.serve_from(filled)
                     else:
                         group.serve_from(self._there_or_on_host(group.filled_on, devices[key]))
@@ -445,16 +447,6 @@ class Stores:
         """Tables are read in place, and need not be page-locked."""
         if self.is_in_use and group.host_slab is not None and not group.is_table:
             self.pinned.pin(group.host_slab)
-
-    def _as_many_as(self, keys: Iterable[Group], num_bytes: float) -> list[Group]:
-        """The first of them that take so many bytes together."""
-        taken, sum_of_taken = [], 0
-        for key in keys:
-            if sum_of_taken >= num_bytes:
-                break
-            taken.append(key)
-            sum_of_taken += self.bytes_of(key)
-        return taken
 
     def _unstore(self, key: Group) -> StoredGroup:
         group = self.groups.pop(key)
@@ -487,6 +479,17 @@ class Stores:
                 "DisTorch2: %s is full; a group of layers planned for it is on the host (%s)", device, str(error)
             )
             return make(CPU)
+
+
+def _as_many_as(keys: Iterable[Group], num_bytes: float, size_of: Callable[[Group], int]) -> list[Group]:
+    """The first of them that take so many bytes together."""
+    taken, sum_of_taken = [], 0
+    for key in keys:
+        if sum_of_taken >= num_bytes:
+            break
+        taken.append(key)
+        sum_of_taken += size_of(key)
+    return taken
 
 
 def _fill_missing(module: torch.nn.Module) -> None:

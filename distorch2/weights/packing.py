@@ -136,9 +136,9 @@ def unpack(packed: PackedSlab, coder: Coder | None = None) -> torch.Tensor:
 
 
 def prepared(slab: torch.Tensor, coder: Coder, widths: Sequence[int] = WIDTHS) -> PackedSlab:
-    """In the width in which it is smallest, with bases and first escapes: the coder is to write the rest.
+    """A packed slab in the smallest of `widths`, with bases and first escapes written; the coder is to write the rest.
 
-    The base of a block is the lowest of those exponents in a row, as many as there are codes, that are most frequent.
+    The base of a block is the first of those `2**width - 1` exponents in a row that cover most of its values.
     """
     up_to = torch.nn.functional.pad(coder.counts(slab).cumsum(1, dtype=torch.int32), (1, 0))  # those below each
     bases, first_escapes, num_escapes = {}, {}, []

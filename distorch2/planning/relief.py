@@ -1,4 +1,4 @@
-"""What is done for want of room on the compute device: in which order, and how much of it."""
+"""What is packed on the compute device or leaves it, for want of room: in which order, and how much of it."""
 
 from __future__ import annotations
 
