@@ -41,8 +41,8 @@ class Packer:
         self.is_on, self.can_start = True, False
 
     def pack(self, group: StoredGroup, on: torch.device) -> PackedSlab | None:
-        """Packs the slab of a group by its own accelerator, or by the compute device where it is in main memory. Returns
-        it on the device `on`; None where it cannot be packed."""
+        """Packs the slab of a group by its own accelerator, or by the compute device where it is in main memory.
+        Returns it on the device `on`; None where it cannot be packed."""
         slab = group.slab
         assert slab is not None
         # Two accelerators may not reach each other.
