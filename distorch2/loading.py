@@ -344,7 +344,7 @@ def _plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[st
     reason = reason_against(torch.device(plan.compute_device).type)
     if not reason or plan.pack_weights == OFF:
         return plan
-    if plan.packed_room_bytes or plan.pack_weights == ON:
+    if plan.is_worth_packing or plan.pack_weights == ON:
         logger.info("DisTorch2: weights are not packed for %s: %s", plan.compute_device, reason)
     return make_plan(layers, replace(request, pack_weights=OFF), memory)
 

@@ -9,6 +9,7 @@ from allocation_parser import parse_allocation
 from distorch2.planning.plan import (
     GIB,
     PACK_MODES,
+    STREAMED_ONLY,
     ComponentRequest,
     DeviceMemory,
     Layer,
@@ -337,16 +338,16 @@ def test_room_for_packed_groups_is_taken_where_some_may_come_packed():
             request = ComponentRequest("cuda:0", parse_allocation(f"cuda:0,{100 - share}%;cpu,*"), pack_weights=mode)
             made = make_plan(layers, request, memory)
             rooms[mode, share] = made.packed_room_bytes
+            assert made.is_worth_packing == (share > 20)  # 192 MiB are too few
             assert made.compute_bytes == made.bytes_on("cuda:0") + made.staging_bytes + made.packed_room_bytes
             assert {made.is_streamed_packed(item) for item in made.streamed} == (
                 {True, False} if mode == "on" else {False}
             )
     room = 3 * 27 * mib  # of nine tenths of groups of 30 MiB
     assert [rooms["on", share] for share in (20, 40, 100)] == [room, room, room]
-    assert [rooms["auto", share] for share in (20, 40, 100)] == [0, room, room]  # 192 MiB are too few
-    assert [rooms["off", share] for share in (20, 40, 100)] == [0, 0, 0]
+    assert [rooms[mode, share] for mode in ("auto", "off") for share in (20, 40, 100)] == [0] * 6
 
-    resident = replace(Plan.all_on("cuda:0", layers), pack_weights="auto")
+    resident = replace(Plan.all_on("cuda:0", layers), pack_weights=STREAMED_ONLY)
     assert resident.packed_room_bytes == 0
     assert resident.within(resident.compute_bytes) == resident
     for lacking in (1, 100 * mib, 500 * mib):

@@ -369,6 +369,7 @@ class DistributedPatcher(WeightPatcher):
         if placed is not None and placed is not here and placed.is_placed:
             self._release(placed)
         self._shared.placed = here
+        here.begin_run()
         here.place(self._plan().within(compute_bytes, here.plan), is_cancellable)
         if placed is not None and placed is not here:
             placed.drop_unbound()

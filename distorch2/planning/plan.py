@@ -83,6 +83,8 @@ the units that they belong to where they lie, and moves the activations; `AUTO` 
 _, ON, OFF = PACK_MODES = (AUTO, "on", "off")
 """Whether streamed bf16 weights are packed without loss. `ON`: from the start, and resident ones for which there is no
 room. `AUTO`: when computing is found to wait for copies, or when main memory is short."""
+STREAMED_ONLY = "streamed only"
+"""What a plan with `AUTO` has from then on: streamed weights are packed, and resident ones are not."""
 LEAST_TO_PACK_BYTES = 256 * 1024**2
 """With `AUTO`, less is streamed as it is: little is gained."""
 
@@ -224,7 +226,8 @@ class Plan:
 
     `relieved` are the reliefs that were taken for want of room, in order. Their groups are `packed_residents` on the
     compute device, or `evicted` from it. On `relays`, donors that compute, the units run all of whose layers lie there.
-    `pack_weights` is one of `PACK_MODES`.
+    `pack_weights` is one of `PACK_MODES`, or
+    `STREAMED_ONLY`.
     """
 
     compute_device: str
@@ -299,7 +302,7 @@ class Plan:
     def is_streamed_packed(self, placement: Placement) -> bool:
         """Whether the weights are to be packed from the start, if they become smaller."""
         is_streamed = self.how_served(placement) == STREAMED
-        return self.pack_weights == ON and is_streamed and placement.layer.is_bf16
+        return self.pack_weights in (ON, STREAMED_ONLY) and is_streamed and placement.layer.is_bf16
 
     def how_served(self, placement: Placement) -> str:
         if placement.device == self.compute_device:
@@ -340,13 +343,21 @@ class Plan:
     @cached_property
     def packed_room_bytes(self) -> int:
         """Memory of the compute device through which packed groups come from donors, besides."""
-        return self._room_for(group for group in self.groups if group.is_packable and not group.is_packed_resident)
+        return self._room_for(self._packable_from_donors)
+
+    @cached_property
+    def is_worth_packing(self) -> bool:
+        """Whether enough is streamed that can be packed."""
+        return sum(group.slab_bytes for group in self._packable_from_donors) >= LEAST_TO_PACK_BYTES
+
+    @cached_property
+    def _packable_from_donors(self) -> list[Group]:
+        return [group for group in self.groups if group.is_packable and not group.is_packed_resident]
 
     def _room_for(self, packable: Iterable[Group]) -> int:
-        """The memory for these to come packed, where they may."""
-        sizes = [group.slab_bytes for group in packable]
-        may_be = self.pack_weights == ON or (self.pack_weights == AUTO and sum(sizes) >= LEAST_TO_PACK_BYTES)
-        return sizing.packed_room_bytes(sizes) if may_be else 0
+        """The memory for these to come packed, if they do."""
+        are_packed = self.pack_weights in (ON, STREAMED_ONLY)
+        return sizing.packed_room_bytes([group.slab_bytes for group in packable]) if are_packed else 0
 
     @property
     def buffer_bytes(self) -> int:

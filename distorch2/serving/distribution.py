@@ -7,13 +7,14 @@ import enum
 import logging
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.transfer import Transfer
-from ..planning.plan import GIB, Group, Plan, size_text
+from ..planning.plan import AUTO, GIB, STREAMED_ONLY, Group, Plan, size_text
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.files import FileError
 from ..weights.packing import PackedSlab
@@ -148,7 +149,7 @@ class Distribution:
     def running(self) -> Iterator[None]:
         """Around each pass of the module."""
         self.relieve_host_memory()
-        is_timed = self._stores.packer.can_start and self.transfer.has_streams and self.plan.packed_room_bytes > 0
+        is_timed = self._stores.packer.can_start and self.transfer.has_streams and self.plan.is_worth_packing
         with self._pace.a_pass() if is_timed else contextlib.nullcontext():
             yield
 
@@ -161,6 +162,19 @@ class Distribution:
             self.give_up_host_memory(to_leave)
             self._log_overflow()
 
+    def begin_run(self) -> None:
+        """Before a plan for the next run is made of `asked`: have what is streamed packed from now on, if computing has
+        waited for it."""
+        waiting_part = self._pace.begin_run()
+        if waiting_part is not None and waiting_part > MOST_WAITING and self._stores.packer.can_start:
+            logger.info(
+                "DisTorch2: %s has waited %.0f%% of the time for copies of weights, which are packed now",
+                type(self._stores.module).__name__,
+                100 * waiting_part,
+            )
+            self._stores.packer.start()
+            self.asked = replace(self.asked, pack_weights=STREAMED_ONLY)
+
     def place(self, plan: Plan, is_cancellable: bool = False) -> None:
         """Put every layer where `plan` has it, and serve what is elsewhere. The plan is `asked`, perhaps with groups
         evicted or with extra bytes. Cancellable as in `Stores.place`."""
@@ -168,7 +182,6 @@ class Distribution:
         if self.relay is not None:
             self.relay.streamer.give_up_staging()
         host_memory.note_use(self)
-        self._begin_run()
         is_as_planned = plan.relieved == before.relieved and not self._stores.is_any_to_be_packed(plan)
         if self.is_placed and is_as_planned and not self._stores.can_leave_the_disk(plan):
             self._stores.place_others()
@@ -176,20 +189,11 @@ class Distribution:
         self._pause()
         self._log_evicted(before)
         self._stores.place(plan, is_cancellable)
+        if self._stores.packer.is_on and self.asked.pack_weights == AUTO:  # for want of main memory
+            self.asked = replace(self.asked, pack_weights=STREAMED_ONLY)
         self._serve()
         self._log_overflow()
         self._log_packed()
-
-    def _begin_run(self) -> None:
-        """Have what is streamed packed from now on, if computing has waited for it."""
-        waiting_part = self._pace.begin_run()
-        if waiting_part is not None and waiting_part > MOST_WAITING and self._stores.packer.can_start:
-            self._stores.packer.start()
-            logger.info(
-                "DisTorch2: %s has waited %.0f%% of the time for copies of weights, which are packed now",
-                type(self._stores.module).__name__,
-                100 * waiting_part,
-            )
 
     def limit(self, donor: torch.device, num_bytes: float) -> None:
         """Keep no more than `num_bytes` of slabs on a donor, and the others that are planned for it on the host."""
