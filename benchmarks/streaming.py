@@ -8,8 +8,8 @@ a percentage on the CPU, a case is a size of the images. The result is written t
 forward among others of the same model, timed until its result is there; what it copies ahead for the next step goes on.
 Steps of the resident model and of ours take turns, five at a time, of which the first is not counted. The floor is the
 longer of the resident step and the copy of the streamed bytes at the speed of the link, which is measured before and
-after each case, and the faster counts. How fast the parts of packing can be is measured, too, to compare "read s" and
-"place s" with.
+after each case, and the faster counts. How fast slabs can be filled is measured, too, to compare "read s" and "place s"
+with. Where weights can be packed, the same steps are timed with packed ones, against the same floor.
 
 ComfyUI's own two ways to run a model that does not fit, classic and DynamicVRAM, then load it once for each row and run
 each case but the batch of two (for the time that it takes) on a GPU that has as much memory free as ours took for it by
@@ -35,6 +35,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from harness import (
@@ -63,8 +64,8 @@ PAGE_BYTES = 2 * 1024**2
 """Of torch's allocator on the GPU."""
 
 
-def packing_gb_per_second(num_bytes: int = 4 * 1024**3) -> dict[str, float]:
-    """The parts of packing as fast as they can be: eight threads that copy to new memory, and page-locking it."""
+def filling_gb_per_second(num_bytes: int = 4 * 1024**3) -> dict[str, float]:
+    """The parts of filling as fast as they can be: eight threads that copy to new memory, and page-locking it."""
     import torch
 
     from distorch2.planning.sizing import GROUP_BYTES
@@ -220,7 +221,7 @@ def measure(model, path: str, percentages: list[int]) -> Iterator[dict]:
     rows: list[dict] = []
     result = {
         "pageable link GB/s": round(link_gb_per_second(page_locked=False), 1),
-        **packing_gb_per_second(),
+        **filling_gb_per_second(),
         "rows": rows,
     }
     inputs = {case: model.inputs(case) for case in model.cases}
@@ -263,6 +264,13 @@ def measure(model, path: str, percentages: list[int]) -> Iterator[dict]:
         yield result
         del patcher
         check_free(free_before)
+        if plan.is_worth_packing:
+            packed = model.distributed(path, replace(request, pack_weights="on"))
+            packed.patch_model()
+            for case in model.cases:
+                at[case]["packed"] = timed(model, resident, packed, inputs[case], expected[case], free_before)
+            del packed
+            check_free(free_before)
         if plan.groups:
             row["classic at equal VRAM"] = comfyuis_own(model, path, row["free bytes for ComfyUI"])
         print(model.name, json.dumps(row), file=sys.stderr, flush=True)
