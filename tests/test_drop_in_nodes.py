@@ -292,6 +292,25 @@ def test_every_node_has_a_help_page_that_names_its_own_inputs(server):
         assert [each for each in inputs if f"`{each}`" not in page] == [], name
 
 
+def test_the_packs_own_nodes_have_names_and_tooltips_in_three_languages(server):
+    object_info, served = server.get("/object_info"), server.get("/i18n")
+    own = [name for name in object_info if name == NODE_ID or re.fullmatch(r"(Distribute|Place)\w+DisTorch2", name)]
+    assert len(own) == 6
+    for language, names in (("en", [NODE_ID]), ("zh", own), ("ja", own)):
+        definitions = served[language]["nodeDefs"]
+        for name in names:
+            info, definition = object_info[name], definitions[name]
+            inputs = {**info["input"]["required"], **info["input"].get("optional", {})}
+            assert [*definition["inputs"]] == [*inputs], (language, name)
+            tooltips = {each: options["tooltip"] for each, (_, options) in inputs.items()}
+            translated = {each: of_input["tooltip"] for each, of_input in definition["inputs"].items()}
+            if language == "en":
+                assert translated == tooltips
+            else:
+                assert not set(translated.values()) & set(tooltips.values())
+            assert [of_output["name"] for of_output in definition["outputs"].values()] == info["output_name"]
+
+
 @pytest.mark.other_pack
 @pytest.mark.skipif(
     "COMFYUI_GGUF_PATH" not in os.environ, reason="COMFYUI_GGUF_PATH does not say where ComfyUI-GGUF is"
