@@ -309,6 +309,11 @@ def test_the_packs_own_nodes_have_names_and_tooltips_in_three_languages(server):
             else:
                 assert not set(translated.values()) & set(tooltips.values())
             assert [of_output["name"] for of_output in definition["outputs"].values()] == info["output_name"]
+            pages = ROOT / "web" / "docs" / name
+            page, english = ((pages / f"{each}.md").read_text() for each in (language, "en"))
+            assert page.startswith(f"# {definition['display_name']}\n")
+            assert [each for each in inputs if f"`{each}`" not in page] == []
+            assert re.findall("```.*?```", page, re.DOTALL) == re.findall("```.*?```", english, re.DOTALL)
 
 
 @pytest.mark.other_pack
