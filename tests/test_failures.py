@@ -98,8 +98,8 @@ def test_a_device_that_is_lost_while_placing_leaves_nothing_half_placed(checkpoi
     model = on_donor(checkpoints)[0]
     fill = Stores._fill
 
-    def lost_afterwards(stores, *arguments):
-        fill(stores, *arguments)
+    def lost_afterwards(stores, *arguments, **options):
+        fill(stores, *arguments, **options)
         failing_with(LOST[0])()
 
     with monkeypatch.context() as patches:
