@@ -301,30 +301,28 @@ def _high_precision_input() -> io.Input:
 
 
 def _donor_mode_input() -> io.Input:
-    return io.Combo.Input(
+    return _mode_input(
         "donor_mode",
-        options=list(DONOR_MODES),
-        default=AUTO,
-        optional=True,
-        advanced=True,
-        tooltip="What happens with weights on a donor. stream: they are copied to the compute device when "
-        "they are needed. relay: the donor runs its blocks of the model itself, and only the image's data "
+        DONOR_MODES,
+        "What happens with weights on a donor. stream: they are copied to the compute device when they are "
+        "needed. relay: the donor runs its blocks of the model itself, and only the image's data "
         "travels. auto: accelerators of the compute device's kind relay, and the others are streamed from.",
     )
 
 
 def _pack_weights_input() -> io.Input:
-    return io.Combo.Input(
+    return _mode_input(
         "pack_weights",
-        options=list(PACK_MODES),
-        default=AUTO,
-        optional=True,
-        advanced=True,
-        tooltip="Whether bf16 weights that are copied to the compute device in every step are packed, without loss, to "
+        PACK_MODES,
+        "Whether bf16 weights that are copied to the compute device in every step are packed, without loss, to "
         "about 70% of their size: less to copy, and less main memory. on: from the start, and also what the compute "
         "device has no room for, before it leaves. auto: after a run in which computing waited for copies, or when "
         "main memory is short.",
     )
+
+
+def _mode_input(name: str, modes: Iterable[str], tooltip: str) -> io.Input:
+    return io.Combo.Input(name, options=list(modes), default=AUTO, optional=True, advanced=True, tooltip=tooltip)
 
 
 def selectable_devices() -> tuple[str, ...]:
@@ -360,9 +358,11 @@ def request_for(
     donor_mode: str = AUTO,
     pack_weights: str = AUTO,
 ) -> ComponentRequest:
-    allocation: Allocation = VirtualVram(virtual_vram_gb, donor_device)
+    allocation: Allocation
     if expert_text.strip():
         allocation = parse_allocation(expert_text, selectable_donors())
+    else:
+        allocation = VirtualVram(virtual_vram_gb, donor_device)
     return ComponentRequest(compute_device, allocation, donor_mode, pack_weights)
 
 

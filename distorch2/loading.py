@@ -26,7 +26,7 @@ from .comfyui.program import COMFYUI
 from .comfyui.sharing import clone_sharing, unload
 from .moving.file_reader import bytes_per_second
 from .moving.unpacking import reason_against
-from .planning.plan import GIB, OFF, ON, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, size_text
+from .planning.plan import AUTO, GIB, OFF, ON, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, size_text
 from .planning.planner import make_plan
 from .report import render_table, rows_of_plan
 from .serving import host_memory
@@ -340,13 +340,12 @@ def _make_plans(
 
 def _plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
     """A plan that packs nothing where the compute device cannot unpack it."""
-    plan = make_plan(layers, request, memory)
-    reason = reason_against(torch.device(plan.compute_device).type)
-    if not reason or plan.pack_weights == OFF:
-        return plan
-    if plan.is_worth_packing or plan.pack_weights == ON:
+    reason = reason_against(torch.device(request.compute_device).type)
+    plan = make_plan(layers, replace(request, pack_weights=OFF) if reason else request, memory)
+    is_missed = request.pack_weights == ON or (request.pack_weights == AUTO and plan.is_worth_packing)
+    if reason and is_missed:
         logger.info("DisTorch2: weights are not packed for %s: %s", plan.compute_device, reason)
-    return make_plan(layers, replace(request, pack_weights=OFF), memory)
+    return plan
 
 
 def _without_donated(memory: DeviceMemory, plan: Plan, device: str) -> DeviceMemory:

@@ -148,6 +148,8 @@ def test_without_being_asked_only_devices_of_one_kind_relay(checkpoints):
 def test_an_unknown_mode():
     with pytest.raises(PlanError, match="donor mode is 'fast'; use auto, stream, relay"):
         ComponentRequest("cpu", VirtualVram(1.0, "cpu"), "fast")
+    with pytest.raises(PlanError, match="pack weights is 'yes'; use auto, on, off"):
+        ComponentRequest("cpu", VirtualVram(1.0, "cpu"), pack_weights="yes")
 
 
 def test_the_text_encoder_relays_as_well(checkpoints, expected):

@@ -226,8 +226,7 @@ class Plan:
 
     `relieved` are the reliefs that were taken for want of room, in order. Their groups are `packed_residents` on the
     compute device, or `evicted` from it. On `relays`, donors that compute, the units run all of whose layers lie there.
-    `pack_weights` is one of `PACK_MODES`, or
-    `STREAMED_ONLY`.
+    `pack_weights` is one of `PACK_MODES`, or `STREAMED_ONLY`.
     """
 
     compute_device: str
@@ -443,9 +442,13 @@ class Plan:
     @cached_property
     def _reliefs(self) -> tuple[Relief, ...]:
         """In the order in which they are taken: all that are to be packed are, before any leave."""
-        to_pack = [group for group in self._evictable if group.is_packable] if self.pack_weights == ON else []
-        packing = [Relief(Group(self.compute_device, group.layers, is_packed_resident=True)) for group in to_pack]
-        return (*packing, *(Relief(group, was_packed=group in to_pack) for group in self._evictable))
+        may_pack = self.pack_weights == ON
+        evicting = [Relief(group, was_packed=may_pack and group.is_packable) for group in self._evictable]
+        to_pack = [relief.group for relief in evicting if relief.was_packed]
+        return (
+            *(Relief(Group(self.compute_device, each.layers, is_packed_resident=True)) for each in to_pack),
+            *evicting,
+        )
 
     @cached_property
     def _evictable(self) -> tuple[Group, ...]:

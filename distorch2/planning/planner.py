@@ -38,6 +38,7 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
 
     `memory` has an entry for every device of the request. A device is never given more than its free memory, and less
     than one layer more or less than asked unless memory ran short. What fits nowhere else goes to `cpu`, with a note.
+    If weights are to be packed, the compute device is given what was asked, and `Plan.within` is to make it fit.
     Raises `PlanError` when a device of the request is not in `memory`.
     """
     if request.pack_weights == ON and request.compute_device in memory and any(layer.is_bf16 for layer in layers):
@@ -54,7 +55,7 @@ def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mappin
 
 
 def _plan_to_pack(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
-    """What the compute device has no room for may have room there when it is packed: `Plan.within` is to decide."""
+    """What the compute device has no room for may have room there when it is packed."""
     compute_memory = memory[request.compute_device]
     unlimited = {**memory, request.compute_device: replace(compute_memory, free_bytes=None)}
     plan = _plan_within(layers, request, unlimited)
