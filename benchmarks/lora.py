@@ -3,7 +3,8 @@
     python3 tools/host.py run benchmarks/lora.py [FOLDER]
 
 The Flux-sized model of `streaming.py` with a LoRA of rank 32 on every linear layer: seconds from one strength to
-another, until the GPU is done, for ComfyUI's own model, completely on the GPU, and for ours, in turns.
+another, until the GPU is done, for ComfyUI's own model, completely on the GPU, and for ours, in turns; with weights
+packed, too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from harness import saved_model, start_comfyui
 from record import record_printed_by, summary
 
 RANK = 32
-PERCENTAGES = (0, 50)
+PLACEMENTS = ((0, "off"), (50, "off"), (50, "on"))
+"""Percent on the CPU, and whether they are packed."""
 STRENGTHS = (0.5, 0.8, 0.3, 0.6)  # the first is not a change
 
 
@@ -50,11 +52,11 @@ def measure(path: str) -> None:
         core = models.FLUX.core(path)
         model_bytes = core.model_size()
         patchers = {"ComfyUI, all on the GPU": core}
-        for percent in PERCENTAGES:
-            request = ComponentRequest(
-                "cuda:0", VirtualVram(model_bytes * percent / 100 / GIB, "cpu"), pack_weights="off"
-            )
-            patchers[f"ours, {percent} % on the CPU"] = models.FLUX.distributed(path, request)
+        for percent, mode in PLACEMENTS:
+            virtual_vram = VirtualVram(model_bytes * percent / 100 / GIB, "cpu")
+            request = ComponentRequest("cuda:0", virtual_vram, pack_weights=mode)
+            name = f"ours, {percent} % on the CPU" + (", packed" if mode == "on" else "")
+            patchers[name] = models.FLUX.distributed(path, request)
         patches = lora_patches(core)
         seconds: dict[str, list[float]] = {name: [] for name in patchers}
         for strength in STRENGTHS:
@@ -70,6 +72,7 @@ def measure(path: str) -> None:
     reference, *others = result.values()
     result["patched weights"] = len(patches)
     result["ours / ComfyUI"] = [round(each["median"] / reference["median"], 2) for each in others]
+    result["packed / plain"] = round(others[-1]["median"] / others[-2]["median"], 2)
     print(json.dumps(result))
 
 

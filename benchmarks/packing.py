@@ -143,7 +143,7 @@ def measure_on_the_gpu(
     import torch
     from streaming import comfyuis_own
 
-    from distorch2.planning.sizing import PACKED_PART, STAGING_BYTES
+    from distorch2.planning.sizing import STAGING_BYTES, packed_bytes
 
     def peak_bytes(patcher: Any, before: int) -> int:
         torch.cuda.reset_peak_memory_stats()
@@ -155,7 +155,7 @@ def measure_on_the_gpu(
     ]
     model_bytes = resident.model_size()
     for packed_part in (1 / 3, 1):
-        granted = model_bytes * (1 - (1 - PACKED_PART) * packed_part) + STAGING_BYTES
+        granted = model_bytes * (1 - packed_part) + packed_bytes(model_bytes * packed_part) + STAGING_BYTES
         peaks = []
         for way, mode in (("packed", "on"), ("streamed", "off")):
             before = torch.cuda.memory_allocated()

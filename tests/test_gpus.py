@@ -13,6 +13,8 @@ from sampling import sample
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
 from distorch2.planning.plan import ComponentRequest, VirtualVram
+from distorch2.weights.devices import CPU
+from distorch2.weights.packing import PackedSlab
 from distorch2.weights.quantised import plain_tensors
 
 KINDS = ["sd3", "flux", "sd15_blocks", "wan", "sd3_fp8_scaled"]
@@ -33,11 +35,11 @@ def core(checkpoints, kind, device):
     return comfy.sd.load_checkpoint_guess_config(path, model_options=options, te_model_options=options)[:2]
 
 
-def ours(checkpoints, kind, unet, clip=None, mode="auto", **options):
+def ours(checkpoints, kind, unet, clip=None, mode="auto", pack_weights="auto", **options):
     """(model, clip); `unet` and `clip` are a compute device and an allocation string."""
     requests = []
     for compute, text in (unet, clip or (unet[0], f"{unet[0]},*")):
-        requests.append(ComponentRequest(compute, parse_allocation(text), mode))
+        requests.append(ComponentRequest(compute, parse_allocation(text), mode, pack_weights))
     return load_checkpoint(checkpoints(kind), *requests, unet[0], **options)
 
 
@@ -121,10 +123,12 @@ def test_what_a_gpu_runs_out_of_is_said(checkpoints):
 
 
 @pytest.mark.gpu
-def test_five_hundred_steps_leave_nothing_behind(checkpoints):
+@pytest.mark.parametrize("pack_weights", ["auto", "on"])
+def test_five_hundred_steps_leave_nothing_behind(checkpoints, pack_weights):
     """With sizes that change, and interrupts and errors in the middle of a step."""
-    model, clip, _ = ours(checkpoints, "flux", ("cuda:0", "cuda:0,40%;cpu,60%"))
+    model, clip, _ = ours(checkpoints, "flux", ("cuda:0", "cuda:0,40%;cpu,60%"), pack_weights=pack_weights)
     sample(model, clip)  # the first forward of a process may take other kernels
+    assert bool(packed(model)) == (pack_weights == "on")
     wanted = sample(model, clip)
     leaves = [module for module in model.model.modules() if hasattr(module, "weight")]
     raised = [raising(mm.InterruptProcessingException), raising(ZeroDivisionError)]
@@ -145,6 +149,40 @@ def test_five_hundred_steps_leave_nothing_behind(checkpoints):
             gc.collect()
             levels.add((torch.cuda.memory_allocated(), model.distribution.pinned.num_bytes))
     assert len(levels) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", ["cpu,*", "cuda:0,50%;cpu,*"])
+def test_packed_weights_with_and_without_a_lora(checkpoints, text):
+    core_model, core_clip = core(checkpoints, "flux", "cuda:0")
+    plain, with_lora = sample(core_model, core_clip), sample(lora_for(core_model), core_clip)
+    model, clip, _ = ours(checkpoints, "flux", ("cuda:0", text), pack_weights="on")
+    for _ in range(2):
+        assert torch.equal(sample(model, clip), plain)
+        assert len(packed(model)) > 4
+        assert torch.equal(sample(lora_for(model), clip), with_lora)
+        assert len(packed(model)) > 4
+        mm.unload_all_models()
+        assert not packed(model)
+
+
+def packed(model):
+    return [group for group in model.distribution.groups.values() if isinstance(group.source, PackedSlab)]
+
+
+@pytest.mark.gpu
+def test_weights_packed_on_the_gpu_for_want_of_room(checkpoints):
+    wanted = sample(*core(checkpoints, "flux", "cuda:0"))
+    model, clip, _ = ours(checkpoints, "flux", ("cuda:0", "cuda:0,*"), pack_weights="on")
+    assert torch.equal(sample(model, clip), wanted)
+    size = model.loaded_size()
+    for part in (0.95, 0.6):
+        model.partially_unload(CPU, model.loaded_size() - part * size)
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(mm, "load_models_gpu", lambda *arguments, **options: None)  # it would bring them back
+            assert torch.equal(sample(model, clip), wanted)
+        assert model.loaded_size() <= part * size
+        assert {str(group.device) for group in packed(model)} >= {"cuda:0"}
 
 
 def raising(kind):
@@ -174,6 +212,18 @@ def test_the_other_gpu_lends_or_computes(checkpoints, kind, text, mode):
             crossing.is_direct = False  # as for GPUs that cannot reach each other
         assert torch.equal(sample(model, clip), wanted)
     assert bool(model.distribution.plan.relayed_units) == (mode == "auto") or kind.startswith("sd3")
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("mode", ["stream", "auto"])
+@pytest.mark.parametrize("text", ["cuda:1,100%", "cuda:0,30%;cuda:1,40%;cpu,30%"])
+def test_packed_weights_on_the_other_gpu(checkpoints, text, mode):
+    wanted = sample(*core(checkpoints, "flux", "cuda:0"))
+    model, clip, _ = ours(checkpoints, "flux", ("cuda:0", text), mode=mode, pack_weights="on")
+    for _ in range(2):
+        assert torch.equal(sample(model, clip), wanted)
+        assert {str(group.device) for group in packed(model)} >= ({"cuda:1"} if mode == "stream" else set())
+        mm.unload_all_models()
 
 
 @pytest.mark.multigpu
@@ -250,8 +300,9 @@ def test_a_lora_on_two_gpus(checkpoints, kind, mode):
 def test_half_of_what_is_streamed_comes_by_way_of_the_other_gpu(checkpoints, monkeypatch, kind):
     """Here for any gain, and for models that are smaller than it is for."""
     wanted = sample(*core(checkpoints, kind, "cuda:0"))
-    for name in ("detour._LEAST_TO_DETOUR_BYTES", "detour._LEAST_GAIN", "transfer._LEAST_TO_HALVE_BYTES"):
-        monkeypatch.setattr(f"distorch2.{name}", 0)
+    for name in ("_LEAST_TO_DETOUR_BYTES", "_LEAST_GAIN"):
+        monkeypatch.setattr(f"distorch2.serving.detour.{name}", 0)
+    monkeypatch.setattr("distorch2.moving.transfer._LEAST_TO_HALVE_BYTES", 0)
     model, clip, _ = ours(checkpoints, kind, ("cuda:0", "cuda:0,20%;cpu,80%"))
     for _ in range(3):
         assert torch.equal(sample(model, clip), wanted)

@@ -11,7 +11,7 @@ from computing import MIB, limit, same, sim
 from computing import computing as computing
 from computing import expected as expected
 from computing import inference_mode as inference_mode
-from placing import lora_for, with_hook
+from placing import lora_for, lora_patches, with_hook
 from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
@@ -22,10 +22,11 @@ from distorch2.moving import unpacking
 from distorch2.moving.transfer import Timing
 from distorch2.planning import plan
 from distorch2.planning.plan import ComponentRequest
-from distorch2.serving.groups import StoredGroup
+from distorch2.serving import packer
+from distorch2.serving.groups import StoredGroup, StoredLayer
 from distorch2.weights import sources
 from distorch2.weights.devices import CPU, DISK
-from distorch2.weights.packing import PackedSlab
+from distorch2.weights.packing import PackedSlab, unpack
 
 KINDS = ("wan_bf16", "wan_fp32", "wan_bf16_deep")
 KIND, NOT_PACKED, DEEP = KINDS
@@ -100,15 +101,122 @@ def test_loras_and_hooks(checkpoints):
     model, clip = load(checkpoints, "sim:0,20%;cpu,*")
     for _ in range(2):
         assert same(sample(lora_for(model), clip), with_lora)
-        assert len(packed(model)) < 4
+        number = len(packed(model))
+        assert number > 4
         assert same(sample(model, clip), plain)
-        assert len(packed(model)) > 4  # again
+        assert len(packed(model)) == number
         hooked, hooks = with_hook(model)
         assert same(sample(hooked, clip, hooks=hooks), with_hooks)
         assert not [group for group in model.distribution.groups.values() if group.device == DISK]
         assert same(sample(model, clip), plain)
-        assert len(packed(model)) > 4
+        assert len(packed(model)) == number
         mm.unload_all_models()
+        assert same(sample(hooked, clip, hooks=hooks), with_hooks)
+
+
+class TestPatched:
+    """The weights of a LoRA are in what is packed; the modules have the originals."""
+
+    @pytest.fixture(scope="class")
+    def of_core(self, checkpoints):
+        """ComfyUI's model and text encoder, on the CPU."""
+        return core_load(checkpoints(KIND))[:2]
+
+    def test_loras_that_change_some_weights_of_a_group(self, checkpoints, of_core):
+        model, clip = load(checkpoints, "sim:0,20%;cpu,*")
+        keys = list(lora_patches(model))
+        some, others = keys[::2], keys[1::2]
+        for steps in ([(some, 1.0)], [(some, 1.0), (others, 0.5)], [(others, 0.5)], [(keys, 0.7)]):
+            latents = []
+            for patcher, its_clip in (of_core, (model, clip)):
+                patched = patcher.clone()
+                for chosen, strength in steps:
+                    patched.add_patches({key: lora_patches(patcher)[key] for key in chosen}, strength)
+                latents.append(sample(patched, its_clip).cpu())
+            assert torch.equal(*latents)
+            assert len(packed(model)) > 4
+
+    @pytest.mark.parametrize("text", ["sim:0,20%;cpu,*", "sim:0,20%;sim:1,*"])
+    def test_they_stay_when_groups_move(self, checkpoints, of_core, text):
+        wanted, plain = sample(lora_for(of_core[0]), of_core[1]), sample(*of_core)
+        model, clip = load(checkpoints, text)
+        patched = lora_for(model)
+        assert same(sample(patched, clip), wanted)
+        distribution, size = model.distribution, patched.loaded_size()
+        disturbances = [
+            lambda: distribution.give_up_host_memory(1e9),
+            lambda: patched.partially_unload(CPU, 0.2 * size),
+            lambda: patched.partially_load(mm.get_torch_device(), 0.1 * size),
+            lambda: [mm.free_memory(1e12, share.load_device) for share in distribution.shares],
+            lambda: distribution.show_patches(),
+            lambda: distribution.place(distribution.plan),
+        ]
+        for disturb in disturbances:
+            disturb()
+            assert same(sample(patched, clip), wanted)
+            assert len(packed(model)) > 4
+        patched.partially_unload(CPU, 0.2 * size)
+        assert same(sample(model, clip), plain)
+        mm.unload_all_models()
+        assert same(sample(model, clip), plain)
+
+    def test_they_are_saved(self, checkpoints, of_core):
+        model, clip = load(checkpoints, "sim:0,20%;cpu,*")
+        saved = []
+        for patcher, its_clip in (of_core, (model, clip)):
+            patched = lora_for(patcher)
+            sample(patched, its_clip)
+            saved.append(patched.model_state_dict_for_saving())
+        assert saved[0].keys() == saved[1].keys()
+        assert all(torch.equal(value, saved[1][name].cpu()) for name, value in saved[0].items())
+
+    def test_packing_starts_while_they_are_in_place(self, checkpoints, of_core, monkeypatch):
+        monkeypatch.setattr(plan, "LEAST_TO_PACK_BYTES", 0)
+        monkeypatch.setattr(Timing, "waiting_part", lambda self: 0.5)
+        wanted, plain = sample(lora_for(of_core[0]), of_core[1]), sample(*of_core)
+        model, clip = load(checkpoints, "sim:0,20%;cpu,*", pack_weights="auto")
+        sample(lora_for(model), clip, steps=4)
+        assert not packed(model)
+        assert same(sample(lora_for(model), clip), wanted)
+        assert len(packed(model)) > 4
+        assert same(sample(model, clip), plain)
+
+    @pytest.mark.parametrize("fails", ["pack", "unpacked"])
+    def test_what_there_is_no_memory_for(self, checkpoints, of_core, monkeypatch, fails):
+        """A LoRA's weights stay as they are; packed ones are unpacked in main memory."""
+        wanted, plain = sample(lora_for(of_core[0]), of_core[1]), sample(*of_core)
+        model, clip = load(checkpoints, "sim:0,20%;cpu,*")
+        assert same(sample(model, clip), plain)
+
+        def failing(slab, *arguments):
+            if slab.device != CPU:
+                raise torch.OutOfMemoryError("planted")
+            return unpack(slab, *arguments)
+
+        with monkeypatch.context() as patches:
+            patches.setattr(packer, {"unpacked": "unpack"}.get(fails, fails), failing)
+            assert same(sample(lora_for(model), clip), wanted)
+        assert (len(packed(model)) > 4) == (fails == "unpacked")
+        assert same(sample(model, clip), plain)
+        assert len(packed(model)) > 4
+
+    def test_an_interrupt_while_they_are_computed(self, checkpoints, of_core, monkeypatch):
+        wanted, plain = sample(lora_for(of_core[0]), of_core[1]), sample(*of_core)
+        model, clip = load(checkpoints, "sim:0,20%;cpu,*")
+        assert same(sample(model, clip), plain)
+        overwrite, calls = StoredLayer.overwrite, itertools.count()
+
+        def interrupted(layer, slab, values):
+            if next(calls) == 9:
+                raise mm.InterruptProcessingException
+            overwrite(layer, slab, values)
+
+        with monkeypatch.context() as patches:
+            patches.setattr(StoredLayer, "overwrite", interrupted)
+            with pytest.raises(mm.InterruptProcessingException):
+                sample(lora_for(model), clip)
+        assert same(sample(lora_for(model), clip), wanted)
+        assert same(sample(model, clip), plain)
 
 
 @pytest.fixture
@@ -249,7 +357,7 @@ class TestOnTheComputeDevice:
         assert sim.used_bytes == [0, 0]
 
     def test_loras_and_hooks(self, checkpoints, limited):
-        """What is patched is not packed, and leaves instead."""
+        """What hooks write into is not packed, and leaves instead."""
         core_model, core_clip, _ = core_load(checkpoints(DEEP))
         plain, with_lora = sample(core_model, core_clip), sample(lora_for(core_model), core_clip)
         hooked, hooks = with_hook(core_model)
@@ -261,7 +369,8 @@ class TestOnTheComputeDevice:
             assert same(sample(model, clip), plain)
             assert packed_on(model)
             assert same(sample(lora_for(model), clip), with_lora)
-            assert model.distribution.plan.evicted
+            assert packed_on(model)
+            assert not model.distribution.plan.evicted
             assert model.loaded_size() <= granted
             hooked, hooks = with_hook(model)
             assert same(sample(hooked, clip, hooks=hooks), with_hooks)

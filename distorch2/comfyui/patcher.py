@@ -332,6 +332,7 @@ class DistributedPatcher(WeightPatcher):
 
     def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
         """As ComfyUI's, with weights on donors in host memory."""
+        self.distribution.show_patches()
         streamed = [child for child in self.model.modules() if getattr(child, "comfy_patched_weights", None) is False]
         for child in streamed:
             child.comfy_patched_weights = True  # so that what is in place is taken
@@ -379,7 +380,7 @@ class DistributedPatcher(WeightPatcher):
         """The plan as asked, with what this clone's patches add to it."""
         asked, cached = self.distribution.asked, vars(self).get("_planned")
         if cached is None or cached[0] is not asked or cached[1:3] != (self.patches_uuid, self._compute_dtype):
-            patched = asked.with_patches(self._extra_bytes(), {split_key(key)[0] for key in self.patches})
+            patched = asked.with_extra_bytes(self._extra_bytes())
             cached = self._planned = (asked, self.patches_uuid, self._compute_dtype, patched)
         return cached[3]
 

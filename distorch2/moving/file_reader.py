@@ -13,7 +13,6 @@ import torch
 
 from ..weights.devices import CPU
 from ..weights.files import SlabInFiles, WeightsFile
-from ..weights.packing import PackedSlab, unpack
 from ..weights.slab import allocate
 from .pinning import PinnedSlabs
 from .streams import backend_of, on_device
@@ -157,10 +156,8 @@ class FileReader:
             buffer.copied.synchronize()
 
 
-def copy_now(source: torch.Tensor | SlabInFiles | PackedSlab, target: torch.Tensor) -> torch.Tensor:
+def copy_now(source: torch.Tensor | SlabInFiles, target: torch.Tensor) -> torch.Tensor:
     """Fill `target`, on any device, and return it when that is done."""
-    if isinstance(source, PackedSlab):
-        return target.copy_(unpack(source))
     if not isinstance(source, SlabInFiles):
         return target.copy_(source)
     if target.device == CPU:

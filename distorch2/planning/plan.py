@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -128,8 +128,8 @@ class Layer:
     One that is not `movable` stays on the compute device. `slab_bytes` is what a movable one takes in a slab, where its
     tensors are aligned. `block` names the repeated part of the model that it belongs to, and `unit` the module that can
     run on another device as a whole; "" where there is none. `is_table`: an embedding, of which only single rows are
-    read. `is_bf16`: most of its bytes are bf16 weights, which can be packed, unless it `is_patched`. With some patches
-    the weights take `extra_bytes` more; with these or without, it is the same layer.
+    read. `is_bf16`: most of its bytes are bf16 weights, which can be packed. With some patches the weights take
+    `extra_bytes` more; with these or without, it is the same layer.
     """
 
     name: str
@@ -141,7 +141,6 @@ class Layer:
     is_table: bool = False
     is_bf16: bool = False
     extra_bytes: int = field(default=0, compare=False)
-    is_patched: bool = field(default=False, compare=False)
 
 
 RESIDENT, PACKED, STREAMED, RELAYED, LOOKED_UP = ("resident", "packed", "streamed", "relayed", "looked up")
@@ -178,13 +177,9 @@ class Group:
 
     @cached_property
     def is_bf16(self) -> bool:
-        """Whether the group is streamed and most of its bytes are bf16: it can be packed, unless a layer is patched."""
+        """Whether the group is streamed and most of its bytes are bf16: it can be packed."""
         of_bf16 = sum(layer.num_bytes for layer in self.layers if layer.is_bf16)
         return self.is_streamed and 2 * of_bf16 > sum(layer.num_bytes for layer in self.layers)
-
-    @cached_property
-    def is_packable(self) -> bool:
-        return self.is_bf16 and not any(layer.is_patched for layer in self.layers)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -351,7 +346,7 @@ class Plan:
 
     @cached_property
     def _packable_from_donors(self) -> list[Group]:
-        return [group for group in self.groups if group.is_packable and not group.is_packed_resident]
+        return [group for group in self.groups if group.is_bf16 and not group.is_packed_resident]
 
     def _room_for(self, packable: Iterable[Group]) -> int:
         """The memory for these to come packed, if they do."""
@@ -392,20 +387,12 @@ class Plan:
     def _unpacked_bytes_on(self, device: str) -> int:
         return sum(layer.num_bytes + layer.extra_bytes for layer in self.layers_on(device))
 
-    def with_patches(self, extra_bytes: Mapping[str, int], patched: Collection[str]) -> Plan:
-        """The same layers at the same places in the same groups. By name, these take so many bytes more, and those are
-        patched."""
-        if not extra_bytes and not patched:
+    def with_extra_bytes(self, extra_bytes: Mapping[str, int]) -> Plan:
+        """The same layers at the same places in the same groups, of which some, by name, take so many bytes more."""
+        if not extra_bytes:
             return self
         placements = (
-            Placement(
-                replace(
-                    item.layer,
-                    extra_bytes=extra_bytes.get(item.layer.name, 0),
-                    is_patched=item.layer.name in patched,
-                ),
-                item.device,
-            )
+            Placement(replace(item.layer, extra_bytes=extra_bytes.get(item.layer.name, 0)), item.device)
             for item in self.placements
         )
         return replace(self, placements=tuple(placements))
@@ -436,14 +423,14 @@ class Plan:
         number = num_to_relieve(self._reliefs, resident, sizes, compute_bytes - self.packed_room_bytes)
         if all(relief.packs for relief in self._reliefs[:number]):
             return number
-        room = self._room_for(group for group in (*self.groups, *self._evictable) if group.is_packable)
+        room = self._room_for(group for group in (*self.groups, *self._evictable) if group.is_bf16)
         return num_to_relieve(self._reliefs, resident, sizes, compute_bytes - room)
 
     @cached_property
     def _reliefs(self) -> tuple[Relief, ...]:
         """In the order in which they are taken: all that are to be packed are, before any leave."""
         may_pack = self.pack_weights == ON
-        evicting = [Relief(group, was_packed=may_pack and group.is_packable) for group in self._evictable]
+        evicting = [Relief(group, was_packed=may_pack and group.is_bf16) for group in self._evictable]
         to_pack = [relief.group for relief in evicting if relief.was_packed]
         return (
             *(Relief(Group(self.compute_device, each.layers, is_packed_resident=True)) for each in to_pack),

@@ -271,6 +271,11 @@ class Distribution:
         """As `Stores.make_writable`. To be called after `settle`."""
         self._stores.make_writable(layer_name)
 
+    def show_patches(self) -> None:
+        """Have the modules every weight as it is served, until the next `place`."""
+        self.settle()
+        self._stores.show_patches(self.groups.values())
+
     def is_on_donor(self, module: torch.nn.Module) -> bool:
         return self._stores.holds(module)
 

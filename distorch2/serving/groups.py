@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..moving.file_reader import copy_now
 from ..weights.devices import CPU, DISK
 from ..weights.files import Piece, SlabInFiles
 from ..weights.packing import PackedSlab
@@ -47,7 +46,11 @@ class StoredLayer:
 
     def fill(self, slab: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
         """Copy these weights, by name, and the others of the module into its place in the slab."""
-        self.layout.fill(slab[self._offset :], {**self.module._parameters, **values})
+        self.overwrite(slab, {**self.module._parameters, **values})
+
+    def overwrite(self, slab: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
+        """Copy only these weights there."""
+        self.layout.fill(slab[self._offset :], values)
 
     def bind(self, slab: torch.Tensor) -> None:
         self._bind(self.views(slab))
@@ -72,7 +75,8 @@ class StoredLayer:
         parameters = self.views(slab)
         for name, held in self.stored.items():
             view = parameters[name]
-            if not is_quantised(view) and torch._has_compatible_shallow_copy_type(held, view):
+            can_stay = not is_quantised(view) and not held.is_inference()
+            if can_stay and torch._has_compatible_shallow_copy_type(held, view):
                 held.data = view.data
                 parameters[name] = held
         self._bind(parameters)
@@ -107,7 +111,8 @@ class StoredGroup:
     """
 
     slab: torch.Tensor | None
-    """The modules' parameters are views of it; None where they are in the mappings of files."""
+    """The modules' parameters are views of it. None where they are in the mappings of files: then those of patched
+    weights, of a group that is packed, are the originals."""
     source: torch.Tensor | SlabInFiles | PackedSlab
     """What the weights are copied from: the slab, unless the group is on the disk or packed. Both are set by
     `serve_from` and the like; `fill` and `filled_on`, which make a slab, do not need them."""
@@ -198,10 +203,6 @@ class StoredGroup:
                 return None
             pieces += of_layer
         return SlabInFiles(self.slab_bytes, pieces)
-
-    def copied_to(self, device: torch.device) -> torch.Tensor:
-        """A slab in memory of `device` with the same weights."""
-        return copy_now(self.source, self.new_slab(device))
 
     def move(self, slab: torch.Tensor, in_files: SlabInFiles | None = None) -> None:
         """Serve the same weights from another slab, which has them already."""

@@ -16,7 +16,7 @@ from ..moving.streams import on_device
 from ..moving.unpacking import coder_for
 from ..planning.plan import AUTO, ON
 from ..weights.devices import CPU
-from ..weights.packing import PackedSlab, pack
+from ..weights.packing import PackedSlab, pack, unpack
 from ..weights.slab import allocate
 from .groups import StoredGroup
 
@@ -40,14 +40,26 @@ class Packer:
     def start(self) -> None:
         self.is_on, self.can_start = True, False
 
-    def pack(self, group: StoredGroup, on: torch.device) -> PackedSlab | None:
-        """Packs the slab of a group by its own accelerator, or by the compute device where it is in main memory.
+    def pack(self, group: StoredGroup, slab: torch.Tensor, on: torch.device) -> PackedSlab | None:
+        """Packs a slab for a group by its own accelerator, or by the compute device where it is in main memory.
         Returns it on the device `on`; None where it cannot be packed."""
-        slab = group.slab
-        assert slab is not None
-        # Two accelerators may not reach each other.
-        packed = self._packed_by(self._device if slab.device == CPU else slab.device, slab, group)
+        packed = self._packed_by(self._device_for(slab), slab, group)
         return packed if packed is None or packed.device == on else packed.to(on)
+
+    def unpacked(self, packed: PackedSlab) -> torch.Tensor:
+        """The slab again, on the accelerator that packs it; in main memory where that has no room for it."""
+        device = self._device_for(packed)
+        try:
+            with on_device(device):
+                return unpack(packed if packed.device == device else packed.to(device), coder_for(device))
+        except RuntimeError as error:
+            if not self._program.is_out_of_memory(error):
+                raise
+        return unpack(packed.to(CPU))
+
+    def _device_for(self, slab: torch.Tensor | PackedSlab) -> torch.device:
+        """Two accelerators may not reach each other."""
+        return self._device if slab.device == CPU else slab.device
 
     @contextlib.contextmanager
     def buffers(self, groups: Sequence[StoredGroup], number: int) -> Iterator[None]:

@@ -7,10 +7,12 @@ import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
 
+from ..moving.file_reader import copy_now
 from ..moving.modules import Mover
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
@@ -76,6 +78,7 @@ class Stores:
         self.sources.check_files()
         self._note_sources()
         _fill_missing(module)
+        self.show_patches(group for key, group in self.groups.items() if key not in plan.groups or not group.is_bound())
         # What leaves the compute device does so before anything else is put there.
         devices = self._devices_of_slabs(plan.groups)
         to_fill = {}
@@ -84,7 +87,7 @@ class Stores:
                 to_fill[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
             elif self.groups[key].device != devices[key]:
                 self.move(key, devices[key])
-        self._fill(to_fill, devices, set(plan.evicted), is_cancellable, may_pack=True)
+        self._fill(to_fill, devices, set(plan.evicted), is_cancellable)
         returned = [self._unstore(key) for key in list(self.groups) if key not in devices]
         self._take_the_others_to_the_device()
         for group in returned:
@@ -202,6 +205,7 @@ class Stores:
             if fits and group.device != DISK:
                 self._fill_anew(group, of_layers, originals)
                 continue
+            self.show_patches([group])
             for layer, values in of_layers.items():
                 self._set(layer.name, layer.module, values, originals)
             if fits:
@@ -228,6 +232,8 @@ class Stores:
 
     def move(self, key: Group, device: torch.device) -> None:
         group = self.groups[key]
+        if device == DISK:
+            self.show_patches([group])
         replaced = group.host_slab
         with self.sources.kept(layer.module for layer in group.living):
             if device == DISK:
@@ -235,7 +241,7 @@ class Stores:
             elif isinstance(group.source, PackedSlab):
                 group.serve_copy(self._there_or_on_host(group.source.to, device))
             else:
-                group.move(self._there_or_on_host(group.copied_to, device))
+                group.move(self._there_or_on_host(partial(self._copied, group), device))
         self.pinned.unpin(replaced)
         self._pack(group)
         self._pin(group)
@@ -248,11 +254,28 @@ class Stores:
         replaced = group.host_slab
         with self.sources.kept(layer.module for layer in group.living):
             if group.device == DISK:
-                group.move(*self._temporary.store(group.copied_to(CPU)))
+                group.move(*self._temporary.store(self._copied(group, CPU)))
             else:
-                group.move(self._there_or_on_host(group.copied_to, group.device_unpacked))
+                group.move(self._there_or_on_host(partial(self._copied, group), group.device_unpacked))
         self.pinned.unpin(replaced)
         self._pin(group)
+
+    def show_patches(self, groups: Iterable[StoredGroup]) -> None:
+        """Have the modules the weights of these groups that are served, patched ones too; in main memory."""
+        for group in groups:
+            modules = [layer.module for layer in group.living]
+            if isinstance(group.source, PackedSlab) and any(map(self.sources.is_patched, modules)):
+                replaced = group.host_slab
+                with self.sources.kept(modules):
+                    group.serve_from(self._copied(group, CPU))
+                self.pinned.unpin(replaced)
+                self._pin(group)
+
+    def _copied(self, group: StoredGroup, device: torch.device) -> torch.Tensor:
+        """A slab in memory of `device` with the weights that are served."""
+        source = group.source
+        unpacked = self.packer.unpacked(source) if isinstance(source, PackedSlab) else source
+        return copy_now(unpacked, group.new_slab(device))
 
     def bytes_of(self, key: Group) -> int:
         """That a group takes, or would take."""
@@ -282,19 +305,14 @@ class Stores:
         values: Mapping[StoredLayer, Mapping[str, torch.Tensor]],
         originals: Collection[tuple[str, str]],
     ) -> None:
-        """Serve a group from a new slab with these weights. It is page-locked before they come: from the compute device
-        that is faster."""
+        """Serve a group with these weights from a new slab, or packed anew."""
         replaced = group.host_slab
-        slab = self._there_or_on_host(group.new_slab, group.device_unpacked)
-        try:
-            if self.is_in_use and not group.is_table:
-                self.pinned.pin(slab)
-            changing = {(layer.module, name) for layer, of_layer in values.items() for name in of_layer}
-            with self.sources.kept((layer.module for layer in group.living), changing):
-                group.serve_from(group.fill(slab, values))
-        except BaseException:
-            self.pinned.unpin(slab)
-            raise
+        changing = {(layer.module, name) for layer, of_layer in values.items() for name in of_layer}
+        with self.sources.kept((layer.module for layer in group.living), changing):
+            if isinstance(group.source, PackedSlab):
+                self._overwrite_packed(group, group.source, values)
+            else:
+                self._fill_new_slab(group, values)
         for layer, of_layer in values.items():
             for name, value in of_layer.items():
                 self.sources.replaced(layer.module, name, value, (layer.name, name) in originals)
@@ -302,12 +320,37 @@ class Stores:
         self._pack(group)
         self._pin(group)  # if it could not be, beside the one that it replaces
 
+    def _fill_new_slab(self, group: StoredGroup, values: Mapping[StoredLayer, Mapping[str, torch.Tensor]]) -> None:
+        """It is page-locked before the weights come: from the compute device that is faster."""
+        slab = self._there_or_on_host(group.new_slab, group.device_unpacked)
+        try:
+            if self.is_in_use and not group.is_table:
+                self.pinned.pin(slab)
+            group.serve_from(group.fill(slab, values))
+        except BaseException:
+            self.pinned.unpin(slab)
+            raise
+
+    def _overwrite_packed(
+        self, group: StoredGroup, packed: PackedSlab, values: Mapping[StoredLayer, Mapping[str, torch.Tensor]]
+    ) -> None:
+        """Where the device unpacks it, so that only what is packed is copied from there."""
+        slab = self.packer.unpacked(packed)
+        for layer, of_layer in values.items():
+            layer.overwrite(slab, of_layer)
+        again = self.packer.pack(group, slab, packed.device)
+        if again is not None:
+            group.serve_copy(again)
+        else:
+            new_slab = self._there_or_on_host(group.new_slab, group.device_unpacked)
+            group.serve_from(copy_now(slab, new_slab))
+
     def is_any_to_be_packed(self, plan: Plan) -> bool:
-        """Of groups that lie as they are, since they had patches, or there was no need."""
+        """Of groups that lie as they are, since there was no need, or patches of hooks were written into them."""
         return any(key in self.groups and self._is_to_be_packed_now(key) for key in plan.groups)
 
     def _is_to_be_packed_now(self, key: Group) -> bool:
-        return key.is_packable and self._lies_unpacked(self.groups[key]) and self._is_to_be_packed(self.groups[key])
+        return self._lies_unpacked(self.groups[key]) and self._is_to_be_packed(self.groups[key])
 
     def _lies_unpacked(self, group: StoredGroup) -> bool:
         """In memory, and not since it could not be packed."""
@@ -317,15 +360,15 @@ class Stores:
         return group.is_bf16 and self._may_be_packed(layer.module for layer in group.living)
 
     def _may_be_packed(self, modules: Iterable[torch.nn.Module]) -> bool:
-        """Packed groups have no slab: their modules have to have all weights in the mappings of files."""
+        """Packed groups have no slab: their modules have the originals, in the mappings of files."""
         return self.packer.is_on and all(
-            self.sources.of(child, name) is not None for child in modules for name in own_tensors(child)
+            self.sources.has_original(child, name) for child in modules for name in own_tensors(child)
         )
 
     def _bytes_expected(self, key: Group) -> int:
         """Of its slab, before it is filled."""
         modules = (self.module.get_submodule(layer.name) for layer in key.layers)
-        is_packed = key.is_packable and self._may_be_packed(modules)
+        is_packed = key.is_bf16 and self._may_be_packed(modules)
         return packed_bytes(key.slab_bytes) if is_packed else key.slab_bytes
 
     def _pack(self, group: StoredGroup) -> None:
@@ -333,14 +376,14 @@ class Stores:
         if not self._lies_unpacked(group) or not self._is_to_be_packed(group):
             return
         replaced = group.host_slab
-        packed = self.packer.pack(group, self.device if group.is_packed_resident else group.device)
+        packed = self.packer.pack(group, group.slab, self.device if group.is_packed_resident else group.device)
         if packed is not None:
             self._serve_packed(group, packed)
             self.pinned.unpin(replaced)
 
     def _serve_packed(self, group: StoredGroup, packed: PackedSlab) -> None:
         for layer in group.living:
-            self.sources.rebind(layer.module)
+            self.sources.rebind_patched(layer.module)
         group.serve_copy(packed)
 
     def _put_on_disk(self, group: StoredGroup) -> None:
@@ -390,10 +433,9 @@ class Stores:
         devices: Mapping[Group, torch.device],
         evicted: Collection[Group] = (),
         is_cancellable: bool = False,
-        may_pack: bool = False,
     ) -> None:
-        """Serve these groups from slabs on these devices, or on the host where a device has no memory. With `may_pack`
-        those that can be packed are; patches of the others come later.
+        """Serve these groups from slabs on these devices, or on the host where a device has no memory; packed, where
+        they can be.
 
         For the host, and packed, several are filled at a time, a few ahead of the one that is page-locked and served
         here: that is when the weights that they are filled with are let go.
@@ -404,9 +446,8 @@ class Stores:
             )
             for key, members in modules.items()
         }
-        packable = {key for key in made if may_pack and key.is_packable}
         filled_ahead = [key for key in made if devices[key] == CPU or key.is_packed_resident]
-        to_pack = {key for key in filled_ahead if key in packable and self._is_to_be_packed(made[key])}
+        to_pack = {key for key in filled_ahead if self._is_to_be_packed(made[key])}
         filling: dict[Group, Future[torch.Tensor | PackedSlab]] = {}
         to_fill_ahead = iter(filled_ahead)
         buffers = self.packer.buffers([made[key] for key in to_pack], _FILLING_THREADS)
@@ -439,7 +480,7 @@ class Stores:
                 self._stored.update({layer.module: (group, layer) for layer in group.living})
                 if replaced is not None:
                     self.pinned.unpin(replaced.host_slab)
-                if key in packable and key not in to_pack:
+                if key not in to_pack:
                     self._pack(group)
                 self._pin(group)
 

@@ -139,6 +139,19 @@ class Sources:
             return None
         return source.parameter if source.parameter.dtype == parameter.dtype else None
 
+    def has_original(self, module: torch.nn.Module, name: str) -> bool:
+        """Whether the file has the weight as it is loaded, also while one in place is patched."""
+        if self.of(module, name) is not None:
+            return True
+        source, parameter = self._of.get(module, {}).get(name), module._parameters.get(name)
+        if source is None or parameter is None or source.in_place is not None or source.is_written:
+            return False
+        return source.parameter.dtype == parameter.dtype
+
+    def is_patched(self, module: torch.nn.Module) -> bool:
+        """Whether some of its weights were replaced, and are not the originals again."""
+        return bool(self._patched.get(module))
+
     def parts_of(self, module: torch.nn.Module, name: str) -> Sequence[tuple[torch.Tensor, FileRange | None]] | None:
         """The plain tensors of a parameter as it is in the file, and where each lies in it, for one as in `of`. A small
         one may be in main memory only. None where a large one is in the mapping of a file that could not be opened."""
@@ -209,6 +222,14 @@ class Sources:
                 module._parameters[name] = as_parameter(original)
             source.in_place = _held(module._parameters[name])
         return unchanged
+
+    def rebind_patched(self, module: torch.nn.Module) -> None:
+        """As `rebind`, and for patched weights too. These are still patched: something else has them. Whoever holds
+        them keeps them."""
+        self.rebind(module)
+        for name, source in self._of.get(module, {}).items():
+            if source.in_place is None:
+                module._parameters[name] = as_parameter(source.parameter)
 
     def _unchanged(self, module: torch.nn.Module) -> list[str]:
         sources = self._of.get(module, {})
