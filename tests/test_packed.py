@@ -12,7 +12,7 @@ from computing import computing as computing
 from computing import expected as expected
 from computing import inference_mode as inference_mode
 from placing import lora_for, lora_patches, with_hook
-from sampling import core_load, sample
+from sampling import core_load, output, sample
 
 from allocation_parser import parse_allocation
 from distorch2 import loading
@@ -194,11 +194,21 @@ class TestPatched:
             return unpack(slab, *arguments)
 
         with monkeypatch.context() as patches:
-            patches.setattr(packer, {"unpacked": "unpack"}.get(fails, fails), failing)
+            patches.setattr(*{"pack": (packer, "pack"), "unpacked": (unpacking, "unpack")}[fails], failing)
             assert same(sample(lora_for(model), clip), wanted)
         assert (len(packed(model)) > 4) == (fails == "unpacked")
         assert same(sample(model, clip), plain)
         assert len(packed(model)) > 4
+
+    def test_they_are_computed_with_where_autograd_may_keep_them(self, checkpoints):
+        model, _ = load(checkpoints, "cpu,*", "flux")
+        patched = lora_for(model)
+        wanted = output(patched)
+        assert not torch.equal(wanted, output(model))
+        output(patched)
+        assert len(packed(model)) > 4
+        with torch.inference_mode(False), torch.enable_grad():
+            assert torch.equal(output(patched), wanted)
 
     def test_an_interrupt_while_they_are_computed(self, checkpoints, of_core, monkeypatch):
         wanted, plain = sample(lora_for(of_core[0]), of_core[1]), sample(*of_core)

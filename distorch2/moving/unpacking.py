@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..weights.packing import BLOCK_VALUES, NUM_EXPONENTS, Coder, PackedSlab, Reference
-from .streams import backend_of, context_of
+from ..weights.packing import BLOCK_VALUES, NUM_EXPONENTS, Coder, PackedSlab, Reference, unpack
+from .streams import backend_of, context_of, on_device
 
 _KINDS = ("cuda",)
 """Of devices for which Triton makes kernels: NVIDIA's and, with a ROCm build of torch, AMD's."""
@@ -73,6 +73,12 @@ class Kernels:
 def coder_for(device: torch.device) -> Coder:
     """Kernels where Triton makes them for this kind of device; else the definition, which simulated devices use."""
     return Reference() if reason_against(device.type) else Kernels()
+
+
+def unpacked_on(device: torch.device, packed: PackedSlab) -> torch.Tensor:
+    """The slab again, on an accelerator or, slowly, in main memory."""
+    with on_device(device):
+        return unpack(packed if packed.device == device else packed.to(device), coder_for(device))
 
 
 class Unpacker:

@@ -13,10 +13,10 @@ import torch
 from ..moving.pinning import PinnedSlabs
 from ..moving.program import Program
 from ..moving.streams import on_device
-from ..moving.unpacking import coder_for
+from ..moving.unpacking import coder_for, unpacked_on
 from ..planning.plan import AUTO, ON
 from ..weights.devices import CPU
-from ..weights.packing import PackedSlab, pack, unpack
+from ..weights.packing import PackedSlab, pack
 from ..weights.slab import allocate
 from .groups import StoredGroup
 
@@ -48,14 +48,12 @@ class Packer:
 
     def unpacked(self, packed: PackedSlab) -> torch.Tensor:
         """The slab again, on the accelerator that packs it; in main memory where that has no room for it."""
-        device = self._device_for(packed)
         try:
-            with on_device(device):
-                return unpack(packed if packed.device == device else packed.to(device), coder_for(device))
+            return unpacked_on(self._device_for(packed), packed)
         except RuntimeError as error:
             if not self._program.is_out_of_memory(error):
                 raise
-        return unpack(packed.to(CPU))
+        return unpacked_on(CPU, packed)
 
     def _device_for(self, slab: torch.Tensor | PackedSlab) -> torch.device:
         """Two accelerators may not reach each other."""

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from ..moving.transfer import Copy, Transfer
+from ..moving.unpacking import unpacked_on
 from ..planning.schedule import Schedule
+from ..weights.packing import PackedSlab
 from ..weights.quantised import to_device
 from ..weights.slab import allocate
 from .forwards import Forwards
@@ -93,7 +95,7 @@ class Streamer:
             else:
                 # Autograd may keep weights until the backward pass, when others are in the staging buffer.
                 stored = dict(parameters)
-                staged = {name: copied_by_host(parameter, transfer.device) for name, parameter in stored.items()}
+                staged = self._copied_apart(index, stored)
             try:
                 # An interrupt is a BaseException and may come anywhere in here: nothing but finally sees them all.
                 parameters.update(staged)
@@ -114,7 +116,7 @@ class Streamer:
         """Copies on the compute device of a layer's parameters, which came by way of the staging buffer."""
         layer, device = self.layers[number], self._transfer.device
         if torch.is_grad_enabled():
-            return {name: copied_by_host(parameter, device) for name, parameter in layer.stored.items()}
+            return self._copied_apart(number, layer.stored)
         if to_fetch := self._schedule.enter(number):
             self._fetch(to_fetch)
         self._transfer.use(self._copies[self._group_of[number]])
@@ -123,6 +125,19 @@ class Streamer:
         if to_fetch := self._schedule.leave(number):
             self._fetch(to_fetch)
         return copies
+
+    def _copied_apart(
+        self, number: int, parameters: Mapping[str, torch.nn.Parameter | None]
+    ) -> dict[str, torch.nn.Parameter | None]:
+        """Copies on the compute device that nothing is written over, of the parameters of a layer's module."""
+        layer, source, device = self.layers[number], self.groups[self._group_of[number]].source, self._transfer.device
+        if isinstance(source, PackedSlab) and layer.is_bound():  # the modules may have the originals of patched weights
+            for parameter in layer.stored.values():
+                refuse_training(parameter)
+            views = layer.views(unpacked_on(device, source))
+            with torch.inference_mode(False):
+                return {name: to_device(view, device, copy=True) for name, view in views.items()}
+        return {name: copied_by_host(parameter, device) for name, parameter in parameters.items()}
 
     def _fetch(self, groups: Sequence[int]) -> None:
         try:
