@@ -6,6 +6,7 @@ import logging
 import comfy.cli_args
 import comfy.model_management as mm
 import pytest
+import test_reading
 import torch
 from computing import MIB, limit, same, sim
 from computing import computing as computing
@@ -148,7 +149,6 @@ class TestPatched:
             lambda: patched.partially_unload(CPU, 0.2 * size),
             lambda: patched.partially_load(mm.get_torch_device(), 0.1 * size),
             lambda: [mm.free_memory(1e12, share.load_device) for share in distribution.shares],
-            lambda: distribution.show_patches(),
             lambda: distribution.place(distribution.plan),
         ]
         for disturb in disturbances:
@@ -168,7 +168,7 @@ class TestPatched:
             sample(patched, its_clip)
             saved.append(patched.model_state_dict_for_saving())
         assert saved[0].keys() == saved[1].keys()
-        assert all(torch.equal(value, saved[1][name].cpu()) for name, value in saved[0].items())
+        assert all(torch.equal(value, saved[1][name].to("cpu")) for name, value in saved[0].items())
 
     def test_packing_starts_while_they_are_in_place(self, checkpoints, of_core, monkeypatch):
         monkeypatch.setattr(plan, "LEAST_TO_PACK_BYTES", 0)
@@ -209,6 +209,70 @@ class TestPatched:
         assert len(packed(model)) > 4
         with torch.inference_mode(False), torch.enable_grad():
             assert torch.equal(output(patched), wanted)
+
+    def test_hooks_on_top_of_them_while_another_model_takes_the_memory(self, checkpoints, of_core):
+        wanted, plain = sample(lora_for(of_core[0]), of_core[1]), sample(*of_core)
+        model, clip = load(checkpoints, "sim:0,20%;sim:1,*")
+        hooked, hooks = with_hook(model)
+        hooked = lora_for(hooked)
+        assert same(sample(hooked, clip), wanted)
+        hooked.apply_hooks(hooks)
+        (share,) = model.distribution.shares
+        mm.free_memory(1e12, share.load_device)
+        hooked.unpatch_hooks()
+        assert same(sample(hooked, clip), wanted)
+        assert same(sample(model, clip), plain)
+        mm.unload_all_models()
+        assert same(sample(model, clip), plain)
+
+    def test_a_donor_without_room_for_them(self, checkpoints, of_core, monkeypatch):
+        wanted = sample(lora_for(of_core[0]), of_core[1])
+        model, clip = load(checkpoints, "sim:0,20%;sim:1,*")
+        sample(model, clip)
+        with monkeypatch.context() as patches:
+            limit(patches, 1, sim.used_bytes[1] + 4096)
+            assert same(sample(lora_for(model), clip), wanted)
+        assert packed_on(model, "cpu")
+
+    def test_modules_that_somebody_else_has_moved(self, checkpoints, of_core):
+        wanted = sample(lora_for(of_core[0]), of_core[1])
+        model, clip = load(checkpoints, "sim:0,20%;cpu,*")
+        patched = lora_for(model)
+        for _ in range(2):
+            assert same(sample(patched, clip), wanted)
+            patched.model.diffusion_model.to("sim:0")
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(mm, "load_models_gpu", lambda *arguments, **options: None)  # it would bring them back
+            assert same(sample(patched, clip), wanted)
+        assert same(sample(patched, clip), wanted)
+
+    def test_a_weight_that_somebody_else_has_set_is_served(self, checkpoints):
+        model, clip = load(checkpoints, "sim:0,20%;cpu,*")
+        patched = lora_for(model)
+        sample(patched, clip)
+        layers = [layer for group in packed(model) for layer in group.layers]
+        module = next(layer.module for layer in layers if type(layer.module).__name__ == "Linear")
+        module.weight = torch.nn.Parameter(torch.zeros_like(module.weight), requires_grad=False)
+        patched.partially_unload(CPU, 0.2 * patched.loaded_size())
+        found = [(group, layer) for group in packed(model) for layer in group.layers if layer.module is module]
+        ((group, layer),) = found
+        assert not layer.views(unpack(group.source))["weight"].any()
+
+    def test_layers_that_are_only_read_have_them_in_the_first_pass(self, checkpoints):
+        path = checkpoints("minimax_h3")
+        request = ComponentRequest("sim:0", parse_allocation("cpu,*"), "stream", "on")
+        model, *_ = load_checkpoint(path, request, ComponentRequest("cpu", parse_allocation("cpu,*")), "cpu")
+        generator = torch.Generator().manual_seed(0)
+        patched, weights = model.clone(), model.model.state_dict()
+        norms = {
+            key: torch.randn(weight.shape, generator=generator) for key, weight in weights.items() if "q_norm" in key
+        }
+        patched.add_patches({key: ("diff", (values,)) for key, values in norms.items()})
+        outputs = [test_reading.output(patched) for _ in range(3)]
+        assert all(group.source.nbytes for group in packed(model))
+        assert model.distribution.reading.only_read
+        assert all(test_reading.same(each, outputs[0]) for each in outputs)
+        assert not test_reading.same(test_reading.output(model), outputs[0])
 
     def test_an_interrupt_while_they_are_computed(self, checkpoints, of_core, monkeypatch):
         wanted, plain = sample(lora_for(of_core[0]), of_core[1]), sample(*of_core)

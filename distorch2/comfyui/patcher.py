@@ -332,8 +332,12 @@ class DistributedPatcher(WeightPatcher):
 
     def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
         """As ComfyUI's, with weights on donors in host memory."""
-        self.distribution.show_patches()
-        streamed = [child for child in self.model.modules() if getattr(child, "comfy_patched_weights", None) is False]
+        hiding = {child for child in self.model.modules() if self._in_place.has_originals_instead(child)}
+        streamed = [
+            child
+            for child in self.model.modules()
+            if getattr(child, "comfy_patched_weights", None) is False and child not in hiding
+        ]
         for child in streamed:
             child.comfy_patched_weights = True  # so that what is in place is taken
         try:
@@ -341,6 +345,11 @@ class DistributedPatcher(WeightPatcher):
         finally:
             for child in streamed:
                 child.comfy_patched_weights = False
+        for key in self.patches:  # of modules that are no operations of ComfyUI's, which it would compute itself
+            saved = key.removeprefix(prefix)
+            is_own = self._is_patched_by_comfyui(key) and type(state_dict.get(saved)) is torch.Tensor
+            if is_own and self._owner(key)[0] in hiding:
+                state_dict[saved] = self.patch_weight_to_device(key, self.load_device, return_weight=True).to(CPU)
         donors = {device_of(donor) for donor in self.distribution.plan.donors}
         return {
             name: value.to(CPU) if getattr(value, "device", CPU) in donors else value

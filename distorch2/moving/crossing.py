@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .streams import backend_of
+from .streams import backend_of, stream_for
 
 
 class Crossing:
@@ -20,7 +20,7 @@ class Crossing:
     def __init__(self, one: torch.device, other: torch.device) -> None:
         self._devices = one, other
         self._have_streams = all(backend_of(device) is not None for device in self._devices)
-        self._streams = {device: backend_of(device).Stream(device) for device in self._devices if self._have_streams}
+        self._streams = {device: stream_for(device, "crossing") for device in self._devices if self._have_streams}
         self.is_direct: bool | None = None if self._have_streams and one.type == other.type else False
         """None until it is checked."""
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 
 from .program import Program
+
+_users: dict[int, int] = {}
+"""Address of page-locked memory -> how many have it so: one piece may be copied to several devices."""
+_lock = threading.Lock()
 
 
 class PinnedSlabs:
@@ -31,6 +36,14 @@ class PinnedSlabs:
             return True
         if not self._is_useful or slab.device.type != "cpu":
             return False
+        with _lock:
+            if not (slab.data_ptr() in _users or self._lock_pages(slab)):
+                return False
+            _users[slab.data_ptr()] = _users.get(slab.data_ptr(), 0) + 1
+        self._slabs[slab.data_ptr()] = slab
+        return True
+
+    def _lock_pages(self, slab: torch.Tensor) -> bool:
         if not self._program.may_pin(slab.nbytes):
             return False
         # Asking again for what was refused costs a warning and a wait for the device each time.
@@ -39,14 +52,18 @@ class PinnedSlabs:
         if not self._program.pin(slab):
             self._refused_bytes = slab.nbytes
             return False
-        self._slabs[slab.data_ptr()] = slab
         return True
 
     def unpin(self, slab: torch.Tensor | None) -> None:
         """Give `slab`, if there is one, back if it is page-locked. No copy from it may be under way."""
-        if slab is not None and self._slabs.pop(slab.data_ptr(), None) is not None:
-            self._program.unpin(slab)
-            self._refused_bytes = math.inf
+        if slab is None or self._slabs.pop(slab.data_ptr(), None) is None:
+            return
+        with _lock:
+            _users[slab.data_ptr()] -= 1
+            if not _users[slab.data_ptr()]:
+                del _users[slab.data_ptr()]
+                self._program.unpin(slab)
+        self._refused_bytes = math.inf
 
     def unpin_all(self) -> None:
         while self._slabs:

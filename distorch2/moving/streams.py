@@ -24,6 +24,22 @@ def context_of(stream: Any) -> contextlib.AbstractContextManager[Any]:
     return backend_of(stream.device).stream(stream)
 
 
+_streams: dict[tuple[torch.device, str], Any] = {}
+
+
+def stream_for(device: torch.device, purpose: str) -> Any:
+    """A stream of `device`, on which everything for one purpose goes one after another, whoever asks for it.
+
+    A GPU has few queues for many streams, and what is on two streams of one queue waits for each other.
+    """
+    first = _streams.get((device, purpose)) or backend_of(device).Stream(device)
+    if not hasattr(first, "stream_id"):
+        return first
+    _streams[device, purpose] = first
+    # An object of its own: it keeps which stream was the current one before it was entered.
+    return type(first)(stream_id=first.stream_id, device_index=first.device_index, device_type=first.device_type)
+
+
 def backend_of(device: torch.device) -> Any:
     """torch's module for its streams and events, None where it has none."""
     return getattr(torch, device.type) if device.type not in ("cpu", "mps") else None

@@ -17,7 +17,7 @@ from ..weights.files import SlabInFiles
 from ..weights.packing import PackedSlab
 from .crossing import Crossing
 from .file_reader import FileReader, copy_now
-from .streams import backend_of, context_of
+from .streams import backend_of, context_of, stream_for
 from .unpacking import Unpacker
 
 _LEAST_TO_HALVE_BYTES = 2 * 1024**2
@@ -136,12 +136,15 @@ class Transfer:
                 copy_now(copy.source, copy.target)
             return
         if self._stream is None:
-            self._stream, self._given = self._backend.Stream(self.device), self._backend.Event()
+            self._stream, self._given = stream_for(self.device, "copying"), self._backend.Event()
             self._on_stream = context_of(self._stream)
         self._given.record(self._backend.current_stream(self._index))
-        self._stream.wait_event(self._given)
+        is_held = False  # packed bytes have a place of their own: only what is unpacked waits
         with self._on_stream:
             for copy in copies:
+                if not (is_held or isinstance(copy.source, PackedSlab)):
+                    self._stream.wait_event(self._given)
+                    is_held = True
                 if self._copied_ahead:
                     self._come_after_those_before(copy)
                 streams = self._start(copy)  # one or two
@@ -166,7 +169,8 @@ class Transfer:
         source, target = copy.source, copy.target
         if isinstance(source, PackedSlab):
             assert self._unpacker is not None
-            self._unpacker.unpack(source, target, functools.partial(self._copy, copy.is_pageable), self._stream)
+            copy_packed = functools.partial(self._copy, copy.is_pageable)
+            self._unpacker.unpack(source, target, copy_packed, self._stream, self._given)
             return (self._unpacker.stream,)
         if isinstance(source, SlabInFiles):
             assert self._reader is not None
@@ -200,7 +204,7 @@ class Transfer:
         """The stream for copies from a donor. On the donor's default stream, CUDA would let such copies wait for all
         work of both devices, and both devices wait for the copies."""
         if donor not in self._donor_streams:
-            self._donor_streams[donor] = self._backend.Stream(donor)
+            self._donor_streams[donor] = stream_for(donor, "lending")
         stream = self._donor_streams[donor]
         stream.wait_stream(self._backend.current_stream(donor))  # which may have written the weights
         return stream
@@ -291,8 +295,8 @@ class Detour:
         helper = slots[0].device
         self.slots = slots
         self._backend = backend_of(device)
-        self.stream = self._backend.Stream(device)
-        self._to_helper, self._onward = self._backend.Stream(helper), self._backend.Stream(helper)
+        self.stream = stream_for(device, "detour")
+        self._to_helper, self._onward = stream_for(helper, "to helper"), stream_for(helper, "onward")
         self._to_helper.wait_stream(self._backend.current_stream(helper))  # which may have used the slots' memory
         self._turns = itertools.cycle([(slot, self._backend.Event(), self._backend.Event()) for slot in slots])
 

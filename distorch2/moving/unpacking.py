@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..weights.packing import BLOCK_VALUES, NUM_EXPONENTS, Coder, PackedSlab, Reference, unpack
-from .streams import backend_of, context_of, on_device
+from .streams import backend_of, context_of, on_device, stream_for
 
 _KINDS = ("cuda",)
 """Of devices for which Triton makes kernels: NVIDIA's and, with a ROCm build of torch, AMD's."""
@@ -91,7 +91,7 @@ class Unpacker:
         self._device = device
         backend = backend_of(device)
         self._coder = coder_for(device)
-        self.stream = backend.Stream(device)
+        self.stream = stream_for(device, "unpacking")
         self.stream.wait_stream(backend.current_stream(device))  # which may have used the slots' memory
         self._on_stream = context_of(self.stream)
         self._turns = itertools.cycle([(slot, backend.Event()) for slot in slots])
@@ -103,21 +103,23 @@ class Unpacker:
         target: torch.Tensor,
         copy: Callable[[torch.Tensor, torch.Tensor], Any],
         copying: Any,
+        is_free: Any,
     ) -> None:
-        """Have `copy(source, slot)` copy the packed bytes on the stream `copying`, the current one, where they are
-        elsewhere, and then unpack them into `target`."""
+        """Unpack into `target`, which is written to after the event `is_free`. What is elsewhere is copied before, by
+        `copy(source, slot)` on the stream `copying`, the current one."""
+        self.stream.wait_event(is_free)
         if packed.device == self._device:
-            self._decode(packed, target, copying)
+            self._decode(packed, target)
             return
         slot, is_unpacked = next(self._turns)
         staged = slot[: packed.nbytes]
         copying.wait_event(is_unpacked)
         copy(packed.buffer, staged)
-        self._decode(PackedSlab(packed.layout, staged), target, copying)
+        self._is_there.record(copying)
+        self.stream.wait_event(self._is_there)
+        self._decode(PackedSlab(packed.layout, staged), target)
         is_unpacked.record(self.stream)
 
-    def _decode(self, packed: PackedSlab, target: torch.Tensor, after: Any) -> None:
-        self._is_there.record(after)
-        self.stream.wait_event(self._is_there)
+    def _decode(self, packed: PackedSlab, target: torch.Tensor) -> None:
         with self._on_stream:
             self._coder.decode(packed, target)

@@ -221,7 +221,8 @@ class Plan:
 
     `relieved` are the reliefs that were taken for want of room, in order. Their groups are `packed_residents` on the
     compute device, or `evicted` from it. On `relays`, donors that compute, the units run all of whose layers lie there.
-    `pack_weights` is one of `PACK_MODES`, or `STREAMED_ONLY`.
+    `pack_weights` is one of `PACK_MODES`, or `STREAMED_ONLY`. `others` are devices that run the same model at the same
+    time, with plans of their own.
     """
 
     compute_device: str
@@ -230,6 +231,7 @@ class Plan:
     relieved: tuple[Relief, ...] = ()
     relays: tuple[str, ...] = ()
     pack_weights: str = OFF
+    others: tuple[str, ...] = ()
 
     @classmethod
     def all_on(cls, device: str, layers: Iterable[Layer]) -> Plan:
@@ -245,9 +247,12 @@ class Plan:
         device_of = {item.layer.name: names.get(item.device, item.device) for item in self.placements}
         placements = tuple(Placement(layer, device_of.get(layer.name, device)) for layer in layers)
         relays = tuple(names.get(relay, relay) for relay in self.relays)
+        return Plan(device, placements, relays=relays, pack_weights=self.pack_weights_on(device))
+
+    def pack_weights_on(self, device: str) -> str:
+        """The mode for another compute device, which may not be able to unpack weights."""
         is_same_kind = device.partition(":")[0] == self.compute_device.partition(":")[0]
-        pack_weights = self.pack_weights if is_same_kind else OFF
-        return Plan(device, placements, relays=relays, pack_weights=pack_weights)
+        return self.pack_weights if is_same_kind else OFF
 
     @cached_property
     def evicted(self) -> tuple[Group, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from .plan import (
@@ -21,6 +21,7 @@ from .plan import (
     OVERFLOW_DEVICE,
     RELAY,
     SMALL_BYTES,
+    STREAM,
     ComponentRequest,
     DeviceMemory,
     Layer,
@@ -117,6 +118,46 @@ def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Map
         *_room_notes(plan, asked, room),
     )
     return replace(plan, notes=tuple(note for note in notes if note))
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """So many bytes on each device: an `Allocation`."""
+
+    num_bytes: Mapping[str, int]
+    note = ""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(self.num_bytes)
+
+    def shares(
+        self, model_bytes: int, compute_device: str, device_total_bytes: Mapping[str, int]
+    ) -> tuple[tuple[str, int], ...]:
+        return tuple(self.num_bytes.items())
+
+
+def plan_beside(asked: Plan, layers: Sequence[Layer], device: str, others: Iterable[str]) -> Plan:
+    """A plan for `device` to run a model while `others` run it too, each with inputs of its own.
+
+    Of the model's `layers` there `device` keeps as many bytes as it does in the plan that was `asked` for; one that
+    keeps none there, as many as the compute device. Donors that do not run it keep what they do. The rest lies on
+    `cpu`, where all of them can be streamed from the same bytes: the less two of them differ in what they keep, the
+    fewer bytes that are, and those that keep equally much keep the same.
+    """
+    computing = {device, *others}
+    given = {each: sum(layer.num_bytes for layer in asked.layers_on(each)) for each in asked.devices}
+    left = sum(layer.num_bytes for layer in layers)
+    shares = {}
+    donors = [each for each in asked.donors if each not in (*computing, OVERFLOW_DEVICE)]
+    for each in (device, *donors):
+        shares[each] = min(left, given.get(each, given.get(asked.compute_device, 0)))
+        left -= shares[each]
+    shares[OVERFLOW_DEVICE] = shares.get(OVERFLOW_DEVICE, 0) + left
+    request = ComponentRequest(device, _Shares(shares), STREAM)
+    plan = _plan_within(layers, request, dict.fromkeys(shares, DeviceMemory(0)))
+    apart = tuple(sorted(computing - {device}))
+    return replace(plan, notes=(), pack_weights=asked.pack_weights_on(device), others=apart)
 
 
 def _with_excess(shares: Mapping[str, int], compute_device: str, excess: int) -> dict[str, int]:

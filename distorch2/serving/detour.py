@@ -34,17 +34,19 @@ def take_detour(
     staging: torch.Tensor,
     named: Collection[torch.device],
     program: Program,
+    busy: Collection[torch.device] = (),
 ) -> None:
     """Give `transfer` a detour if that makes copies of the page-locked `slabs` at least `_LEAST_GAIN` times as fast.
 
     The helper is a device that is `named` in the plan, or one on which ComfyUI has a model: nothing is done on a card
-    that nobody asked for. Overwrites `staging`.
+    that nobody asked for, nor on one that is `busy` at the same time. Overwrites `staging`.
     """
     in_use = {*named, *program.devices_in_use()}
     others = [
         device
         for device in program.devices()
         if device in in_use
+        and device not in busy
         and device.type == transfer.device.type
         and device != transfer.device
         and _gains.get((transfer.device, device), math.inf) > _LEAST_GAIN

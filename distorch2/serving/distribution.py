@@ -24,6 +24,7 @@ from .pace import MOST_WAITING, Pace
 from .reading import Reading
 from .relay import Relay
 from .serving import Serving
+from .shared_slabs import SharedSlabs
 from .stores import Stores
 from .streaming import Streamer
 
@@ -56,7 +57,9 @@ class Distribution:
     there, without being moved in the plan.
     """
 
-    def __init__(self, module: torch.nn.Module, plan: Plan, program: Program) -> None:
+    def __init__(
+        self, module: torch.nn.Module, plan: Plan, program: Program, shared: SharedSlabs | None = None
+    ) -> None:
         self.device = torch.device(plan.compute_device)
         self.asked = self.plan = plan
         self.state = State.RELEASED
@@ -67,7 +70,7 @@ class Distribution:
         ]
         self._logged_overflow = self._logged_packed = 0
         self._program = program
-        self._stores = Stores(module, self.device, program, plan.pack_weights)
+        self._stores = Stores(module, self.device, program, plan.pack_weights, shared)
         self._serving = Serving(self._stores, program)
         self._pace = Pace(self.transfer)
         # A dropped module is not unloaded first.
@@ -165,15 +168,21 @@ class Distribution:
     def begin_run(self) -> None:
         """Before a plan for the next run is made of `asked`: have what is streamed packed from now on, if computing has
         waited for it."""
-        waiting_part = self._pace.begin_run()
-        if waiting_part is not None and waiting_part > MOST_WAITING and self._stores.packer.can_start:
+        waiting_part, stores = self._pace.begin_run(), self._stores
+        if not stores.packer.can_start:
+            return
+        if waiting_part is not None and waiting_part > MOST_WAITING:
             logger.info(
                 "DisTorch2: %s has waited %.0f%% of the time for copies of weights, which are packed now",
-                type(self._stores.module).__name__,
+                type(stores.module).__name__,
                 100 * waiting_part,
             )
-            self._stores.packer.start()
-            self.asked = replace(self.asked, pack_weights=STREAMED_ONLY)
+        elif stores.shared is None or not stores.shared.is_packing:
+            return
+        stores.packer.start()
+        if stores.shared is not None:
+            stores.shared.is_packing = True
+        self.asked = replace(self.asked, pack_weights=STREAMED_ONLY)
 
     def place(self, plan: Plan, is_cancellable: bool = False) -> None:
         """Put every layer where `plan` has it, and serve what is elsewhere. The plan is `asked`, perhaps with groups
@@ -183,6 +192,7 @@ class Distribution:
             self.relay.streamer.give_up_staging()
         host_memory.note_use(self)
         is_as_planned = plan.relieved == before.relieved and not self._stores.is_any_to_be_packed(plan)
+        is_as_planned &= all(each.is_bound() for each in self.groups.values() if isinstance(each.source, PackedSlab))
         if self.is_placed and is_as_planned and not self._stores.can_leave_the_disk(plan):
             self._stores.place_others()
             return
@@ -271,10 +281,9 @@ class Distribution:
         """As `Stores.make_writable`. To be called after `settle`."""
         self._stores.make_writable(layer_name)
 
-    def show_patches(self) -> None:
-        """Have the modules every weight as it is served, until the next `place`."""
-        self.settle()
-        self._stores.show_patches(self.groups.values())
+    def has_originals_instead(self, module: torch.nn.Module) -> bool:
+        """As `Stores.has_originals_instead`."""
+        return self._stores.has_originals_instead(module)
 
     def is_on_donor(self, module: torch.nn.Module) -> bool:
         return self._stores.holds(module)

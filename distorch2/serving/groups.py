@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..planning.plan import Group
 from ..weights.devices import CPU, DISK
 from ..weights.files import Piece, SlabInFiles
 from ..weights.packing import PackedSlab
@@ -51,6 +52,11 @@ class StoredLayer:
     def overwrite(self, slab: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
         """Copy only these weights there."""
         self.layout.fill(slab[self._offset :], values)
+
+    @property
+    def set_by_others(self) -> dict[str, torch.nn.Parameter | None]:
+        """Parameters that the module was given in the place of those that it was bound to."""
+        return {name: each for name, each in self.module._parameters.items() if each is not self.stored.get(name)}
 
     def bind(self, slab: torch.Tensor) -> None:
         self._bind(self.views(slab))
@@ -117,15 +123,8 @@ class StoredGroup:
     """What the weights are copied from: the slab, unless the group is on the disk or packed. Both are set by
     `serve_from` and the like; `fill` and `filled_on`, which make a slab, do not need them."""
 
-    def __init__(
-        self,
-        modules: Mapping[str, torch.nn.Module],
-        layouts: Sequence[SlabLayout],
-        is_table: bool = False,
-        is_bf16: bool = False,
-        is_packed_resident: bool = False,
-    ) -> None:
-        self.is_table, self.is_bf16, self.is_packed_resident = is_table, is_bf16, is_packed_resident
+    def __init__(self, key: Group, modules: Mapping[str, torch.nn.Module], layouts: Sequence[SlabLayout]) -> None:
+        self.key = key
         self.stays_unpacked = False
         """It would not be smaller, or not the same, packed."""
         self.layers: list[StoredLayer] = []
@@ -165,7 +164,7 @@ class StoredGroup:
     @property
     def device_unpacked(self) -> torch.device:
         """Where a slab of the group lies when it is not packed."""
-        return CPU if self.is_packed_resident else self.device
+        return CPU if self.key.is_packed_resident else self.device
 
     @property
     def host_slab(self) -> torch.Tensor | None:

@@ -40,11 +40,10 @@ class Packer:
     def start(self) -> None:
         self.is_on, self.can_start = True, False
 
-    def pack(self, group: StoredGroup, slab: torch.Tensor, on: torch.device) -> PackedSlab | None:
-        """Packs a slab for a group by its own accelerator, or by the compute device where it is in main memory.
-        Returns it on the device `on`; None where it cannot be packed."""
-        packed = self._packed_by(self._device_for(slab), slab, group)
-        return packed if packed is None or packed.device == on else packed.to(on)
+    def pack(self, group: StoredGroup, slab: torch.Tensor) -> PackedSlab | None:
+        """A slab for a group, packed on its own accelerator, or on the compute device where it is in main memory; None
+        where it cannot be."""
+        return self._packed_by(self._device_for(slab), slab, group)
 
     def unpacked(self, packed: PackedSlab) -> torch.Tensor:
         """The slab again, on the accelerator that packs it; in main memory where that has no room for it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,10 @@ class _Streamer(Protocol):
 
     def copied(self, number: int) -> Mapping[str, torch.nn.Parameter | None]: ...
 
+    def copied_apart(
+        self, number: int, parameters: Mapping[str, torch.nn.Parameter | None]
+    ) -> Mapping[str, torch.nn.Parameter | None]: ...
+
 
 class _Watched(dict[str, Any]):
     """The parameters of a layer's module, which note that they are looked up.
@@ -53,9 +57,10 @@ class _Watched(dict[str, Any]):
 
     is_read = is_called = False
 
-    def __init__(self, layer: _Layer) -> None:
+    def __init__(self, layer: _Layer, stored: Mapping[str, torch.nn.Parameter | None]) -> None:
+        """`stored` are the parameters that the module has outside its forward."""
         super().__init__(layer.module._parameters)
-        self._stored = layer.stored
+        self._stored = stored
         self._own = layer.module._parameters
         vars(layer.module)["_parameters"] = self
 
@@ -85,23 +90,37 @@ class Reading:
     """Serves those layers of `streamer` that are only read, from `attach` to `detach`.
 
     Which ones these are is seen in the first run of the module around that uses a layer, training apart, where ComfyUI
-    calls layers that it reads otherwise. `known` are names of layers of which it is known already. The modules are
-    looked up in `root`.
+    calls layers that it reads otherwise. `known` are names of layers with whether they are only read. What is read
+    in that run are the module's own parameters, or copies, where its weights `have_patches` that these have not. The
+    modules are looked up in `root`.
     """
 
-    def __init__(self, root: torch.nn.Module, streamer: _Streamer, known: Collection[str], program: Program) -> None:
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        streamer: _Streamer,
+        known: Mapping[str, bool],
+        program: Program,
+        have_patches: Callable[[torch.nn.Module], bool] = lambda module: False,
+    ) -> None:
         self._program = program
+        self._have_patches = have_patches
         self._root = weakref.ref(root)
         self._streamer = streamer
-        self._only_read = {number for number, layer in enumerate(streamer.layers) if layer.name in known}
-        self._undecided = set(range(len(streamer.layers))) - self._only_read
+        self._only_read = {number for number, layer in enumerate(streamer.layers) if known.get(layer.name)}
+        self._undecided = {number for number, layer in enumerate(streamer.layers) if layer.name not in known}
         self._forwards = Forwards("reading")
         self._has_logged = False
 
     @property
+    def known(self) -> dict[str, bool]:
+        """Name of a layer -> whether it is read and not called, as far as that is known."""
+        layers = enumerate(self._streamer.layers)
+        return {layer.name: number in self._only_read for number, layer in layers if number not in self._undecided}
+
+    @property
     def only_read(self) -> list[str]:
-        """Names of the layers that are read and not called, as far as that is known."""
-        return [self._streamer.layers[number].name for number in sorted(self._only_read)]
+        return [name for name, is_only_read in self.known.items() if is_only_read]
 
     def attach(self) -> None:
         root, by_module = self._root(), dict[torch.nn.Module, list[int]]()
@@ -143,7 +162,12 @@ class Reading:
                         and not self._program.is_training()
                         and type(layer.module._parameters) is dict
                     ):
-                        watched.append((number, layer.module, _Watched(layer)))
+                        stored: Mapping[str, Any] = layer.stored
+                        if self._have_patches(layer.module):
+                            stored = self._streamer.copied_apart(number, stored)
+                            bound.append((layer, layer.module, stored))
+                            layer.module._parameters.update(stored)
+                        watched.append((number, layer.module, _Watched(layer, stored)))
                 if bound:
                     self._log_once()
                 if previous is None:

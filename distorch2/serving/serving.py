@@ -43,7 +43,7 @@ class Serving:
         self._stores, self._program = stores, program
         self._streamed: list[str] = []  # names of the layers that `streamer` has, by number
         self._order = LearntOrder()
-        self._only_read: set[str] = set()  # names of layers
+        self._is_only_read: dict[str, bool] = {}  # by name of the layer, as far as it is known
 
     def start(self, plan: Plan) -> None:
         stores = self._stores
@@ -53,7 +53,9 @@ class Serving:
         order = self._order.of(self._streamed, (placement.layer.name for placement in plan.placements))
         relay = self._make_relay(plan) if plan.relayed_units else None
         self.streamer, self.relay = self._streamer_of(groups, plan.staging_bytes, order), relay
-        self.reading = Reading(stores.module, self.streamer, self._only_read, self._program)
+        self.reading = Reading(
+            stores.module, self.streamer, self._is_only_read, self._program, stores.has_originals_instead
+        )
         self.lookup = Lookup(tables, stores.device)
         self.attach()
         moved = [group.host_slab for key, group in stores.groups.items() if not key.is_table]
@@ -62,13 +64,14 @@ class Serving:
         slabs = [slab for slab in streamed if slab is not None and stores.pinned.holds(slab)]
         self.fit_unpacker()
         devices = [device_of(name) for name in plan.devices]
-        take_detour(self.transfer, slabs, self.streamer.staging, devices, self._program)
+        others = [device_of(name) for name in plan.others]
+        take_detour(self.transfer, slabs, self.streamer.staging, devices, self._program, others)
 
     def stop(self) -> None:
         if self.streamer is not None and self.streamer.order is not None:
             self._order.note(self._streamed[number] for number in self.streamer.order)
         if self.reading is not None:
-            self._only_read.update(self.reading.only_read)
+            self._is_only_read |= self.reading.known
         self.detach()
         self.streamer = self.reading = self.relay = self.lookup = None
         upload = self.transfer.upload
@@ -96,8 +99,8 @@ class Serving:
 
     def forget(self, layer_names: set[str]) -> None:
         """What was learnt of layers whose weights have another dtype now: they may be called, in another order."""
-        if self._only_read & layer_names:
-            self._only_read -= layer_names
+        was_only_read = [self._is_only_read.pop(name, False) for name in layer_names]
+        if any(was_only_read):
             self._order = LearntOrder()
 
     def fit_unpacker(self) -> None:

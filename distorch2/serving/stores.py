@@ -28,10 +28,12 @@ from ..weights.temporary import TemporarySlabs
 from . import host_memory
 from .groups import StoredGroup, StoredLayer
 from .packer import Packer
+from .shared_slabs import SharedSlabs
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_Slab = TypeVar("_Slab", torch.Tensor, PackedSlab, torch.Tensor | PackedSlab)
 _FILLING_THREADS = 8
 
 
@@ -44,9 +46,15 @@ class Stores:
     """
 
     def __init__(
-        self, module: torch.nn.Module, device: torch.device, program: Program, pack_weights: str = OFF
+        self,
+        module: torch.nn.Module,
+        device: torch.device,
+        program: Program,
+        pack_weights: str = OFF,
+        shared: SharedSlabs | None = None,
     ) -> None:
         self.device = device
+        self.shared = shared
         self.groups: dict[Group, StoredGroup] = {}
         self.sources = Sources()
         self.pinned = PinnedSlabs(device, program)
@@ -78,7 +86,6 @@ class Stores:
         self.sources.check_files()
         self._note_sources()
         _fill_missing(module)
-        self.show_patches(group for key, group in self.groups.items() if key not in plan.groups or not group.is_bound())
         # What leaves the compute device does so before anything else is put there.
         devices = self._devices_of_slabs(plan.groups)
         to_fill = {}
@@ -88,7 +95,13 @@ class Stores:
             elif self.groups[key].device != devices[key]:
                 self.move(key, devices[key])
         self._fill(to_fill, devices, set(plan.evicted), is_cancellable)
-        returned = [self._unstore(key) for key in list(self.groups) if key not in devices]
+        returned = []
+        for key in [key for key in self.groups if key not in devices]:
+            is_shown = self._show_patches(self.groups[key])
+            returned.append(self._unstore(key))
+            if is_shown:  # not all of them lie in main memory at the same time
+                self._move_all([layer.module for layer in returned[-1].living], self.device)
+                self.pinned.unpin(returned.pop().host_slab)
         self._take_the_others_to_the_device()
         for group in returned:
             self.pinned.unpin(group.host_slab)
@@ -205,20 +218,19 @@ class Stores:
             if fits and group.device != DISK:
                 self._fill_anew(group, of_layers, originals)
                 continue
-            self.show_patches([group])
+            self._show_patches(group)
             for layer, values in of_layers.items():
                 self._set(layer.name, layer.module, values, originals)
             if fits:
                 with self.sources.kept(layer.module for layer in group.living):
-                    self._put_on_disk(group)
+                    self._put_on_disk(group, group.filled_on)
             else:
                 others.append(group)
         return others
 
     def lay_out_again(self, group: StoredGroup) -> None:
         """A new slab, of another layout, for the weights that the modules have."""
-        key = next(key for key, each in self.groups.items() if each is group)
-        self._fill({key: {layer.name: layer.module for layer in group.living}}, {key: group.device})
+        self._fill({group.key: {layer.name: layer.module for layer in group.living}}, {group.key: group.device})
 
     def kept_weight(self, layer_name: str, name: str) -> torch.Tensor | None:
         """A weight as it stays in main memory when it is replaced: in the file's mapping, or in the old slab. Then it
@@ -232,24 +244,23 @@ class Stores:
 
     def move(self, key: Group, device: torch.device) -> None:
         group = self.groups[key]
-        if device == DISK:
-            self.show_patches([group])
         replaced = group.host_slab
         with self.sources.kept(layer.module for layer in group.living):
             if device == DISK:
-                self._put_on_disk(group)
+                self._put_on_disk(group, partial(self._copied, group))
             elif isinstance(group.source, PackedSlab):
                 group.serve_copy(self._there_or_on_host(group.source.to, device))
             else:
-                group.move(self._there_or_on_host(partial(self._copied, group), device))
+                group.move(self._once(key, self._there_or_on_host(partial(self._copied, group), device)))
         self.pinned.unpin(replaced)
         self._pack(group)
         self._pin(group)
 
     def make_writable(self, layer_name: str) -> None:
-        """For weights to be written in place: those in the mapping of a file get a slab that they alone have."""
+        """For weights to be written in place: those in the mapping of a file, or in a slab that other modules may be
+        served from, get a slab that they alone have."""
         group, _ = self.find(self.module.get_submodule(layer_name))
-        if group is None or group.slab is not None:
+        if group is None or (group.slab is not None and not self._is_shared(group)):
             return
         replaced = group.host_slab
         with self.sources.kept(layer.module for layer in group.living):
@@ -260,16 +271,34 @@ class Stores:
         self.pinned.unpin(replaced)
         self._pin(group)
 
-    def show_patches(self, groups: Iterable[StoredGroup]) -> None:
-        """Have the modules the weights of these groups that are served, patched ones too; in main memory."""
-        for group in groups:
-            modules = [layer.module for layer in group.living]
-            if isinstance(group.source, PackedSlab) and any(map(self.sources.is_patched, modules)):
-                replaced = group.host_slab
-                with self.sources.kept(modules):
-                    group.serve_from(self._copied(group, CPU))
-                self.pinned.unpin(replaced)
-                self._pin(group)
+    def has_originals_instead(self, module: torch.nn.Module) -> bool:
+        """Whether a module has originals in the place of patched weights that are served."""
+        group, _ = self.find(module)
+        return group is not None and self._hides_patches(group)
+
+    def _hides_patches(self, group: StoredGroup) -> bool:
+        is_packed = isinstance(group.source, PackedSlab)
+        return is_packed and any(self.sources.is_patched(layer.module) for layer in group.living)
+
+    def _show_patches(self, group: StoredGroup) -> bool:
+        """Have its modules the weights that are served, in main memory; whether they had others."""
+        if not self._hides_patches(group):
+            return False
+        replaced = group.host_slab
+        set_by_others = [(layer.module, layer.set_by_others) for layer in group.living]
+        with self.sources.kept(layer.module for layer in group.living):
+            group.serve_from(self._copied(group, CPU))
+        for module, parameters in set_by_others:
+            module._parameters.update(parameters)
+        self.pinned.unpin(replaced)
+        self._pin(group)
+        return True
+
+    def _show_patches_of(self, modules: Iterable[torch.nn.Module]) -> None:
+        for module in modules:
+            group, _ = self.find(module)
+            if group is not None:
+                self._show_patches(group)
 
     def _copied(self, group: StoredGroup, device: torch.device) -> torch.Tensor:
         """A slab in memory of `device` with the weights that are served."""
@@ -307,6 +336,7 @@ class Stores:
     ) -> None:
         """Serve a group with these weights from a new slab, or packed anew."""
         replaced = group.host_slab
+        group.stays_unpacked = False
         changing = {(layer.module, name) for layer, of_layer in values.items() for name in of_layer}
         with self.sources.kept((layer.module for layer in group.living), changing):
             if isinstance(group.source, PackedSlab):
@@ -324,12 +354,15 @@ class Stores:
         """It is page-locked before the weights come: from the compute device that is faster."""
         slab = self._there_or_on_host(group.new_slab, group.device_unpacked)
         try:
-            if self.is_in_use and not group.is_table:
+            if self.is_in_use and not group.key.is_table:
                 self.pinned.pin(slab)
-            group.serve_from(group.fill(slab, values))
+            filled = self._once(group.key, group.fill(slab, values))
+            group.serve_from(filled)
         except BaseException:
             self.pinned.unpin(slab)
             raise
+        if filled is not slab:
+            self.pinned.unpin(slab)
 
     def _overwrite_packed(
         self, group: StoredGroup, packed: PackedSlab, values: Mapping[StoredLayer, Mapping[str, torch.Tensor]]
@@ -338,9 +371,9 @@ class Stores:
         slab = self.packer.unpacked(packed)
         for layer, of_layer in values.items():
             layer.overwrite(slab, of_layer)
-        again = self.packer.pack(group, slab, packed.device)
+        again = self.packer.pack(group, slab)
         if again is not None:
-            group.serve_copy(again)
+            group.serve_copy(self._once(group.key, self._packed_on(again, packed.device)))
         else:
             new_slab = self._there_or_on_host(group.new_slab, group.device_unpacked)
             group.serve_from(copy_now(slab, new_slab))
@@ -357,7 +390,7 @@ class Stores:
         return group.slab is not None and group.device != DISK and not group.stays_unpacked
 
     def _is_to_be_packed(self, group: StoredGroup) -> bool:
-        return group.is_bf16 and self._may_be_packed(layer.module for layer in group.living)
+        return group.key.is_bf16 and self._may_be_packed(layer.module for layer in group.living)
 
     def _may_be_packed(self, modules: Iterable[torch.nn.Module]) -> bool:
         """Packed groups have no slab: their modules have the originals, in the mappings of files."""
@@ -367,6 +400,8 @@ class Stores:
 
     def _bytes_expected(self, key: Group) -> int:
         """Of its slab, before it is filled."""
+        if self.shared is not None and self.shared.has(key):
+            return 0
         modules = (self.module.get_submodule(layer.name) for layer in key.layers)
         is_packed = key.is_bf16 and self._may_be_packed(modules)
         return packed_bytes(key.slab_bytes) if is_packed else key.slab_bytes
@@ -376,23 +411,27 @@ class Stores:
         if not self._lies_unpacked(group) or not self._is_to_be_packed(group):
             return
         replaced = group.host_slab
-        packed = self.packer.pack(group, group.slab, self.device if group.is_packed_resident else group.device)
+        packed = self.packer.pack(group, group.slab)
         if packed is not None:
-            self._serve_packed(group, packed)
+            device = self.device if group.key.is_packed_resident else group.device
+            self._serve_packed(group, self._once(group.key, self._packed_on(packed, device)))
             self.pinned.unpin(replaced)
+
+    def _packed_on(self, packed: PackedSlab, device: torch.device) -> PackedSlab:
+        return packed if packed.device == device else self._there_or_on_host(packed.to, device)
 
     def _serve_packed(self, group: StoredGroup, packed: PackedSlab) -> None:
         for layer in group.living:
             self.sources.rebind_patched(layer.module)
         group.serve_copy(packed)
 
-    def _put_on_disk(self, group: StoredGroup) -> None:
-        """Serve the weights that the modules have from their files; from a temporary one where some have none: those
-        that are patched, or were converted when they were loaded."""
+    def _put_on_disk(self, group: StoredGroup, fill: Callable[[torch.device], torch.Tensor]) -> None:
+        """Serve a group from the files of its weights; where some have none, those that are patched, or were converted
+        when they were loaded, from a temporary one with the slab that `fill` makes."""
         self.sources.check_files()
         in_files = group.find_in_files(self.sources)
         if in_files is None:
-            group.serve_from(*self._temporary.store(group.filled_on(CPU)))
+            group.serve_from(*self._temporary.store(fill(CPU)))
         else:
             for layer in group.living:
                 self.sources.rebind(layer.module)
@@ -441,10 +480,7 @@ class Stores:
         here: that is when the weights that they are filled with are let go.
         """
         made = {
-            key: StoredGroup(
-                members, list(map(layout_of, members.values())), key.is_table, key.is_bf16, key.is_packed_resident
-            )
-            for key, members in modules.items()
+            key: StoredGroup(key, members, list(map(layout_of, members.values()))) for key, members in modules.items()
         }
         filled_ahead = [key for key in made if devices[key] == CPU or key.is_packed_resident]
         to_pack = {key for key in filled_ahead if self._is_to_be_packed(made[key])}
@@ -456,18 +492,21 @@ class Stores:
                 if is_cancellable:
                     self._program.raise_if_cancelled()
                 for ahead in itertools.islice(to_fill_ahead, 2 * _FILLING_THREADS - len(filling)):
+                    self._show_patches_of(modules[ahead].values())
                     if ahead in evicted:
                         # The same parameters with other memory: whoever holds them too keeps none of the device.
                         self._take_to_the_host(modules[ahead].values())
                     if ahead in to_pack:
-                        filling[ahead] = pool.submit(self.packer.fill_packed, made[ahead], devices[ahead])
+                        fill = partial(self.packer.fill_packed, made[ahead], devices[ahead])
                     else:  # what a thread allocates, the C library may keep for it when it is freed
-                        filling[ahead] = pool.submit(made[ahead].fill, made[ahead].new_slab(CPU))
+                        fill = partial(made[ahead].fill, made[ahead].new_slab(CPU))
+                    filling[ahead] = pool.submit(self._filled_once, ahead, fill)
+                self._show_patches_of(modules[key].values())
                 replaced = self.groups.get(key)
                 with self.sources.kept(modules[key].values()):
                     if devices[key] == DISK:
                         self._take_to_the_host(modules[key].values())
-                        self._put_on_disk(group)
+                        self._put_on_disk(group, group.filled_on)
                     elif key in filling:
                         filled = filling.pop(key).result()
                         if isinstance(filled, PackedSlab):
@@ -484,9 +523,19 @@ class Stores:
                     self._pack(group)
                 self._pin(group)
 
+    def _filled_once(self, key: Group, fill: Callable[[], torch.Tensor | PackedSlab]) -> torch.Tensor | PackedSlab:
+        return self._once(key, fill())
+
+    def _once(self, key: Group, slab: _Slab) -> _Slab:
+        """The slab, or one in main memory that another module has with the same bytes."""
+        return self.shared.the_same(key, slab) if self.shared is not None and slab.device == CPU else slab
+
+    def _is_shared(self, group: StoredGroup) -> bool:
+        return self.shared is not None and group.slab is not None and self.shared.knows(group.key, group.slab)
+
     def _pin(self, group: StoredGroup) -> None:
         """Tables are read in place, and need not be page-locked."""
-        if self.is_in_use and group.host_slab is not None and not group.is_table:
+        if self.is_in_use and group.host_slab is not None and not group.key.is_table:
             self.pinned.pin(group.host_slab)
 
     def _unstore(self, key: Group) -> StoredGroup:

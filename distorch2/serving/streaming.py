@@ -95,7 +95,7 @@ class Streamer:
             else:
                 # Autograd may keep weights until the backward pass, when others are in the staging buffer.
                 stored = dict(parameters)
-                staged = self._copied_apart(index, stored)
+                staged = self.copied_apart(index, stored)
             try:
                 # An interrupt is a BaseException and may come anywhere in here: nothing but finally sees them all.
                 parameters.update(staged)
@@ -116,7 +116,7 @@ class Streamer:
         """Copies on the compute device of a layer's parameters, which came by way of the staging buffer."""
         layer, device = self.layers[number], self._transfer.device
         if torch.is_grad_enabled():
-            return self._copied_apart(number, layer.stored)
+            return self.copied_apart(number, layer.stored)
         if to_fetch := self._schedule.enter(number):
             self._fetch(to_fetch)
         self._transfer.use(self._copies[self._group_of[number]])
@@ -126,12 +126,13 @@ class Streamer:
             self._fetch(to_fetch)
         return copies
 
-    def _copied_apart(
+    def copied_apart(
         self, number: int, parameters: Mapping[str, torch.nn.Parameter | None]
     ) -> dict[str, torch.nn.Parameter | None]:
         """Copies on the compute device that nothing is written over, of the parameters of a layer's module."""
         layer, source, device = self.layers[number], self.groups[self._group_of[number]].source, self._transfer.device
-        if isinstance(source, PackedSlab) and layer.is_bound():  # the modules may have the originals of patched weights
+        # The modules may have the originals of patched weights, and may have been moved.
+        if isinstance(source, PackedSlab) and not layer.set_by_others:
             for parameter in layer.stored.values():
                 refuse_training(parameter)
             views = layer.views(unpacked_on(device, source))

@@ -95,12 +95,17 @@ class SlabLayout:
         return {field.name: field.rebuild([part.view(buffer) for part in field.parts]) for field in self.fields}
 
     def fill(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy `tensors`, by name, into `buffer`, in the dtypes of the layout. What is missing stays as it is."""
+        """Copy `tensors`, by name, into `buffer`, in the dtypes of the layout, with zeros up to the next tensor.
+
+        What is missing stays as it is."""
         for field in self.fields:
             if field.name not in tensors:
                 continue
             for part, plain in zip(field.parts, plain_tensors(tensors[field.name]), strict=True):
                 part.view(buffer).copy_(plain.view(part.shape))
+                end = part.offset + part.num_bytes
+                if end % ALIGNMENT_BYTES:
+                    buffer[end : aligned(end)].zero_()
 
     def pieces(
         self, parts: Mapping[str, Sequence[tuple[torch.Tensor, FileRange | None]]], offset: int

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from .files import FileRange, WeightsFile
-from .quantised import as_parameter, is_quantised, plain_tensors
+from .quantised import as_parameter, description, is_quantised, plain_tensors
 
 _MAPPINGS = Path("/proc/self/maps")
 _MAPPED_BY_COMFYUI = "_comfy_tensor_mmap_refs"
@@ -146,7 +146,8 @@ class Sources:
         source, parameter = self._of.get(module, {}).get(name), module._parameters.get(name)
         if source is None or parameter is None or source.in_place is not None or source.is_written:
             return False
-        return source.parameter.dtype == parameter.dtype
+        original = source.parameter
+        return original.dtype == parameter.dtype and description(original) == description(parameter)
 
     def is_patched(self, module: torch.nn.Module) -> bool:
         """Whether some of its weights were replaced, and are not the originals again."""
@@ -198,13 +199,15 @@ class Sources:
     def written(self, module: torch.nn.Module, name: str) -> None:
         """Hooks have written into a parameter in place: until `restored` it is not what the file has."""
         source = self._of.get(module, {}).get(name)
-        if source is not None and source.is_in_place(module._parameters.get(name)):
+        if source is not None and (source.in_place is None or source.is_in_place(module._parameters.get(name))):
             source.is_written = True
 
     def restored(self, module: torch.nn.Module, name: str) -> None:
         source = self._of.get(module, {}).get(name)
         if source is not None and source.is_written:
-            source.is_written, source.in_place = False, _held(module._parameters[name])
+            source.is_written = False
+            if source.in_place is not None:
+                source.in_place = _held(module._parameters[name])
 
     def rebind(self, module: torch.nn.Module) -> list[str]:
         """Give the module its weights in the file in place of those that are the same; returns their names.
