@@ -22,6 +22,7 @@ import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.samplers
 import comfy.sd
 import comfy.utils
 import comfy.weight_adapter
@@ -65,6 +66,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
         "wipe_lowvram_weight",
     ),
     "comfy.patcher_extension": ("WrappersMP",),
+    "comfy.samplers": ("CFGGuider",),
     "comfy.sd": (
         "CLIP",
         "CLIPType",
@@ -90,12 +92,13 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
 PATCHER_ATTRIBUTES = tuple(
     """
     add_object_patch add_wrapper_with_key apply_hooks backup cached_patcher_init clone current_hooks detach
-    eject_model force_cast_weights forced_hooks get_all_callbacks get_clone_model_override get_model_object
-    hook_backup inject_model injections is_dynamic is_injected load load_device loaded_size model model_dtype
+    eject_model force_cast_weights forced_hooks get_additional_models_with_key get_all_callbacks
+    get_clone_model_override get_model_object hook_backup inject_model injections is_dynamic is_injected load
+    load_device loaded_size match_multigpu_clones model model_dtype
     model_options model_patches_models model_size model_state_dict_for_saving object_patches object_patches_backup
     offload_device parent partially_load partially_unload patch_cached_hook_weights patch_hook_weight_to_device
     patch_model patch_weight_to_device patches patches_uuid remove_additional_models remove_wrappers_with_key
-    set_model_compute_dtype size unpatch_hooks unpatch_model use_ejected weight_wrapper_patches
+    set_additional_models set_model_compute_dtype size unpatch_hooks unpatch_model use_ejected weight_wrapper_patches
     """.split()
 )
 """Attributes and methods of a patcher that the package reads, calls or overrides."""
@@ -140,6 +143,7 @@ _METHODS_THAT_MOVE_WEIGHTS = ("load", "patch_model", "unpatch_model", "partially
 # ruff: disable[E402, F401]  they may be missing, and others import them from here
 from comfy.model_patcher import CallbacksMP, ModelPatcher, get_key_weight, move_weight_functions, wipe_lowvram_weight
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
 from comfy.weight_adapter import WeightAdapterBase
 
 # ruff: enable[E402, F401]

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from ..planning.plan import GIB, Layer, Plan
+from ..planning.plan import GIB, Layer, Plan, size_text
+from ..planning.planner import plan_beside
 from ..serving.distribution import Distribution
 from ..serving.forwards import drop_copied_forwards
 from ..weights.devices import CPU, DISK_NAME, device_of
@@ -32,6 +33,7 @@ from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
 from .lora import WeightPatcher, split_key
 from .patcher_state import ATTRIBUTE, Request, Shared, StandIns, shared_of, stand_ins_of
 from .program import COMFYUI
+from .several import MULTIGPU, around_sampling
 from .sharing import unhook_original, unload
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ class DistributedPatcher(WeightPatcher):
 
     request = Request()
     _stand_ins = StandIns()
+    _others: tuple[str, ...] = ()
+    """Devices for which there are other copies of the module, to run at the same time as this one."""
     _device_dtype: tuple[torch.dtype | None, bool] | None = None
     """A dtype of computation that was set for the device, and whether weights were cast by force before."""
 
@@ -65,14 +69,25 @@ class DistributedPatcher(WeightPatcher):
         patcher.parent = patcher._stand_in()
         patcher.remove_wrappers_with_key(core.WrappersMP.APPLY_MODEL, ATTRIBUTE)
         patcher.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, ATTRIBUTE, _around_forward)
+        patcher.remove_wrappers_with_key(core.WrappersMP.OUTER_SAMPLE, ATTRIBUTE)
+        patcher.add_wrapper_with_key(core.WrappersMP.OUTER_SAMPLE, ATTRIBUTE, around_sampling)
         return patcher
 
     def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
         """As ComfyUI's; one with a module of its own is split and serves LoRAs in the same way."""
         clone = super().clone(*arguments, **options)
-        clone.request, clone._device_dtype = self.request, self._device_dtype
+        clone.request, clone._others, clone._device_dtype = self.request, self._others, self._device_dtype
         clone._stand_ins = self._stand_ins if clone.model is self.model else stand_ins_of(clone.model)
         return clone
+
+    def match_multigpu_clones(self) -> None:
+        """As ComfyUI's, which makes the copies for other devices anew, each with this one's patches."""
+        super().match_multigpu_clones()
+        copies = self.get_additional_models_with_key(MULTIGPU)
+        for copy in copies:
+            if isinstance(copy, DistributedPatcher):
+                copy._others = tuple(sorted(str(each.load_device) for each in (self, *copies) if each is not copy))
+                copy.parent = copy._stand_in()  # ComfyUI has this one, which is of another module
 
     def set_device_dtype(self, dtype: torch.dtype | None) -> None:
         """As `set_model_compute_dtype`, for the time that this device computes."""
@@ -125,17 +140,27 @@ class DistributedPatcher(WeightPatcher):
         ComfyUI makes clones for another device by setting `load_device`, some with a module of their own. Another
         accelerator keeps as much as the one that was planned for; the host, where that is another, keeps everything.
         """
-        device, shared, asked = str(self.load_device), self._shared, self.request.plan
-        distributions = shared.distributions.setdefault(self.request, {})
-        if device not in distributions:
-            if asked is not None and device == asked.compute_device:
-                plan = asked
-            elif asked is not None and self.load_device.type != "cpu":
-                plan = asked.exchanged(device, shared.layers)
-            else:
-                plan = Plan.all_on(device, shared.layers)
-            distributions[device] = Distribution(self.model, plan, COMFYUI)
-        return distributions[device]
+        device, copies = str(self.load_device), self.get_additional_models_with_key(MULTIGPU)
+        others = tuple(sorted(str(copy.load_device) for copy in copies)) if copies else self._others
+        distributions = self._shared.distributions.setdefault(self.request, {})
+        found = distributions.get((device, *others))
+        if found is None:
+            shared_slabs = self.request.slabs if others else None
+            found = Distribution(self.model, self._plan_for(device, others), COMFYUI, shared_slabs)
+            distributions[(device, *others)] = found
+        return found
+
+    def _plan_for(self, device: str, others: Sequence[str]) -> Plan:
+        asked, layers = self.request.plan, self._shared.layers
+        if asked is None or (device == "cpu" != asked.compute_device):
+            return Plan.all_on(device, layers)
+        if not others and device == asked.compute_device:
+            return asked
+        plan = plan_beside(asked, layers, device, others) if others else asked.exchanged(device, layers)
+        kept = ", ".join(f"{size_text(plan.bytes_on(each))} on {each}" for each in plan.devices)
+        beside = f", beside {' and '.join(others)}" if others else ""
+        logger.info("DisTorch2: %s for %s%s: %s", type(self.model).__name__, device, beside, kept)
+        return plan
 
     def model_size(self) -> int:
         """Bytes that the model needs on its compute device: resident layers, patched, and staging buffers."""

@@ -11,6 +11,7 @@ import torch
 
 from ..planning.plan import Layer, Plan
 from ..serving.distribution import Distribution
+from ..serving.shared_slabs import SharedSlabs
 from ..weights.inventory import list_layers
 from .core import ModelPatcher
 
@@ -30,6 +31,8 @@ class Request:
     plan: Plan | None = None
     """None where nothing was: everything on the compute device."""
     high_precision_loras: bool = True
+    slabs: SharedSlabs = field(default_factory=SharedSlabs)
+    """In main memory, of copies of the module that run at the same time."""
 
 
 @dataclass(eq=False)
@@ -38,10 +41,10 @@ class Shared:
 
     layers: Sequence[Layer]
     """As they were before any was patched."""
-    distributions: weakref.WeakKeyDictionary[Request, dict[str, Distribution]] = field(
+    distributions: weakref.WeakKeyDictionary[Request, dict[tuple[str, ...], Distribution]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    """By compute device, for each plan that a patcher still has."""
+    """By compute device and those that run at the same time, for each plan that a patcher still has."""
     placed: Distribution | None = None
     """The one that has the weights, or had them last."""
     carried: dict[str, list[tuple]] = field(default_factory=dict)

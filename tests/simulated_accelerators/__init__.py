@@ -1,4 +1,5 @@
-"""A custom node pack for tests: two accelerators `sim:0` and `sim:1`, for machines that have none.
+"""A custom node pack for tests: accelerators `sim:0` and `sim:1`, for machines that have none, or as many as the
+environment variable SIMULATED_DEVICES says.
 
 A tensor on one is memory of the host that claims a device: torch computes with it as with the host's, to the same bits,
 but refuses to mix it with tensors of other devices, as it does with CUDA's. Each device has a capacity (environment

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 NAME = "sim"
-NUM_DEVICES = 2
+NUM_DEVICES = int(os.environ.get("SIMULATED_DEVICES", "2"))
 
 
 def _capacities() -> list[int]:

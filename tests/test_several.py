@@ -1,0 +1,292 @@
+"""Several devices that run the same model at once, by ComfyUI's MultiGPU CFG Split: simulated accelerators, threads.
+
+Latents are compared with those of ComfyUI's loader on the CPU, one conditioning after another.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+
+import comfy.model_management as mm
+import comfy.multigpu
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from computing import compute_on_sim, limit, load, same, sim
+from computing import inference_mode as inference_mode
+from placing import lora_for, with_hook
+from sampling import conditioning, core_load, sample
+
+from distorch2.planning.plan import size_text
+from distorch2.weights.devices import CPU
+
+KINDS = ("flux", "sd3_no_clip_weights", "sd15_blocks_no_clip", "wan")
+DEVICES = [f"sim:{index}" for index in range(sim.NUM_DEVICES)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_at_a_time():
+    """No two conditionings in a batch, which gives other bits."""
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(comfy.samplers, "can_concat_cond", lambda one, other: one is other)
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints, one_at_a_time):
+    """kind -> (latents, latents with a LoRA, latents with a hook)."""
+    found = {}
+    with torch.inference_mode():
+        for kind in KINDS:
+            model, clip, _ = core_load(checkpoints(kind))
+            sample(model, clip)  # the first forward of a process may take other kernels
+            hooked, hooks = with_hook(model)
+            latents = [sample(model, clip), sample(lora_for(model), clip), sample(hooked, clip, hooks=hooks)]
+            found[kind] = latents
+    return found
+
+
+@pytest.fixture(autouse=True)
+def computing(expected, monkeypatch, inference_mode):
+    compute_on_sim(monkeypatch)
+
+
+def split(model, num_devices=sim.NUM_DEVICES):
+    """As the node MultiGPU CFG Split."""
+    return comfy.multigpu.create_multigpu_deepclones(model, num_devices, reuse_loaded=True)
+
+
+def on_all(model):
+    """The patchers of the model and its copies."""
+    return [model, *model.get_additional_models_with_key("multigpu")]
+
+
+def forwards(model):
+    """Counts the forwards of the model on each device, until the end of `with`."""
+    return _Forwards(model)
+
+
+class _Forwards:
+    def __init__(self, model):
+        self.counts = {}
+        self._hooks = [
+            patcher.model.diffusion_model.register_forward_hook(self._count(str(patcher.load_device)))
+            for patcher in on_all(model)
+        ]
+
+    def _count(self, device):
+        def count(*arguments):
+            self.counts[device] = self.counts.get(device, 0) + 1
+
+        return count
+
+    def __enter__(self):
+        return self.counts
+
+    def __exit__(self, *exception):
+        for hook in self._hooks:
+            hook.remove()
+
+
+def slabs_on_host(patchers):
+    """Address of each slab in main memory -> its bytes."""
+    slabs = [group.host_slab for each in patchers for group in each.distribution.groups.values()]
+    return {slab.data_ptr(): slab.nbytes for slab in slabs if slab is not None}
+
+
+def check_memory(patchers):
+    """On each device lies what is planned, to a layer, and in main memory what they have in common lies once."""
+    for patcher in patchers:
+        index, plan = patcher.load_device.index, patcher.distribution.plan
+        assert 0 <= sim.used_bytes[index] - plan.compute_bytes < 2**20
+    groups = {key: key.slab_bytes for each in patchers for key in each.distribution.groups if key.device == "cpu"}
+    assert sum(slabs_on_host(patchers).values()) == sum(groups.values())
+
+
+@pytest.mark.parametrize("percent", [0, 25, 50, 90])
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_are_bit_identical_and_weights_lie_once_in_main_memory(checkpoints, expected, kind, percent):
+    model, clip = load(checkpoints, kind, f"sim:0,{100 - percent}%;cpu,{percent}%" if percent else "sim:0,*")
+    model = split(model)
+    plain, with_lora, _ = expected[kind]
+    for _ in range(2):
+        with forwards(model) as counts:
+            assert same(sample(model, clip), plain)
+        assert counts == dict.fromkeys(DEVICES[:2], 2)  # as many devices as conditionings
+        check_memory(on_all(model))
+        assert same(sample(lora_for(model), clip), with_lora)
+        check_memory(on_all(model))
+        mm.unload_all_models()
+    del model
+    gc.collect()
+
+
+@pytest.mark.parametrize("text", ["sim:0,50%;sim:1,50%", "sim:0,30%;sim:1,60%;cpu,10%", "sim:1,100%"])
+@pytest.mark.parametrize("kind", ["flux", "wan"])
+def test_what_the_other_device_would_lend_it_keeps_for_itself(checkpoints, expected, kind, text):
+    relayed, clip = load(checkpoints, kind, text, donor_mode="auto")
+    model = split(relayed, 2)
+    plain = expected[kind][0]
+    with forwards(model) as counts:
+        assert same(sample(model, clip), plain)
+    assert counts == dict.fromkeys(DEVICES[:2], 2)
+    for patcher in on_all(model):
+        device, plan = str(patcher.load_device), patcher.distribution.plan
+        assert set(plan.devices) <= {device, "cpu"}
+        asked = relayed.request.plan.bytes_on(device)
+        largest = max(item.layer.num_bytes for item in plan.placements)
+        assert abs(plan.bytes_on(device) - asked) <= largest or asked == 0
+    assert same(sample(relayed, clip), plain)  # without the split, as it was asked for
+    assert relayed.distribution.plan.relayed_units
+    assert same(sample(model, clip), plain)
+
+
+def test_one_conditioning_is_relayed_and_its_copies_are_left_alone(checkpoints, monkeypatch, expected):
+    relayed, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%", donor_mode="auto")
+    model = split(relayed, 2)
+    wanted = without_guidance(relayed, clip)
+    mm.unload_all_models()
+    with forwards(model) as counts:
+        assert torch.equal(without_guidance(model, clip), wanted)
+    assert counts == {"sim:0": 2}
+    copy = on_all(model)[1]
+    assert copy.loaded_size() == 0
+    assert len(on_all(model)) == 2
+    assert same(sample(model, clip), expected["flux"][0])
+
+
+def without_guidance(model, clip, cfg=1.0):
+    latent = torch.zeros(1, model.model.latent_format.latent_channels, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, 7)
+    positive, negative = conditioning(model, clip, 7), conditioning(model, clip, 8)
+    return comfy.sample.sample(model, noise, 2, cfg, "euler", "simple", positive, negative, latent)
+
+
+def test_regions_run_on_all_devices_without_guidance(checkpoints):
+    model, clip = load(checkpoints, "flux", "sim:0,50%;cpu,50%")
+    outputs = []
+    for patcher in (model, split(model, 2)):
+        with forwards(patcher) as counts:
+            outputs.append(regions(patcher, clip))
+    assert torch.equal(*outputs)
+    assert counts == {"sim:0": 4, "sim:1": 2}  # three conditionings, two steps
+
+
+def regions(model, clip):
+    latent = torch.zeros(1, model.model.latent_format.latent_channels, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, 7)
+    positive = []
+    for number in range(3):
+        ((text, extra),) = conditioning(model, clip, number)
+        positive.append([text, {**extra, "area": (8, 4, 0, 2 * number), "strength": 1.0, "set_area_to_bounds": False}])
+    negative = conditioning(model, clip, 8)
+    return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", positive, negative, latent)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3_no_clip_weights"])
+def test_hooks_write_into_slabs_of_their_own(checkpoints, expected, kind):
+    plain, _, with_hooks = expected[kind]
+    model, clip = load(checkpoints, kind, "sim:0,30%;cpu,70%")
+    model = split(model)
+    for _ in range(2):
+        hooked, hooks = with_hook(model)
+        assert same(sample(hooked, clip, hooks=hooks), with_hooks)
+        assert same(sample(model, clip), plain)
+
+
+@pytest.mark.parametrize("raised", [mm.InterruptProcessingException, ZeroDivisionError])
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_one_of_them_raises(checkpoints, expected, number, raised):
+    plain = expected["flux"][0]
+    model, clip = load(checkpoints, "flux", "sim:0,40%;cpu,60%")
+    model = split(model, 2)
+    assert same(sample(model, clip), plain)
+    before = list(sim.used_bytes)
+    layer = on_all(model)[number].model.diffusion_model.single_blocks[3].linear1
+
+    def fail(*arguments):
+        raise raised
+
+    hook = layer.register_forward_hook(fail)
+    with pytest.raises(raised):
+        sample(model, clip)
+    hook.remove()
+    assert same(sample(model, clip), plain)
+    gc.collect()
+    assert sim.used_bytes == before
+    check_memory(on_all(model))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_memory_taken_on_one_of_them(checkpoints, expected, monkeypatch, index):
+    plain, with_lora, _ = expected["flux"]
+    model, clip = load(checkpoints, "flux", "sim:0,80%;cpu,20%")
+    model = split(model, 2)
+    assert same(sample(model, clip), plain)
+    patcher = on_all(model)[index]
+    with monkeypatch.context() as patches:
+        mm.free_memory(mm.get_free_memory(patcher.load_device) + patcher.loaded_size() // 2, patcher.load_device)
+        limit(patches, index, sim.used_bytes[index] + 17 * 2**20)
+        assert same(sample(model, clip), plain)
+        assert on_all(model)[index].distribution.plan.evicted
+        assert not on_all(model)[1 - index].distribution.plan.evicted
+        assert same(sample(lora_for(model), clip), with_lora)
+    assert same(sample(model, clip), plain)
+    assert not on_all(model)[index].distribution.plan.evicted
+
+
+def test_slabs_go_with_the_last_that_is_served_from_them(checkpoints, expected):
+    plain = expected["flux"][0]
+    model, clip = load(checkpoints, "flux", "cpu,*")
+    model = split(model, 2)
+    assert same(sample(model, clip), plain)
+    first, second = on_all(model)
+    slabs = [weakref.ref(group.slab) for group in first.distribution.groups.values()]
+    addresses = slabs_on_host([first]).keys()
+    assert slabs_on_host([second]).keys() == addresses
+    mm.free_memory(1e12, first.load_device)
+    assert slabs_on_host([second]).keys() == addresses
+    assert same(sample(model, clip), plain)
+    assert slabs_on_host(on_all(model)).keys() == addresses
+    mm.unload_all_models()
+    del model, first, second
+    gc.collect()
+    assert not any(slab() is not None for slab in slabs)
+
+
+def test_main_memory_that_is_enough_for_one(checkpoints, expected, monkeypatch):
+    plain = expected["flux"][0]
+    model, clip = load(checkpoints, "flux", "cpu,*")
+    model = split(model, 2)
+    needed = sum(key.slab_bytes for key in model.distribution.asked.groups)
+    monkeypatch.setattr(
+        "distorch2.comfyui.core.spare_host_memory",
+        lambda: 1.1 * needed - sum(slabs_on_host(on_all(model)).values()),
+    )
+    assert same(sample(model, clip), plain)
+    assert {group.device for each in on_all(model) for group in each.distribution.groups.values()} == {CPU}
+
+
+def test_a_log_line_says_what_lies_where(checkpoints, caplog):
+    model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
+    with caplog.at_level("INFO"):
+        sample(split(model, 2), clip)
+    plan = model.request.plan
+    assert f"Flux for sim:1, beside sim:0: {size_text(plan.bytes_on('sim:1'))}"[:38] in caplog.text
+    assert "Flux for sim:0, beside sim:1: " in caplog.text
+
+
+@pytest.mark.skipif(sim.NUM_DEVICES > 2, reason="this is the run with more devices")
+@pytest.mark.parametrize("number", [3, 4])
+def test_more_devices(number):
+    command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir=.", "-n0", "-q", __file__]
+    environment = {**os.environ, "SIMULATED_DEVICES": str(number)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    chosen = "bit_identical and (25 or 90) and (flux or wan) or regions"
+    result = subprocess.run(
+        [*command, "-k", chosen], cwd=os.path.dirname(__file__), env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
