@@ -121,3 +121,30 @@ def forecast_relay(
                 home = max(home, back[donor])
         home += call.after_s
     return RelayForecast(home, sent, brought)
+
+
+def forecast_pair(calls: Sequence[UnitCall], device_of: Mapping[str, int], bytes_per_s: float = float("inf")) -> float:
+    """Seconds until two inputs have been through all calls, on two devices that take turns with them.
+
+    A unit runs on the device `device_of` has for it, the rest of the model on device 0. Of two inputs the one that can
+    begin first goes on. What a unit is given crosses over when the one before it ran on the other device.
+    """
+    parts = [(0, calls[0].before_s if calls else 0.0, 0)]  # of one input: device, seconds, bytes that it is given
+    for call in calls:
+        device = device_of[call.unit]
+        crossing = sum(call.given.values()) if device != parts[-1][0] else 0
+        parts.append((device, call.inside_s, crossing))
+        if call.after_s:
+            parts.append((device, call.after_s, 0))
+    free, ready, done = [0.0, 0.0], [0.0, 0.0], [0, 0]
+    while min(done) < len(parts):
+        begins = {}
+        for number in (0, 1):
+            if done[number] < len(parts):
+                device, _, crossing = parts[done[number]]
+                begins[number] = max(free[device], ready[number] + crossing / bytes_per_s)
+        number = min(begins, key=lambda each: begins[each])
+        device, seconds, _ = parts[done[number]]
+        free[device] = ready[number] = begins[number] + seconds
+        done[number] += 1
+    return max(ready)

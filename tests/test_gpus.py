@@ -3,6 +3,8 @@
 import gc
 
 import comfy.model_management as mm
+import comfy.multigpu
+import comfy.samplers
 import comfy.sd
 import pytest
 import torch
@@ -224,6 +226,28 @@ def test_packed_weights_on_the_other_gpu(checkpoints, text, mode):
         assert torch.equal(sample(model, clip), wanted)
         assert {str(group.device) for group in packed(model)} >= ({"cuda:1"} if mode == "stream" else set())
         mm.unload_all_models()
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("pack_weights", ["off", "on"])
+@pytest.mark.parametrize("text", ["cuda:0,50%;cpu,50%", "cuda:0,50%;cuda:1,50%", "cpu,*"])
+@pytest.mark.parametrize("kind", ["flux", "sd3_no_clip_weights"])
+def test_two_gpus_run_a_model_at_once(checkpoints, kind, text, pack_weights, monkeypatch):
+    """By ComfyUI's MultiGPU CFG Split, against one conditioning after the other on one GPU."""
+    monkeypatch.setattr(comfy.samplers, "can_concat_cond", lambda one, other: one is other)
+    core_model, core_clip = core(checkpoints, kind, "cuda:0")
+    plain, with_lora = sample(core_model, core_clip), sample(lora_for(core_model), core_clip)
+    mm.unload_all_models()
+    model, clip, _ = ours(checkpoints, kind, ("cuda:0", text), pack_weights=pack_weights, high_precision_loras=False)
+    model = comfy.multigpu.create_multigpu_deepclones(model, 2, reuse_loaded=True)
+    for _ in range(2):
+        assert torch.equal(sample(model, clip), plain)
+        first, second = model, *model.get_additional_models_with_key("multigpu")
+        slabs = [
+            {group.host_slab.data_ptr() for group in each.distribution.groups.values()} for each in (first, second)
+        ]
+        assert slabs[0] == slabs[1] != set()  # one copy in main memory
+        assert torch.equal(sample(lora_for(model), clip), with_lora)
 
 
 @pytest.mark.multigpu

@@ -1,5 +1,5 @@
 import pytest
-from simulator import LayerTime, UnitCall, forecast, forecast_relay
+from simulator import LayerTime, UnitCall, forecast, forecast_pair, forecast_relay
 
 pytestmark = pytest.mark.quick
 
@@ -76,3 +76,17 @@ def test_home_works_while_a_donor_does():
     """On what does not come from there."""
     calls = [UnitCall("there", {1: 1}, {}, inside_s=3.0, after_s=2.0), UnitCall("here", {1: 1}, {}, inside_s=2.0)]
     assert forecast_relay(calls, {"there": "a"}).seconds == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(("segments", "seconds"), [(2, 12.0), (4, 10.0), (8, 9.0)])
+def test_a_pair_alternates_over_two_devices(segments, seconds):
+    """One input alone takes 8 s; the second begins when the first is through its first segment."""
+    calls = [UnitCall(f"{number}", {0: 10}, {1: 10}, inside_s=1.0) for number in range(8)]
+    device_of = {f"{number}": number * segments // 8 % 2 for number in range(8)}
+    assert forecast_pair(calls, device_of) == pytest.approx(seconds)
+
+
+def test_what_a_pair_carries_over_takes_its_time():
+    calls = [UnitCall(name, {0: 10}, {1: 10}, inside_s=1.0) for name in "ab"]
+    assert forecast_pair(calls, {"a": 0, "b": 1}, 20.0) == pytest.approx(3.5)
+    assert forecast_pair(calls, {"a": 0, "b": 0}, 20.0) == pytest.approx(4.0)
