@@ -36,6 +36,10 @@ LAYOUT = {
     "7": (1060, 106, 250, 424),
     NOTE: (750, 360, 260, 170),
 }
+LAYOUT_AT_ONCE = {
+    **LAYOUT,
+    "9": (440, 506, 260, 58),
+}
 LAYOUT_OF_SEPARATE_FILES = {
     LOADER: (0, 0, 390, 206),
     "9": (0, 276, 390, 106),
@@ -62,6 +66,10 @@ needed. The text encoder computes on the CPU: for a large one (T5-XXL, Qwen) cho
 text encoder.
 
 **To change:** the checkpoint; the ratio; a third device, as in **cuda:0,60%;cuda:1,20%;cpu,20%**.""",
+    "two_cards_at_once": """## Two cards at once
+For guidance (CFG above 1): **MultiGPU CFG Split** has each card run the whole model for one of the two prompts. Each keeps **50%** of the diffusion model; what they lack lies once in main memory, and is copied to both. With CFG 1 the node does nothing, and **cuda:1** runs the blocks that it keeps.
+
+**To change:** the checkpoint; the ratio, for what each card has room for.""",
     "separate_files": """## Separate files
 Two ways to the same end: **Load Diffusion Model (DisTorch2)** loads and distributes; **Distribute CLIP** takes what \
 any loader made, GGUF loaders too. 4 GB of the diffusion model and 2 GB of the text encoder stay in main memory.
@@ -137,7 +145,7 @@ def make_readme_pictures(front_end: FrontEnd, server: ComfyServer, compute_devic
 
 def _open_with_layout(front_end: FrontEnd, prompt: Prompt, name: str) -> None:
     is_expert = bool(prompt[LOADER]["inputs"].get("unet_expert_mode_allocations"))
-    layout = LAYOUT_OF_SEPARATE_FILES if name == "separate_files" else LAYOUT
+    layout = {"separate_files": LAYOUT_OF_SEPARATE_FILES, "two_cards_at_once": LAYOUT_AT_ONCE}.get(name, LAYOUT)
     front_end.load_api(prompt, name)
     front_end.page.evaluate(_LAY_OUT, [layout, NOTE, "Read me", NOTES[name], LOADER, is_expert])
 
