@@ -167,3 +167,46 @@ def test_what_comfyui_drops_for_want_of_ram_is_loaded_again(checkpoints, tmp_pat
             assert server.log.count("DisTorch2: sd3.safetensors") == run
         latent_of(server, with_core_loader(prompt))
         assert server.get("/simulated_accelerators")["used_bytes"] == [0, 0]
+
+
+# --- accelerators that compute
+
+
+@pytest.fixture(scope="module")
+def server_that_computes(checkpoints, tmp_path_factory):
+    """With DynamicVRAM off, as on every machine without CUDA."""
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
+    with start(NEWEST, base, checkpoints, ("--cache-none",), {"SIMULATED_COMPUTE": "sim:0"}) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "text"),
+    [
+        ("sd3", "sim:0,*"),
+        ("sd3", "sim:0,50%;sim:1,50%"),
+        ("sd15_blocks", "sim:0,30%;cpu,70%"),
+        ("sd3_no_clip_weights", "cpu,*"),
+    ],
+)
+def test_two_devices_run_a_model_at_once(server_that_computes, checkpoint, text):
+    """MultiGPU CFG Split with ComfyUI's loader, a whole copy on each, and with ours."""
+    server = server_that_computes
+    computing = dict.fromkeys(("unet_compute_device", "clip_compute_device", "vae_device"), "sim:0")
+    prompt = prompt_for(server, f"{checkpoint}.safetensors", **computing, unet_expert_mode_allocations=text)
+    prompt["split"] = {"class_type": "MultiGPU_WorkUnits", "inputs": {"model": ["1", 0], "max_gpus": 2}}
+    prompt["5"]["inputs"] |= {"model": ["split", 0], "cfg": 4.0}
+    expected = latent_of(server, with_core_loader(prompt))
+    before = len(server.log)
+    for seed in (prompt["5"]["inputs"]["seed"], 21):
+        prompt["5"]["inputs"]["seed"] = seed
+        latent = latent_of(server, prompt)
+        assert torch.equal(latent, expected) == (seed != 21)
+    assert re.search(r"for sim:1, beside sim:0: ", server.log[before:])
+    prompt["5"]["inputs"]["cfg"] = 1.0
+    forwards = server.get("/simulated_accelerators")["diffusion_forwards"]
+    latent_of(server, prompt)
+    assert server.get("/simulated_accelerators")["diffusion_forwards"] == forwards + 2
+    assert "Traceback" not in server.log

@@ -67,7 +67,9 @@ text encoder.
 
 **To change:** the checkpoint; the ratio; a third device, as in **cuda:0,60%;cuda:1,20%;cpu,20%**.""",
     "two_cards_at_once": """## Two cards at once
-For guidance (CFG above 1): **MultiGPU CFG Split** has each card run the whole model for one of the two prompts. Each keeps **50%** of the diffusion model; what they lack lies once in main memory, and is copied to both. With CFG 1 the node does nothing, and **cuda:1** runs the blocks that it keeps.
+For guidance (CFG above 1): **MultiGPU CFG Split** has each card run the whole model for one of the two prompts. Each \
+keeps **50%** of the diffusion model; what they lack lies once in main memory, and is copied to both. With CFG 1 the \
+node does nothing, and **cuda:1** runs the blocks that it keeps.
 
 **To change:** the checkpoint; the ratio, for what each card has room for.""",
     "separate_files": """## Separate files
