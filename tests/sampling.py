@@ -48,10 +48,11 @@ def sample(model, clip, steps=2, seed=7, hooks=None, pixels=PIXELS):
     return latents
 
 
-def output(patcher, size=(8, 8)):
-    """Of one forward of a model of Flux's kind, with everything that ComfyUI does before it."""
+def output(patcher, size=(8, 8), is_loaded=False):
+    """Of one forward of a model of Flux's kind, with everything that ComfyUI does before it unless it `is_loaded`."""
     device = patcher.load_device
-    mm.load_models_gpu([patcher])
+    if not is_loaded:
+        mm.load_models_gpu([patcher])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 16, *size, generator=generator).to(device)
     shapes = {"c_crossattn": (1, 7, 4096), "y": (1, 768), "guidance": (1,)}

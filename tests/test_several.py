@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import weakref
 
 import comfy.model_management as mm
@@ -15,10 +16,11 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from comfy_extras import nodes_multigpu
 from computing import compute_on_sim, limit, load, same, sim
 from computing import inference_mode as inference_mode
 from placing import lora_for, with_hook
-from sampling import conditioning, core_load, sample
+from sampling import conditioning, core_load, output, sample
 
 from distorch2.planning.plan import size_text
 from distorch2.weights.devices import CPU
@@ -277,6 +279,43 @@ def test_a_log_line_says_what_lies_where(checkpoints, caplog):
     plan = model.request.plan
     assert f"Flux for sim:1, beside sim:0: {size_text(plan.bytes_on('sim:1'))}"[:38] in caplog.text
     assert "Flux for sim:0, beside sim:1: " in caplog.text
+
+
+@pytest.mark.parametrize("device", ["sim:0", "sim:1", "cpu"])
+def test_two_copies_are_served_by_two_threads_at_once(checkpoints, device):
+    model, _ = load(checkpoints, "flux", "sim:0,30%;cpu,70%")
+    copy = model.clone(force_deepcopy=True)
+    copy.load_device = torch.device(device)
+    patchers = [model, copy]
+    wanted = [output(patcher).cpu() for patcher in patchers]
+    assert torch.equal(*wanted)
+    mm.load_models_gpu(patchers)
+    found = {patcher: [] for patcher in patchers}
+
+    def run(patcher):
+        for _ in range(5):
+            found[patcher].append(output(patcher, is_loaded=True).cpu())
+
+    threads = [threading.Thread(target=run, args=(patcher,)) for patcher in patchers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(outputs) for outputs in found.values()] == [5, 5]
+    assert all(torch.equal(each, wanted[0]) for outputs in found.values() for each in outputs)
+
+
+def test_a_model_that_selects_another_device_keeps_its_split(checkpoints, expected, caplog):
+    """ComfyUI's node Select Model Device."""
+    model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,30%;cpu,20%")
+    with caplog.at_level("INFO"):
+        selected = nodes_multigpu._apply_patcher_device(model.clone(), torch.device("sim:1"))
+        assert same(sample(selected, clip), expected["flux"][0])
+    asked, plan = model.request.plan, selected.distribution.plan
+    assert [plan.bytes_on(each) for each in ("sim:1", "sim:0", "cpu")] == [
+        asked.bytes_on(each) for each in ("sim:0", "sim:1", "cpu")
+    ]
+    assert "Flux for sim:1: " in caplog.text
 
 
 @pytest.mark.skipif(sim.NUM_DEVICES > 2, reason="this is the run with more devices")
