@@ -33,7 +33,7 @@ from .failures import OUT_OF_MEMORY, is_device_lost, is_out_of_memory
 from .lora import WeightPatcher, split_key
 from .patcher_state import ATTRIBUTE, Request, Shared, StandIns, shared_of, stand_ins_of
 from .program import COMFYUI
-from .several import MULTIGPU, around_sampling
+from .several import MULTIGPU, around_sampling, devices_of
 from .sharing import unhook_original, unload
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class DistributedPatcher(WeightPatcher):
     request = Request()
     _stand_ins = StandIns()
     _others: tuple[str, ...] = ()
-    """Devices for which there are other copies of the module, to run at the same time as this one."""
+    """Of a copy for one of several devices: those that run the model at the same time. The first has the copies."""
     _device_dtype: tuple[torch.dtype | None, bool] | None = None
     """A dtype of computation that was set for the device, and whether weights were cast by force before."""
 
@@ -67,10 +67,12 @@ class DistributedPatcher(WeightPatcher):
         patcher.request = Request(plan, high_precision_loras)
         patcher._stand_ins = stand_ins_of(fresh.model)
         patcher.parent = patcher._stand_in()
-        patcher.remove_wrappers_with_key(core.WrappersMP.APPLY_MODEL, ATTRIBUTE)
-        patcher.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, ATTRIBUTE, _around_forward)
-        patcher.remove_wrappers_with_key(core.WrappersMP.OUTER_SAMPLE, ATTRIBUTE)
-        patcher.add_wrapper_with_key(core.WrappersMP.OUTER_SAMPLE, ATTRIBUTE, around_sampling)
+        for place, wrapper in (
+            (core.WrappersMP.APPLY_MODEL, _around_forward),
+            (core.WrappersMP.OUTER_SAMPLE, around_sampling),
+        ):
+            patcher.remove_wrappers_with_key(place, ATTRIBUTE)
+            patcher.add_wrapper_with_key(place, ATTRIBUTE, wrapper)
         return patcher
 
     def clone(self, *arguments: Any, **options: Any) -> DistributedPatcher:
@@ -86,7 +88,7 @@ class DistributedPatcher(WeightPatcher):
         copies = self.get_additional_models_with_key(MULTIGPU)
         for copy in copies:
             if isinstance(copy, DistributedPatcher):
-                copy._others = tuple(sorted(str(each.load_device) for each in (self, *copies) if each is not copy))
+                copy._others = devices_of(each for each in (self, *copies) if each is not copy)
                 copy.parent = copy._stand_in()  # ComfyUI has this one, which is of another module
 
     def set_device_dtype(self, dtype: torch.dtype | None) -> None:
@@ -135,13 +137,12 @@ class DistributedPatcher(WeightPatcher):
 
     @property
     def distribution(self) -> Distribution:
-        """That of the module for this device.
+        """That of the module for this device, and for those that run the model at the same time.
 
-        ComfyUI makes clones for another device by setting `load_device`, some with a module of their own. Another
-        accelerator keeps as much as the one that was planned for; the host, where that is another, keeps everything.
+        ComfyUI makes clones for another device by setting `load_device`, some with a module of their own.
         """
         device, copies = str(self.load_device), self.get_additional_models_with_key(MULTIGPU)
-        others = tuple(sorted(str(copy.load_device) for copy in copies)) if copies else self._others
+        others = devices_of(copies) if copies else self._others
         distributions = self._shared.distributions.setdefault(self.request, {})
         found = distributions.get((device, *others))
         if found is None:
@@ -151,8 +152,10 @@ class DistributedPatcher(WeightPatcher):
         return found
 
     def _plan_for(self, device: str, others: Sequence[str]) -> Plan:
+        """Another accelerator keeps as much as the one that was planned for; the host, where that is another, keeps
+        everything; of several devices each what `plan_beside` gives it."""
         asked, layers = self.request.plan, self._shared.layers
-        if asked is None or (device == "cpu" != asked.compute_device):
+        if asked is None or (device == "cpu" and asked.compute_device != "cpu"):
             return Plan.all_on(device, layers)
         if not others and device == asked.compute_device:
             return asked
@@ -357,7 +360,7 @@ class DistributedPatcher(WeightPatcher):
 
     def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
         """As ComfyUI's, with weights on donors in host memory."""
-        hiding = {child for child in self.model.modules() if self._in_place.has_originals_instead(child)}
+        hiding = {child for child in self.model.modules() if self._in_place.hides_patches(child)}
         streamed = [
             child
             for child in self.model.modules()

@@ -32,7 +32,7 @@ class Request:
     """None where nothing was: everything on the compute device."""
     high_precision_loras: bool = True
     slabs: SharedSlabs = field(default_factory=SharedSlabs)
-    """In main memory, of copies of the module that run at the same time."""
+    """In main memory, which copies of the module for other devices share."""
 
 
 @dataclass(eq=False)

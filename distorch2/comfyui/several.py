@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from . import core
 
 MULTIGPU = "multigpu"
 """The key of a patcher's additional models under which ComfyUI has the copies for other devices."""
+
+
+def devices_of(patchers: Iterable[core.ModelPatcher]) -> tuple[str, ...]:
+    return tuple(sorted(str(patcher.load_device) for patcher in patchers))
 
 
 def around_sampling(executor: Any, *arguments: Any, **options: Any) -> Any:

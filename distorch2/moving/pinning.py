@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import threading
 
@@ -9,7 +10,7 @@ import torch
 
 from .program import Program
 
-_users: dict[int, int] = {}
+_users: collections.Counter[int] = collections.Counter()
 """Address of page-locked memory -> how many have it so: one piece may be copied to several devices."""
 _lock = threading.Lock()
 
@@ -39,7 +40,7 @@ class PinnedSlabs:
         with _lock:
             if not (slab.data_ptr() in _users or self._lock_pages(slab)):
                 return False
-            _users[slab.data_ptr()] = _users.get(slab.data_ptr(), 0) + 1
+            _users[slab.data_ptr()] += 1
         self._slabs[slab.data_ptr()] = slab
         return True
 

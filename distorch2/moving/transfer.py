@@ -139,12 +139,8 @@ class Transfer:
             self._stream, self._given = stream_for(self.device, "copying"), self._backend.Event()
             self._on_stream = context_of(self._stream)
         self._given.record(self._backend.current_stream(self._index))
-        is_held = False  # packed bytes have a place of their own: only what is unpacked waits
         with self._on_stream:
             for copy in copies:
-                if not (is_held or isinstance(copy.source, PackedSlab)):
-                    self._stream.wait_event(self._given)
-                    is_held = True
                 if self._copied_ahead:
                     self._come_after_those_before(copy)
                 streams = self._start(copy)  # one or two
@@ -172,6 +168,8 @@ class Transfer:
             copy_packed = functools.partial(self._copy, copy.is_pageable)
             self._unpacker.unpack(source, target, copy_packed, self._stream, self._given)
             return (self._unpacker.stream,)
+        # Packed bytes go to slots of their own, and need not wait for room in the target.
+        self._stream.wait_event(self._given)
         if isinstance(source, SlabInFiles):
             assert self._reader is not None
             self._reader.copy(source, target)

@@ -176,7 +176,7 @@ class Group:
         return not (self.is_relayed or self.is_table)
 
     @cached_property
-    def is_bf16(self) -> bool:
+    def is_packable(self) -> bool:
         """Whether the group is streamed and most of its bytes are bf16: it can be packed."""
         of_bf16 = sum(layer.num_bytes for layer in self.layers if layer.is_bf16)
         return self.is_streamed and 2 * of_bf16 > sum(layer.num_bytes for layer in self.layers)
@@ -351,7 +351,7 @@ class Plan:
 
     @cached_property
     def _packable_from_donors(self) -> list[Group]:
-        return [group for group in self.groups if group.is_bf16 and not group.is_packed_resident]
+        return [group for group in self.groups if group.is_packable and not group.is_packed_resident]
 
     def _room_for(self, packable: Iterable[Group]) -> int:
         """The memory for these to come packed, if they do."""
@@ -428,14 +428,14 @@ class Plan:
         number = num_to_relieve(self._reliefs, resident, sizes, compute_bytes - self.packed_room_bytes)
         if all(relief.packs for relief in self._reliefs[:number]):
             return number
-        room = self._room_for(group for group in (*self.groups, *self._evictable) if group.is_bf16)
+        room = self._room_for(group for group in (*self.groups, *self._evictable) if group.is_packable)
         return num_to_relieve(self._reliefs, resident, sizes, compute_bytes - room)
 
     @cached_property
     def _reliefs(self) -> tuple[Relief, ...]:
         """In the order in which they are taken: all that are to be packed are, before any leave."""
         may_pack = self.pack_weights == ON
-        evicting = [Relief(group, was_packed=may_pack and group.is_bf16) for group in self._evictable]
+        evicting = [Relief(group, was_packed=may_pack and group.is_packable) for group in self._evictable]
         to_pack = [relief.group for relief in evicting if relief.was_packed]
         return (
             *(Relief(Group(self.compute_device, each.layers, is_packed_resident=True)) for each in to_pack),

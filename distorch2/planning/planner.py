@@ -142,22 +142,20 @@ def plan_beside(asked: Plan, layers: Sequence[Layer], device: str, others: Itera
 
     Of the model's `layers` there `device` keeps as many bytes as it does in the plan that was `asked` for; one that
     keeps none there, as many as the compute device. Donors that do not run it keep what they do. The rest lies on
-    `cpu`, where all of them can be streamed from the same bytes: the less two of them differ in what they keep, the
-    fewer bytes that are, and those that keep equally much keep the same.
+    `cpu`. Devices that keep equally many bytes keep the same layers, so that what they stream lies there only once.
     """
-    computing = {device, *others}
-    given = {each: sum(layer.num_bytes for layer in asked.layers_on(each)) for each in asked.devices}
+    others = tuple(others)
+    donors = [each for each in asked.donors if each not in (device, *others, OVERFLOW_DEVICE)]
+    wanted = {device: asked.bytes_on(device) or asked.bytes_on(asked.compute_device)}
     left = sum(layer.num_bytes for layer in layers)
     shares = {}
-    donors = [each for each in asked.donors if each not in (*computing, OVERFLOW_DEVICE)]
-    for each in (device, *donors):
-        shares[each] = min(left, given.get(each, given.get(asked.compute_device, 0)))
+    for each, num_bytes in {**wanted, **{donor: asked.bytes_on(donor) for donor in donors}}.items():
+        shares[each] = min(left, num_bytes)
         left -= shares[each]
     shares[OVERFLOW_DEVICE] = shares.get(OVERFLOW_DEVICE, 0) + left
     request = ComponentRequest(device, _Shares(shares), STREAM)
-    plan = _plan_within(layers, request, dict.fromkeys(shares, DeviceMemory(0)))
-    apart = tuple(sorted(computing - {device}))
-    return replace(plan, notes=(), pack_weights=asked.pack_weights_on(device), others=apart)
+    plan = _plan_within(layers, request, dict.fromkeys(shares, DeviceMemory(0)))  # the total is not looked at
+    return replace(plan, notes=(), pack_weights=asked.pack_weights_on(device), others=others)
 
 
 def _with_excess(shares: Mapping[str, int], compute_device: str, excess: int) -> dict[str, int]:

@@ -17,7 +17,6 @@ from ..moving.transfer import Transfer
 from ..planning.plan import AUTO, GIB, STREAMED_ONLY, Group, Plan, size_text
 from ..weights.devices import CPU, DISK, device_of
 from ..weights.files import FileError
-from ..weights.packing import PackedSlab
 from . import host_memory
 from .groups import StoredGroup
 from .pace import MOST_WAITING, Pace
@@ -58,7 +57,7 @@ class Distribution:
     """
 
     def __init__(
-        self, module: torch.nn.Module, plan: Plan, program: Program, shared: SharedSlabs | None = None
+        self, module: torch.nn.Module, plan: Plan, program: Program, shared_slabs: SharedSlabs | None = None
     ) -> None:
         self.device = torch.device(plan.compute_device)
         self.asked = self.plan = plan
@@ -70,7 +69,7 @@ class Distribution:
         ]
         self._logged_overflow = self._logged_packed = 0
         self._program = program
-        self._stores = Stores(module, self.device, program, plan.pack_weights, shared)
+        self._stores = Stores(module, self.device, program, plan.pack_weights, shared_slabs)
         self._serving = Serving(self._stores, program)
         self._pace = Pace(self.transfer)
         # A dropped module is not unloaded first.
@@ -167,21 +166,21 @@ class Distribution:
 
     def begin_run(self) -> None:
         """Before a plan for the next run is made of `asked`: have what is streamed packed from now on, if computing has
-        waited for it."""
+        waited for it, or another copy of the module has it packed."""
         waiting_part, stores = self._pace.begin_run(), self._stores
-        if not stores.packer.can_start:
+        has_waited = waiting_part is not None and waiting_part > MOST_WAITING
+        others_pack = stores.shared_slabs is not None and stores.shared_slabs.is_packing
+        if not stores.packer.can_start or not (has_waited or others_pack):
             return
-        if waiting_part is not None and waiting_part > MOST_WAITING:
+        if has_waited:
             logger.info(
                 "DisTorch2: %s has waited %.0f%% of the time for copies of weights, which are packed now",
                 type(stores.module).__name__,
-                100 * waiting_part,
+                100 * (waiting_part or 0),
             )
-        elif stores.shared is None or not stores.shared.is_packing:
-            return
         stores.packer.start()
-        if stores.shared is not None:
-            stores.shared.is_packing = True
+        if stores.shared_slabs is not None:
+            stores.shared_slabs.is_packing = True
         self.asked = replace(self.asked, pack_weights=STREAMED_ONLY)
 
     def place(self, plan: Plan, is_cancellable: bool = False) -> None:
@@ -191,8 +190,7 @@ class Distribution:
         if self.relay is not None:
             self.relay.streamer.give_up_staging()
         host_memory.note_use(self)
-        is_as_planned = plan.relieved == before.relieved and not self._stores.is_any_to_be_packed(plan)
-        is_as_planned &= all(each.is_bound() for each in self.groups.values() if isinstance(each.source, PackedSlab))
+        is_as_planned = plan.relieved == before.relieved and not self._stores.is_any_to_be_filled_anew(plan)
         if self.is_placed and is_as_planned and not self._stores.can_leave_the_disk(plan):
             self._stores.place_others()
             return
@@ -281,9 +279,9 @@ class Distribution:
         """As `Stores.make_writable`. To be called after `settle`."""
         self._stores.make_writable(layer_name)
 
-    def has_originals_instead(self, module: torch.nn.Module) -> bool:
-        """As `Stores.has_originals_instead`."""
-        return self._stores.has_originals_instead(module)
+    def hides_patches(self, module: torch.nn.Module) -> bool:
+        """As `Stores.hides_patches`."""
+        return self._stores.hides_patches(module)
 
     def is_on_donor(self, module: torch.nn.Module) -> bool:
         return self._stores.holds(module)
@@ -312,7 +310,7 @@ class Distribution:
             )
 
     def _log_packed(self) -> None:
-        packed = [group for group in self.groups.values() if isinstance(group.source, PackedSlab)]
+        packed = [group for group in self.groups.values() if group.packed is not None]
         num_bytes, of_slabs = sum(each.source.nbytes for each in packed), sum(each.slab_bytes for each in packed)
         if num_bytes and num_bytes != self._logged_packed:
             logger.info(

@@ -53,6 +53,10 @@ class StoredLayer:
         """Copy only these weights there."""
         self.layout.fill(slab[self._offset :], values)
 
+    def has_own(self) -> bool:
+        """Whether the module has the parameters that it was bound to, wherever they lie now."""
+        return not self.set_by_others
+
     @property
     def set_by_others(self) -> dict[str, torch.nn.Parameter | None]:
         """Parameters that the module was given in the place of those that it was bound to."""
@@ -117,8 +121,10 @@ class StoredGroup:
     """
 
     slab: torch.Tensor | None
-    """The modules' parameters are views of it. None where they are in the mappings of files: then those of patched
-    weights, of a group that is packed, are the originals."""
+    """The modules' parameters are views of it; None where they are in the mappings of files.
+
+    [Note: hidden patches] While a packed group has patched weights, its modules hold the originals of the file, and
+    only `source` has the patched weights."""
     source: torch.Tensor | SlabInFiles | PackedSlab
     """What the weights are copied from: the slab, unless the group is on the disk or packed. Both are set by
     `serve_from` and the like; `fill` and `filled_on`, which make a slab, do not need them."""
@@ -158,6 +164,11 @@ class StoredGroup:
         return slab
 
     @property
+    def packed(self) -> PackedSlab | None:
+        """The source, where that is packed."""
+        return self.source if isinstance(self.source, PackedSlab) else None
+
+    @property
     def device(self) -> torch.device:
         return DISK if isinstance(self.source, SlabInFiles) else self.source.device
 
@@ -188,7 +199,7 @@ class StoredGroup:
             layer.bind(slab)
 
     def serve_copy(self, source: SlabInFiles | PackedSlab) -> None:
-        """The modules have these weights, in the mappings of files."""
+        """Serve from a source; the modules keep their parameters, in the mappings of files."""
         self.slab, self.source = None, source
         for layer in self.living:
             layer.bind_own()

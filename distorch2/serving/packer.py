@@ -40,7 +40,7 @@ class Packer:
     def start(self) -> None:
         self.is_on, self.can_start = True, False
 
-    def pack(self, group: StoredGroup, slab: torch.Tensor) -> PackedSlab | None:
+    def pack(self, slab: torch.Tensor, group: StoredGroup) -> PackedSlab | None:
         """A slab for a group, packed on its own accelerator, or on the compute device where it is in main memory; None
         where it cannot be."""
         return self._packed_by(self._device_for(slab), slab, group)
@@ -55,7 +55,7 @@ class Packer:
         return unpacked_on(CPU, packed)
 
     def _device_for(self, slab: torch.Tensor | PackedSlab) -> torch.device:
-        """Two accelerators may not reach each other."""
+        """Which packs and unpacks it: its accelerator, since two may not reach each other, or the compute device."""
         return self._device if slab.device == CPU else slab.device
 
     @contextlib.contextmanager

@@ -90,9 +90,9 @@ class Reading:
     """Serves those layers of `streamer` that are only read, from `attach` to `detach`.
 
     Which ones these are is seen in the first run of the module around that uses a layer, training apart, where ComfyUI
-    calls layers that it reads otherwise. `known` are names of layers with whether they are only read. What is read
-    in that run are the module's own parameters, or copies, where its weights `have_patches` that these have not. The
-    modules are looked up in `root`.
+    calls layers that it reads otherwise. `known` maps a layer's name to whether it is only read. In that first run
+    the module's own parameters are read; where it `hides_patches`, copies of the patched weights. The modules are
+    looked up in `root`.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class Reading:
         streamer: _Streamer,
         known: Mapping[str, bool],
         program: Program,
-        have_patches: Callable[[torch.nn.Module], bool] = lambda module: False,
+        hides_patches: Callable[[torch.nn.Module], bool],
     ) -> None:
         self._program = program
-        self._have_patches = have_patches
+        self._hides_patches = hides_patches
         self._root = weakref.ref(root)
         self._streamer = streamer
         self._only_read = {number for number, layer in enumerate(streamer.layers) if known.get(layer.name)}
@@ -163,7 +163,7 @@ class Reading:
                         and type(layer.module._parameters) is dict
                     ):
                         stored: Mapping[str, Any] = layer.stored
-                        if self._have_patches(layer.module):
+                        if self._hides_patches(layer.module):
                             stored = self._streamer.copied_apart(number, stored)
                             bound.append((layer, layer.module, stored))
                             layer.module._parameters.update(stored)

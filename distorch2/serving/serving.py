@@ -17,7 +17,6 @@ from ..planning.plan import Plan
 from ..planning.schedule import LearntOrder
 from ..planning.sizing import PACKED_SLOTS
 from ..weights.devices import CPU, device_of
-from ..weights.packing import PackedSlab
 from ..weights.slab import allocate
 from .detour import take_detour
 from .groups import StoredGroup
@@ -53,14 +52,12 @@ class Serving:
         order = self._order.of(self._streamed, (placement.layer.name for placement in plan.placements))
         relay = self._make_relay(plan) if plan.relayed_units else None
         self.streamer, self.relay = self._streamer_of(groups, plan.staging_bytes, order), relay
-        self.reading = Reading(
-            stores.module, self.streamer, self._is_only_read, self._program, stores.has_originals_instead
-        )
+        self.reading = Reading(stores.module, self.streamer, self._is_only_read, self._program, stores.hides_patches)
         self.lookup = Lookup(tables, stores.device)
         self.attach()
         moved = [group.host_slab for key, group in stores.groups.items() if not key.is_table]
         self._page_lock([slab for slab in moved if slab is not None])
-        streamed = [group.host_slab for group in groups if not isinstance(group.source, PackedSlab)]
+        streamed = [group.host_slab for group in groups if group.packed is None]
         slabs = [slab for slab in streamed if slab is not None and stores.pinned.holds(slab)]
         self.fit_unpacker()
         devices = [device_of(name) for name in plan.devices]
@@ -106,7 +103,7 @@ class Serving:
     def fit_unpacker(self) -> None:
         """Give the transfer an unpacker whose slots hold every packed group, or none where nothing is packed."""
         served = self.streamer.groups if self.streamer is not None and self.transfer.has_streams else ()
-        packed = [group.source for group in served if isinstance(group.source, PackedSlab)]
+        packed = [group.packed for group in served if group.packed is not None]
         slot_bytes = max((each.nbytes for each in packed if each.device != self._stores.device), default=0)
         unpacker = self.transfer.unpacker
         if packed and unpacker is not None and unpacker.slot_bytes >= slot_bytes:

@@ -11,7 +11,7 @@ import torch
 from ..planning.plan import Group
 from ..weights.packing import PackedSlab
 
-_Slab = TypeVar("_Slab", torch.Tensor, PackedSlab, torch.Tensor | PackedSlab)
+Slab = TypeVar("Slab", torch.Tensor, PackedSlab, torch.Tensor | PackedSlab)
 
 
 class SharedSlabs:
@@ -24,11 +24,11 @@ class SharedSlabs:
 
     def __init__(self) -> None:
         self.is_packing = False
-        """Whether what is streamed to one of the modules is packed, which was not from the beginning."""
+        """Set once one of the modules has what it streams packed; the others then start as well."""
         self._slabs: dict[Group, list[weakref.ref[torch.Tensor | PackedSlab]]] = {}
         self._lock = threading.Lock()
 
-    def the_same(self, key: Group, slab: _Slab) -> _Slab:
+    def share(self, key: Group, slab: Slab) -> Slab:
         """The slab of another module with these bytes; where there is none, this one, which is known from now on."""
         for known in self._known(key):
             if _are_the_same(known, slab):
@@ -37,11 +37,11 @@ class SharedSlabs:
             self._slabs[key] = [*map(weakref.ref, self._known(key)), weakref.ref(slab)]
         return slab
 
-    def has(self, key: Group) -> bool:
+    def has_any(self, key: Group) -> bool:
         """Whether there is a slab of the group, which is likely to be that of the next module too."""
         return bool(self._known(key))
 
-    def knows(self, key: Group, slab: torch.Tensor) -> bool:
+    def has(self, key: Group, slab: torch.Tensor) -> bool:
         return any(known is slab for known in self._known(key))
 
     def _known(self, key: Group) -> list[torch.Tensor | PackedSlab]:

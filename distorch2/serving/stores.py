@@ -28,12 +28,11 @@ from ..weights.temporary import TemporarySlabs
 from . import host_memory
 from .groups import StoredGroup, StoredLayer
 from .packer import Packer
-from .shared_slabs import SharedSlabs
+from .shared_slabs import SharedSlabs, Slab
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_Slab = TypeVar("_Slab", torch.Tensor, PackedSlab, torch.Tensor | PackedSlab)
 _FILLING_THREADS = 8
 
 
@@ -51,10 +50,10 @@ class Stores:
         device: torch.device,
         program: Program,
         pack_weights: str = OFF,
-        shared: SharedSlabs | None = None,
+        shared_slabs: SharedSlabs | None = None,
     ) -> None:
         self.device = device
-        self.shared = shared
+        self.shared_slabs = shared_slabs
         self.groups: dict[Group, StoredGroup] = {}
         self.sources = Sources()
         self.pinned = PinnedSlabs(device, program)
@@ -90,18 +89,20 @@ class Stores:
         devices = self._devices_of_slabs(plan.groups)
         to_fill = {}
         for key in plan.groups:
-            if key not in self.groups or not self.groups[key].is_bound() or self._is_to_be_packed_now(key):
+            if key not in self.groups or not self.groups[key].is_bound() or self._is_to_be_packed_now(self.groups[key]):
                 to_fill[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
             elif self.groups[key].device != devices[key]:
                 self.move(key, devices[key])
         self._fill(to_fill, devices, set(plan.evicted), is_cancellable)
         returned = []
         for key in [key for key in self.groups if key not in devices]:
-            is_shown = self._show_patches(self.groups[key])
-            returned.append(self._unstore(key))
-            if is_shown:  # not all of them lie in main memory at the same time
-                self._move_all([layer.module for layer in returned[-1].living], self.device)
-                self.pinned.unpin(returned.pop().host_slab)
+            was_hiding = self._show_patches(self.groups[key])
+            group = self._unstore(key)
+            if was_hiding:  # unpacked, all of them might not fit into main memory: each leaves it at once
+                self._move_all([layer.module for layer in group.living], self.device)
+                self.pinned.unpin(group.host_slab)
+            else:
+                returned.append(group)
         self._take_the_others_to_the_device()
         for group in returned:
             self.pinned.unpin(group.host_slab)
@@ -248,8 +249,8 @@ class Stores:
         with self.sources.kept(layer.module for layer in group.living):
             if device == DISK:
                 self._put_on_disk(group, partial(self._copied, group))
-            elif isinstance(group.source, PackedSlab):
-                group.serve_copy(self._there_or_on_host(group.source.to, device))
+            elif group.packed is not None:
+                group.serve_copy(self._there_or_on_host(group.packed.to, device))
             else:
                 group.move(self._once(key, self._there_or_on_host(partial(self._copied, group), device)))
         self.pinned.unpin(replaced)
@@ -271,18 +272,18 @@ class Stores:
         self.pinned.unpin(replaced)
         self._pin(group)
 
-    def has_originals_instead(self, module: torch.nn.Module) -> bool:
-        """Whether a module has originals in the place of patched weights that are served."""
+    def hides_patches(self, module: torch.nn.Module) -> bool:
+        """Whether the patched weights of a module that are served are hidden: see [Note: hidden patches]."""
         group, _ = self.find(module)
-        return group is not None and self._hides_patches(group)
+        return group is not None and self._holds_hidden_patches(group)
 
-    def _hides_patches(self, group: StoredGroup) -> bool:
-        is_packed = isinstance(group.source, PackedSlab)
-        return is_packed and any(self.sources.is_patched(layer.module) for layer in group.living)
+    def _holds_hidden_patches(self, group: StoredGroup) -> bool:
+        return group.packed is not None and any(self.sources.is_patched(layer.module) for layer in group.living)
 
     def _show_patches(self, group: StoredGroup) -> bool:
-        """Have its modules the weights that are served, in main memory; whether they had others."""
-        if not self._hides_patches(group):
+        """Unpack the group into main memory and bind its modules to that, if they hold originals instead of patched
+        weights; whether they did."""
+        if not self._holds_hidden_patches(group):
             return False
         replaced = group.host_slab
         set_by_others = [(layer.module, layer.set_by_others) for layer in group.living]
@@ -302,9 +303,8 @@ class Stores:
 
     def _copied(self, group: StoredGroup, device: torch.device) -> torch.Tensor:
         """A slab in memory of `device` with the weights that are served."""
-        source = group.source
-        unpacked = self.packer.unpacked(source) if isinstance(source, PackedSlab) else source
-        return copy_now(unpacked, group.new_slab(device))
+        source = group.source if group.packed is None else self.packer.unpacked(group.packed)
+        return copy_now(source, group.new_slab(device))
 
     def bytes_of(self, key: Group) -> int:
         """That a group takes, or would take."""
@@ -334,13 +334,13 @@ class Stores:
         values: Mapping[StoredLayer, Mapping[str, torch.Tensor]],
         originals: Collection[tuple[str, str]],
     ) -> None:
-        """Serve a group with these weights from a new slab, or packed anew."""
+        """Serve a group with these weights, by layer and name, and the others that it has."""
         replaced = group.host_slab
         group.stays_unpacked = False
         changing = {(layer.module, name) for layer, of_layer in values.items() for name in of_layer}
         with self.sources.kept((layer.module for layer in group.living), changing):
-            if isinstance(group.source, PackedSlab):
-                self._overwrite_packed(group, group.source, values)
+            if group.packed is not None:
+                self._overwrite_packed(group, group.packed, values)
             else:
                 self._fill_new_slab(group, values)
         for layer, of_layer in values.items():
@@ -351,7 +351,8 @@ class Stores:
         self._pin(group)  # if it could not be, beside the one that it replaces
 
     def _fill_new_slab(self, group: StoredGroup, values: Mapping[StoredLayer, Mapping[str, torch.Tensor]]) -> None:
-        """It is page-locked before the weights come: from the compute device that is faster."""
+        """Serve a group with these weights from a new slab, which is page-locked before they come: from the compute
+        device that is faster."""
         slab = self._there_or_on_host(group.new_slab, group.device_unpacked)
         try:
             if self.is_in_use and not group.key.is_table:
@@ -367,30 +368,30 @@ class Stores:
     def _overwrite_packed(
         self, group: StoredGroup, packed: PackedSlab, values: Mapping[StoredLayer, Mapping[str, torch.Tensor]]
     ) -> None:
-        """Where the device unpacks it, so that only what is packed is copied from there."""
+        """Write these weights into a packed group, where it is unpacked: only packed bytes are copied to and fro."""
         slab = self.packer.unpacked(packed)
         for layer, of_layer in values.items():
             layer.overwrite(slab, of_layer)
-        again = self.packer.pack(group, slab)
+        again = self.packer.pack(slab, group)
         if again is not None:
             group.serve_copy(self._once(group.key, self._packed_on(again, packed.device)))
         else:
             new_slab = self._there_or_on_host(group.new_slab, group.device_unpacked)
             group.serve_from(copy_now(slab, new_slab))
 
-    def is_any_to_be_packed(self, plan: Plan) -> bool:
-        """Of groups that lie as they are, since there was no need, or patches of hooks were written into them."""
-        return any(key in self.groups and self._is_to_be_packed_now(key) for key in plan.groups)
+    def is_any_to_be_filled_anew(self, plan: Plan) -> bool:
+        """Of groups that lie where they are planned: one that is to be packed now, since there was no need before, or
+        hooks were written into it; or one that is packed, and whose modules somebody else has moved."""
+        groups = [self.groups[key] for key in plan.groups if key in self.groups]
+        return any(self._is_to_be_packed_now(each) or (each.packed and not each.is_bound()) for each in groups)
 
-    def _is_to_be_packed_now(self, key: Group) -> bool:
-        return self._lies_unpacked(self.groups[key]) and self._is_to_be_packed(self.groups[key])
-
-    def _lies_unpacked(self, group: StoredGroup) -> bool:
-        """In memory, and not since it could not be packed."""
-        return group.slab is not None and group.device != DISK and not group.stays_unpacked
+    def _is_to_be_packed_now(self, group: StoredGroup) -> bool:
+        """It lies in memory as it is, and not since it could not be packed."""
+        lies_unpacked = group.slab is not None and group.device != DISK and not group.stays_unpacked
+        return lies_unpacked and self._is_to_be_packed(group)
 
     def _is_to_be_packed(self, group: StoredGroup) -> bool:
-        return group.key.is_bf16 and self._may_be_packed(layer.module for layer in group.living)
+        return group.key.is_packable and self._may_be_packed(layer.module for layer in group.living)
 
     def _may_be_packed(self, modules: Iterable[torch.nn.Module]) -> bool:
         """Packed groups have no slab: their modules have the originals, in the mappings of files."""
@@ -399,19 +400,19 @@ class Stores:
         )
 
     def _bytes_expected(self, key: Group) -> int:
-        """Of its slab, before it is filled."""
-        if self.shared is not None and self.shared.has(key):
+        """Of main memory for a group that is not there yet: 0 if another module's slab is likely to serve it."""
+        if self.shared_slabs is not None and self.shared_slabs.has_any(key):
             return 0
         modules = (self.module.get_submodule(layer.name) for layer in key.layers)
-        is_packed = key.is_bf16 and self._may_be_packed(modules)
+        is_packed = key.is_packable and self._may_be_packed(modules)
         return packed_bytes(key.slab_bytes) if is_packed else key.slab_bytes
 
     def _pack(self, group: StoredGroup) -> None:
         """Have a group that lies in memory packed there, or on the compute device."""
-        if not self._lies_unpacked(group) or not self._is_to_be_packed(group):
+        if group.slab is None or not self._is_to_be_packed_now(group):
             return
         replaced = group.host_slab
-        packed = self.packer.pack(group, group.slab)
+        packed = self.packer.pack(group.slab, group)
         if packed is not None:
             device = self.device if group.key.is_packed_resident else group.device
             self._serve_packed(group, self._once(group.key, self._packed_on(packed, device)))
@@ -448,8 +449,8 @@ class Stores:
                     device = CPU
                 else:
                     used[device] += self.bytes_of(key)
-            if key.is_packed_resident and key in self.groups and not self._is_to_be_packed_now(key):
-                is_packed = isinstance(self.groups[key].source, PackedSlab)
+            if key.is_packed_resident and key in self.groups and not self._is_to_be_packed_now(self.groups[key]):
+                is_packed = self.groups[key].packed is not None
                 device = self.groups[key].device if is_packed else CPU  # what could not be packed has no room there
             devices[key] = device
         is_there = {key for key, group in self.groups.items() if group.device == CPU}
@@ -526,12 +527,12 @@ class Stores:
     def _filled_once(self, key: Group, fill: Callable[[], torch.Tensor | PackedSlab]) -> torch.Tensor | PackedSlab:
         return self._once(key, fill())
 
-    def _once(self, key: Group, slab: _Slab) -> _Slab:
+    def _once(self, key: Group, slab: Slab) -> Slab:
         """The slab, or one in main memory that another module has with the same bytes."""
-        return self.shared.the_same(key, slab) if self.shared is not None and slab.device == CPU else slab
+        return self.shared_slabs.share(key, slab) if self.shared_slabs is not None and slab.device == CPU else slab
 
     def _is_shared(self, group: StoredGroup) -> bool:
-        return self.shared is not None and group.slab is not None and self.shared.knows(group.key, group.slab)
+        return self.shared_slabs is not None and group.slab is not None and self.shared_slabs.has(group.key, group.slab)
 
     def _pin(self, group: StoredGroup) -> None:
         """Tables are read in place, and need not be page-locked."""

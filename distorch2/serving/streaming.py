@@ -14,7 +14,6 @@ import torch
 from ..moving.transfer import Copy, Transfer
 from ..moving.unpacking import unpacked_on
 from ..planning.schedule import Schedule
-from ..weights.packing import PackedSlab
 from ..weights.quantised import to_device
 from ..weights.slab import allocate
 from .forwards import Forwards
@@ -129,13 +128,13 @@ class Streamer:
     def copied_apart(
         self, number: int, parameters: Mapping[str, torch.nn.Parameter | None]
     ) -> dict[str, torch.nn.Parameter | None]:
-        """Copies on the compute device that nothing is written over, of the parameters of a layer's module."""
-        layer, source, device = self.layers[number], self.groups[self._group_of[number]].source, self._transfer.device
-        # The modules may have the originals of patched weights, and may have been moved.
-        if isinstance(source, PackedSlab) and not layer.set_by_others:
+        """Copies on the compute device that stay when the staging buffer is used again: of `parameters`, or of what is
+        served, if the group is packed (see [Note: hidden patches]) and the layer's module has its own parameters."""
+        layer, packed, device = self.layers[number], self.groups[self._group_of[number]].packed, self._transfer.device
+        if packed is not None and layer.has_own():
             for parameter in layer.stored.values():
                 refuse_training(parameter)
-            views = layer.views(unpacked_on(device, source))
+            views = layer.views(unpacked_on(device, packed))
             with torch.inference_mode(False):
                 return {name: to_device(view, device, copy=True) for name, view in views.items()}
         return {name: copied_by_host(parameter, device) for name, parameter in parameters.items()}

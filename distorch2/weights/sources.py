@@ -86,14 +86,14 @@ class _Source:
     ranges: Sequence[FileRange | None]
     """Of its plain tensors, those that are known."""
     in_place: tuple[weakref.ref[torch.nn.Parameter], int] | None
-    """The parameter that the module has with the same weight, and its address; None while it has another weight."""
+    """The parameter that the module has with the same weight, and its address; None while another weight is served."""
 
     is_written: bool = False
     """Whether hooks have written into the weight in place."""
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether the module has another weight now."""
+        """Whether another weight is served now."""
         return self.in_place is None or self.is_written
 
     def is_in_place(self, parameter: torch.nn.Parameter | None) -> bool:
@@ -227,8 +227,7 @@ class Sources:
         return unchanged
 
     def rebind_patched(self, module: torch.nn.Module) -> None:
-        """As `rebind`, and for patched weights too. These are still patched: something else has them. Whoever holds
-        them keeps them."""
+        """As `rebind`, and for patched weights too: see [Note: hidden patches]. Whoever holds them keeps them."""
         self.rebind(module)
         for name, source in self._of.get(module, {}).items():
             if source.in_place is None:
