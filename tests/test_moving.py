@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -72,3 +74,47 @@ def test_a_tensor_stays_the_same_object_and_a_cpu_needs_no_buffers():
         assert mover._upload is None
     assert module.weight is weight
     assert torch.equal(weight, expected)
+
+
+class PageLocking:
+    """A program that notes what it page-locks and unlocks, and calls `meanwhile` when it does the first."""
+
+    def __init__(self, meanwhile=lambda: None):
+        self.calls, self._meanwhile = [], meanwhile
+
+    def can_pin_for(self, device):
+        return True
+
+    def may_pin(self, num_bytes):
+        return True
+
+    def pin(self, slab):
+        self._meanwhile()
+        self.calls.append("pin")
+        return True
+
+    def unpin(self, slab):
+        self.calls.append("unpin")
+
+
+def test_a_model_that_goes_while_another_is_page_locked():
+    """ComfyUI drops what it can spare then, and page-locked memory with it."""
+    dropped, slab = PinnedSlabs(CPU, PageLocking()), torch.zeros(8)
+    dropped.pin(slab)
+    program = PageLocking(dropped.unpin_all)
+    thread = threading.Thread(target=PinnedSlabs(CPU, program).pin, args=(torch.zeros(8),), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert program.calls == ["pin"]
+    assert not dropped.holds(slab)
+
+
+def test_memory_that_is_page_locked_for_two_is_unlocked_with_the_last():
+    program, slab = PageLocking(), torch.zeros(8)
+    first, second = (PinnedSlabs(CPU, program) for _ in range(2))
+    assert first.pin(slab)
+    assert second.pin(slab)
+    first.unpin(slab)
+    assert program.calls == ["pin"]
+    second.unpin_all()
+    assert program.calls == ["pin", "unpin"]

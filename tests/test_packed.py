@@ -5,6 +5,7 @@ import logging
 
 import comfy.cli_args
 import comfy.model_management as mm
+import comfy.multigpu
 import pytest
 import test_reading
 import torch
@@ -225,6 +226,14 @@ class TestPatched:
         mm.unload_all_models()
         assert same(sample(model, clip), plain)
 
+    def test_copies_apart_come_by_way_of_the_host_where_devices_cannot_reach_each_other(self, checkpoints, monkeypatch):
+        model, clip = load(checkpoints, "sim:0,20%;sim:1,*")
+        sample(lora_for(model), clip)
+        streamer, across = model.distribution.streamer, sim.counters["copies_across"]
+        for number, layer in enumerate(streamer.layers):
+            streamer.copied_apart(number, layer.stored)
+        assert sim.counters["copies_across"] == across
+
     def test_a_donor_without_room_for_them(self, checkpoints, of_core, monkeypatch):
         wanted = sample(lora_for(of_core[0]), of_core[1])
         model, clip = load(checkpoints, "sim:0,20%;sim:1,*")
@@ -371,6 +380,22 @@ class TestAutomatically:
         assert same(sample(model, clip), expected[KIND])
         assert len(packed(model)) > 4
         assert not [group for group in model.distribution.groups.values() if group.device == DISK]
+
+    def test_packed_before_the_disk_is_used_for_two_devices_at_once(self, checkpoints, monkeypatch):
+        model, clip = load(checkpoints, "cpu,*", pack_weights="auto")
+        model = comfy.multigpu.create_multigpu_deepclones(model, 2)
+        patchers = [model, *model.get_additional_models_with_key("multigpu")]
+        needed = sum(key.slab_bytes for key in model.distribution.asked.groups)
+
+        def used():
+            slabs = [group.host_slab for each in patchers for group in each.distribution.groups.values()]
+            return sum({slab.data_ptr(): slab.nbytes for slab in slabs if slab is not None}.values())
+
+        monkeypatch.setattr(core, "spare_host_memory", lambda: 0.8 * needed - used())
+        sample(model, clip)
+        patchers = [model, *model.get_additional_models_with_key("multigpu")]
+        assert all(len(packed(patcher)) > 4 for patcher in patchers)
+        assert 0.6 * needed < used() < 0.8 * needed
 
     def test_an_interrupt_while_packing(self, checkpoints, expected, waiting, monkeypatch):
         waiting(0.5)

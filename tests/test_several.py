@@ -23,6 +23,7 @@ from placing import lora_for, with_hook
 from sampling import conditioning, core_load, output, sample
 
 from distorch2.planning.plan import size_text
+from distorch2.serving.stores import Stores
 from distorch2.weights.devices import CPU
 
 KINDS = ("flux", "sd3_no_clip_weights", "sd15_blocks_no_clip", "wan")
@@ -272,6 +273,74 @@ def test_main_memory_that_is_enough_for_one(checkpoints, expected, monkeypatch):
     assert {group.device for each in on_all(model) for group in each.distribution.groups.values()} == {CPU}
 
 
+def test_what_is_shared_is_counted_and_given_up_once(checkpoints, expected, monkeypatch):
+    plain = expected["flux"][0]
+    model, clip = load(checkpoints, "flux", "cpu,*")
+    model = split(model, 2)
+    assert same(sample(model, clip), plain)
+    distributions = [patcher.distribution for patcher in on_all(model)]
+    used = sum(slabs_on_host(on_all(model)).values())
+    assert [each.host_bytes for each in distributions] == [used, 0]
+    with monkeypatch.context() as patches:  # others have taken main memory, while both run
+        patches.setattr("distorch2.comfyui.core.spare_host_memory", lambda: -used / 2)
+        for each in distributions:
+            each.relieve_host_memory()
+    assert sum(slabs_on_host(on_all(model)).values()) == used
+    distributions[0].give_up_host_memory(used / 2)
+    assert sum(slabs_on_host(on_all(model)).values()) <= used / 2
+    assert same(sample(model, clip), plain)
+
+
+def test_one_copy_in_main_memory_again_after_hooks(checkpoints, expected):
+    plain, _, with_hooks = expected["flux"]
+    model, clip = load(checkpoints, "flux", "cpu,*")
+    model = split(model, 2)
+    assert same(sample(model, clip), plain)
+    used = sum(slabs_on_host(on_all(model)).values())
+    hooked, hooks = with_hook(model)
+    assert same(sample(hooked, clip, hooks=hooks), with_hooks)
+    assert same(sample(model, clip), plain)
+    assert sum(slabs_on_host(on_all(model)).values()) == used
+
+
+@pytest.mark.skipif(sim.NUM_DEVICES < 3, reason="needs a third device, as `test_more_devices` has it")
+def test_slabs_with_hooks_in_them_are_not_shared(checkpoints):
+    model, clip = load(checkpoints, "flux", "sim:0,20%;sim:2,*")
+    hooked, hooks = with_hook(split(model, 2))
+    sample(hooked, clip)
+    patchers = on_all(hooked)
+    for patcher in patchers:
+        patcher.hook_patches = hooked.hook_patches
+        patcher.apply_hooks(hooks)
+    mm.free_memory(1e12, torch.device("sim:2"))
+    first, second = (slabs_on_host([patcher]).keys() for patcher in patchers)
+    assert first
+    assert not first & second
+    for patcher in patchers:
+        patcher.unpatch_hooks()
+
+
+def test_main_memory_is_asked_for_before_a_lora_is_in_the_second_copy(checkpoints, expected, monkeypatch):
+    """It is filled without the LoRA, and so with other bytes than the first."""
+    model, clip = load(checkpoints, "flux", "cpu,*")
+    model = split(model, 2)
+    needed = sum(key.slab_bytes for key in model.distribution.asked.groups)
+    patched = lora_for(model)
+    place, used = Stores.place, []
+
+    def watched(stores, *arguments):
+        place(stores, *arguments)
+        used.append(sum(slabs_on_host(on_all(patched)).values()))
+
+    monkeypatch.setattr(Stores, "place", watched)
+    monkeypatch.setattr(
+        "distorch2.comfyui.core.spare_host_memory",
+        lambda: 1.2 * needed - sum(slabs_on_host(on_all(patched)).values()),
+    )
+    assert same(sample(patched, clip), expected["flux"][1])
+    assert 0.9 * needed < max(used) <= 1.2 * needed
+
+
 def test_a_log_line_says_what_lies_where(checkpoints, caplog):
     model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%")
     with caplog.at_level("INFO"):
@@ -324,7 +393,7 @@ def test_more_devices(number):
     command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir=.", "-n0", "-q", __file__]
     environment = {**os.environ, "SIMULATED_DEVICES": str(number)}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    chosen = "bit_identical and (25 or 90) and (flux or wan) or regions"
+    chosen = "bit_identical and (25 or 90) and (flux or wan) or regions or hooks_in_them"
     result = subprocess.run(
         [*command, "-k", chosen], cwd=os.path.dirname(__file__), env=environment, capture_output=True, text=True
     )

@@ -12,7 +12,8 @@ from .program import Program
 
 _users: collections.Counter[int] = collections.Counter()
 """Address of page-locked memory -> how many have it so: one piece may be copied to several devices."""
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""The program may let models go while it page-locks, and these give their memory back then."""
 
 
 class PinnedSlabs:
@@ -38,9 +39,10 @@ class PinnedSlabs:
         if not self._is_useful or slab.device.type != "cpu":
             return False
         with _lock:
-            if not (slab.data_ptr() in _users or self._lock_pages(slab)):
+            _users[slab.data_ptr()] += 1  # first: nobody else is to unlock it meanwhile
+            if _users[slab.data_ptr()] == 1 and not self._lock_pages(slab):
+                del _users[slab.data_ptr()]
                 return False
-            _users[slab.data_ptr()] += 1
         self._slabs[slab.data_ptr()] = slab
         return True
 

@@ -139,6 +139,7 @@ class Transfer:
             self._stream, self._given = stream_for(self.device, "copying"), self._backend.Event()
             self._on_stream = context_of(self._stream)
         self._given.record(self._backend.current_stream(self._index))
+        self._stream.wait_event(self._given)
         with self._on_stream:
             for copy in copies:
                 if self._copied_ahead:
@@ -166,10 +167,8 @@ class Transfer:
         if isinstance(source, PackedSlab):
             assert self._unpacker is not None
             copy_packed = functools.partial(self._copy, copy.is_pageable)
-            self._unpacker.unpack(source, target, copy_packed, self._stream, self._given)
+            self._unpacker.unpack(source, target, copy_packed, self._stream)
             return (self._unpacker.stream,)
-        # Packed bytes go to slots of their own, and need not wait for room in the target.
-        self._stream.wait_event(self._given)
         if isinstance(source, SlabInFiles):
             assert self._reader is not None
             self._reader.copy(source, target)
@@ -202,7 +201,7 @@ class Transfer:
         """The stream for copies from a donor. On the donor's default stream, CUDA would let such copies wait for all
         work of both devices, and both devices wait for the copies."""
         if donor not in self._donor_streams:
-            self._donor_streams[donor] = stream_for(donor, "lending")
+            self._donor_streams[donor] = stream_for(donor, f"lending to {self.device}")
         stream = self._donor_streams[donor]
         stream.wait_stream(self._backend.current_stream(donor))  # which may have written the weights
         return stream

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..weights.devices import CPU
 from ..weights.packing import BLOCK_VALUES, NUM_EXPONENTS, Coder, PackedSlab, Reference, unpack
 from .streams import backend_of, context_of, on_device, stream_for
 
@@ -76,7 +77,10 @@ def coder_for(device: torch.device) -> Coder:
 
 
 def unpacked_on(device: torch.device, packed: PackedSlab) -> torch.Tensor:
-    """The slab again, on an accelerator or, slowly, in main memory."""
+    """The slab again, on an accelerator or, slowly, in main memory. From another accelerator it comes by way of the
+    host: they may say that they can reach each other when they cannot."""
+    if packed.device not in (device, CPU):
+        packed = packed.to(CPU)
     with on_device(device):
         return unpack(packed if packed.device == device else packed.to(device), coder_for(device))
 
@@ -103,23 +107,21 @@ class Unpacker:
         target: torch.Tensor,
         copy: Callable[[torch.Tensor, torch.Tensor], Any],
         copying: Any,
-        is_free: Any,
     ) -> None:
-        """Unpack into `target`, which is written to after the event `is_free`. What is elsewhere is copied before, by
-        `copy(source, slot)` on the stream `copying`, the current one."""
-        self.stream.wait_event(is_free)
+        """Have `copy(source, slot)` copy the packed bytes on the stream `copying`, the current one, where they are
+        elsewhere, and then unpack them into `target`."""
         if packed.device == self._device:
-            self._decode(packed, target)
+            self._decode(packed, target, copying)
             return
         slot, is_unpacked = next(self._turns)
         staged = slot[: packed.nbytes]
         copying.wait_event(is_unpacked)
         copy(packed.buffer, staged)
-        self._is_there.record(copying)
-        self.stream.wait_event(self._is_there)
-        self._decode(PackedSlab(packed.layout, staged), target)
+        self._decode(PackedSlab(packed.layout, staged), target, copying)
         is_unpacked.record(self.stream)
 
-    def _decode(self, packed: PackedSlab, target: torch.Tensor) -> None:
+    def _decode(self, packed: PackedSlab, target: torch.Tensor, after: Any) -> None:
+        self._is_there.record(after)
+        self.stream.wait_event(self._is_there)
         with self._on_stream:
             self._coder.decode(packed, target)

@@ -141,15 +141,18 @@ def plan_beside(asked: Plan, layers: Sequence[Layer], device: str, others: Itera
     """A plan for `device` to run a model while `others` run it too, each with inputs of its own.
 
     Of the model's `layers` there `device` keeps as many bytes as it does in the plan that was `asked` for; one that
-    keeps none there, as many as the compute device. Donors that do not run it keep what they do. The rest lies on
-    `cpu`. Devices that keep equally many bytes keep the same layers, so that what they stream lies there only once.
+    keeps none there, as many as the compute device. It has its part of what other accelerators keep, and all that is
+    on the disk. The rest lies on `cpu`. Devices that keep equally many bytes keep the same layers, so that what they
+    stream lies there only once.
     """
     others = tuple(others)
-    donors = [each for each in asked.donors if each not in (device, *others, OVERFLOW_DEVICE)]
     wanted = {device: asked.bytes_on(device) or asked.bytes_on(asked.compute_device)}
+    for donor in asked.donors:
+        if donor not in (device, *others, OVERFLOW_DEVICE):
+            wanted[donor] = asked.bytes_on(donor) // (1 if donor == "disk" else 1 + len(others))
     left = sum(layer.num_bytes for layer in layers)
     shares = {}
-    for each, num_bytes in {**wanted, **{donor: asked.bytes_on(donor) for donor in donors}}.items():
+    for each, num_bytes in wanted.items():
         shares[each] = min(left, num_bytes)
         left -= shares[each]
     shares[OVERFLOW_DEVICE] = shares.get(OVERFLOW_DEVICE, 0) + left

@@ -70,6 +70,8 @@ class Distribution:
         self._logged_overflow = self._logged_packed = 0
         self._program = program
         self._stores = Stores(module, self.device, program, plan.pack_weights, shared_slabs)
+        if shared_slabs is not None:
+            shared_slabs.join(self)
         self._serving = Serving(self._stores, program)
         self._pace = Pace(self.transfer)
         # A dropped module is not unloaded first.
@@ -132,9 +134,23 @@ class Distribution:
         """Of slabs that can be given up."""
         return sum(self._stores.bytes_of(key) for key in self._stores.keys_on_host())
 
-    def give_up_host_memory(self, num_bytes: float) -> None:
-        """Have slabs of so many bytes, or all that are in main memory, lie on the disk, also while they are served."""
-        self._move([(key, DISK) for key in self._stores.to_give_up(num_bytes)])
+    def is_beside(self, module: torch.nn.Module) -> bool:
+        """Whether that is a copy of this one's module for another device, which shares slabs with it."""
+        shared_slabs = self._stores.shared_slabs
+        return shared_slabs is not None and any(member.module is module for member in shared_slabs.members)
+
+    def give_up_host_memory(self, num_bytes: float, is_running: bool = False) -> None:
+        """Have slabs of so many bytes, or all that are in main memory, lie on the disk, also while they are served; of
+        all modules that are served from them. If it `is_running`, those that others are served from stay."""
+        keys, shared_slabs = self._stores.to_give_up(num_bytes, is_running), self._stores.shared_slabs
+        members = [self] if shared_slabs is None or is_running else shared_slabs.members
+        for member in members:
+            member.give_up(keys)
+
+    def give_up(self, keys: Iterable[Group]) -> None:
+        """Have those of these groups that lie in main memory lie on the disk."""
+        on_host = [key for key in keys if key in self.groups and self.groups[key].device == CPU]
+        self._move([(key, DISK) for key in on_host if self.groups[key].is_bound()])
 
     def drop_unbound(self) -> None:
         """As `Stores.drop_unbound`."""
@@ -161,7 +177,7 @@ class Distribution:
             return
         to_leave = host_memory.make_room(0, self._stores.module, self._program)
         if to_leave:
-            self.give_up_host_memory(to_leave)
+            self.give_up_host_memory(to_leave, is_running=True)
             self._log_overflow()
 
     def begin_run(self) -> None:
@@ -178,9 +194,7 @@ class Distribution:
                 type(stores.module).__name__,
                 100 * (waiting_part or 0),
             )
-        stores.packer.start()
-        if stores.shared_slabs is not None:
-            stores.shared_slabs.is_packing = True
+        stores.start_packing()
         self.asked = replace(self.asked, pack_weights=STREAMED_ONLY)
 
     def place(self, plan: Plan, is_cancellable: bool = False) -> None:

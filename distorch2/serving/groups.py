@@ -131,6 +131,8 @@ class StoredGroup:
 
     def __init__(self, key: Group, modules: Mapping[str, torch.nn.Module], layouts: Sequence[SlabLayout]) -> None:
         self.key = key
+        self.is_written_to = False
+        """By hooks, since it was filled."""
         self.stays_unpacked = False
         """It would not be smaller, or not the same, packed."""
         self.layers: list[StoredLayer] = []

@@ -3,6 +3,7 @@ the program drops what it can spare, and models that are not running give slabs 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Protocol
@@ -22,6 +23,9 @@ class _Keeper(Protocol):
     def host_bytes(self) -> int:
         """Slabs in main memory."""
 
+    def is_beside(self, module: torch.nn.Module) -> bool:
+        """Whether that module runs at the same time as its own, with the same slabs."""
+
     def give_up_host_memory(self, num_bytes: float) -> None:
         """Take slabs of so many bytes out of main memory, or all that there are."""
 
@@ -35,6 +39,10 @@ _keepers: list[weakref.ref[_Keeper]] = []
 """In the order in which they were used last."""
 
 
+_making_room = threading.RLock()
+"""Models that run in threads of their own may be short of it at the same time."""
+
+
 def note_use(keeper: _Keeper) -> None:
     _keepers[:] = [each for each in _keepers if each() not in (None, keeper)]
     _keepers.append(weakref.ref(keeper))
@@ -43,13 +51,14 @@ def note_use(keeper: _Keeper) -> None:
 def make_room(num_bytes: float, module: torch.nn.Module, program: Program) -> float:
     """Have `num_bytes` of main memory spare for slabs of `module`. Returns how many bytes of them are to lie elsewhere:
     0 where there is room. For 0 bytes, how many that are there are to leave it, since others have taken some."""
-    if num_bytes > program.spare_host_memory():
-        program.release_host_memory(num_bytes)
-        for keeper in _idle_keepers(module, program):
-            lacking = num_bytes - program.spare_host_memory()
-            if lacking <= 0:
-                break
-            keeper.give_up_host_memory(lacking)
+    with _making_room:
+        if num_bytes > program.spare_host_memory():
+            program.release_host_memory(num_bytes)
+            for keeper in _idle_keepers(module, program):
+                lacking = num_bytes - program.spare_host_memory()
+                if lacking <= 0:
+                    break
+                keeper.give_up_host_memory(lacking)
     return _to_leave_out(num_bytes, program.spare_host_memory())
 
 
@@ -71,5 +80,7 @@ def _to_leave_out(num_bytes: float, spare: float) -> float:
 def _idle_keepers(module: torch.nn.Module, program: Program) -> Iterator[_Keeper]:
     for reference in list(_keepers):
         keeper = reference()
-        if keeper is not None and keeper.module not in (None, module) and not program.is_running(keeper.module):
+        if keeper is None or keeper.module in (None, module) or keeper.is_beside(module):
+            continue
+        if not program.is_running(keeper.module):
             yield keeper

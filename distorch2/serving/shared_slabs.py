@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Protocol, TypeVar
 
 import torch
 
 from ..planning.plan import Group
 from ..weights.packing import PackedSlab
+from .groups import StoredGroup
 
 Slab = TypeVar("Slab", torch.Tensor, PackedSlab, torch.Tensor | PackedSlab)
 
 
+class Member(Protocol):
+    """A distribution of one of the modules."""
+
+    @property
+    def module(self) -> torch.nn.Module | None: ...
+
+    @property
+    def groups(self) -> Mapping[Group, StoredGroup]: ...
+
+    def give_up(self, keys: Iterable[Group]) -> None:
+        """Have those of these groups that lie in main memory lie on the disk."""
+
+
 class SharedSlabs:
-    """The slabs of each group that modules are served from.
+    """The slabs of each group that modules are served from, and the distributions of these modules.
 
     Copies of a module for other devices are filled from the same file and patched in the same way; that their bytes are
     the same is seen by comparing them. A slab goes with the last that is served from it, and is not written into.
@@ -25,27 +40,47 @@ class SharedSlabs:
     def __init__(self) -> None:
         self.is_packing = False
         """Set once one of the modules has what it streams packed; the others then start as well."""
-        self._slabs: dict[Group, list[weakref.ref[torch.Tensor | PackedSlab]]] = {}
+        self._slabs: dict[Group, list[tuple[weakref.ref[torch.Tensor | PackedSlab], bool]]] = {}
+        self._members: list[weakref.ref[Member]] = []
         self._lock = threading.Lock()
 
-    def share(self, key: Group, slab: Slab) -> Slab:
+    def join(self, member: Member) -> None:
+        self._members = [each for each in self._members if each() is not None] + [weakref.ref(member)]
+
+    @property
+    def members(self) -> list[Member]:
+        return [member for member in (reference() for reference in self._members) if member is not None]
+
+    def share(self, key: Group, slab: Slab, is_patched: bool) -> Slab:
         """The slab of another module with these bytes; where there is none, this one, which is known from now on."""
-        for known in self._known(key):
+        for known, _ in self._known(key):
             if _are_the_same(known, slab):
                 return known  # type: ignore[return-value] # of the same kind
         with self._lock:
-            self._slabs[key] = [*map(weakref.ref, self._known(key)), weakref.ref(slab)]
+            self._slabs[key] = [each for each in self._slabs.get(key, []) if each[0]() is not None]
+            self._slabs[key].append((weakref.ref(slab), is_patched))
         return slab
 
-    def has_any(self, key: Group) -> bool:
-        """Whether there is a slab of the group, which is likely to be that of the next module too."""
-        return bool(self._known(key))
+    def has_unpatched(self, key: Group) -> bool:
+        """Whether there is a slab of the group that is likely to be the next module's too, before that is patched."""
+        return any(not is_patched for _, is_patched in self._known(key))
 
     def has(self, key: Group, slab: torch.Tensor) -> bool:
-        return any(known is slab for known in self._known(key))
+        return any(known is slab for known, _ in self._known(key))
 
-    def _known(self, key: Group) -> list[torch.Tensor | PackedSlab]:
-        return [slab for slab in (reference() for reference in self._slabs.get(key, ())) if slab is not None]
+    def holders(self, key: Group, memory: torch.Tensor) -> list[Member]:
+        """Which serve a group from this memory, in the order in which they joined."""
+        found = []
+        for member in self.members:
+            group = member.groups.get(key)
+            held = group.host_slab if group is not None else None
+            if held is not None and held.data_ptr() == memory.data_ptr():
+                found.append(member)
+        return found
+
+    def _known(self, key: Group) -> list[tuple[torch.Tensor | PackedSlab, bool]]:
+        known = ((reference(), is_patched) for reference, is_patched in self._slabs.get(key, ()))
+        return [(slab, is_patched) for slab, is_patched in known if slab is not None]
 
 
 def _are_the_same(one: torch.Tensor | PackedSlab, other: torch.Tensor | PackedSlab) -> bool:

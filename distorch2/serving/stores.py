@@ -93,6 +93,8 @@ class Stores:
                 to_fill[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
             elif self.groups[key].device != devices[key]:
                 self.move(key, devices[key])
+            elif self.groups[key].is_written_to:  # hooks have given back what was there
+                self._share_again(self.groups[key])
         self._fill(to_fill, devices, set(plan.evicted), is_cancellable)
         returned = []
         for key in [key for key in self.groups if key not in devices]:
@@ -166,14 +168,19 @@ class Stores:
             if self.groups[key].device != devices[key] and self.groups[key].is_bound()
         ]
 
-    def keys_on_host(self) -> list[Group]:
-        """Of groups in main memory that can leave it."""
-        return [key for key, group in self.groups.items() if group.device == CPU and group.is_bound()]
+    def keys_on_host(self, is_running: bool = False) -> list[Group]:
+        """Of groups in main memory that can leave it. Where several modules are served from the same memory the first
+        of them counts it; if it `is_running`, the others may be as well, and it stays."""
+        keys = [key for key, group in self.groups.items() if group.device == CPU and group.is_bound()]
+        if self.shared_slabs is None:
+            return keys
+        holders = {key: self.shared_slabs.holders(key, cast(torch.Tensor, self.groups[key].host_slab)) for key in keys}
+        return [key for key in keys if holders[key][0].groups is self.groups and not (is_running and holders[key][1:])]
 
-    def to_give_up(self, num_bytes: float) -> list[Group]:
+    def to_give_up(self, num_bytes: float, is_running: bool) -> list[Group]:
         """Groups in main memory that are to be moved to the disk for so many bytes there: first those that a file has
         already, spread over the model."""
-        candidates = self.keys_on_host()
+        candidates = self.keys_on_host(is_running)
         candidates = [candidates[index] for index in spread(len(candidates))]
         candidates.sort(key=lambda key: self.groups[key].find_in_files(self.sources) is None)
         return _as_many_as(candidates, num_bytes, self.bytes_of)
@@ -252,7 +259,8 @@ class Stores:
             elif group.packed is not None:
                 group.serve_copy(self._there_or_on_host(group.packed.to, device))
             else:
-                group.move(self._once(key, self._there_or_on_host(partial(self._copied, group), device)))
+                slab = self._there_or_on_host(partial(self._copied, group), device)
+                group.move(slab if group.is_written_to else self._once(group, slab))
         self.pinned.unpin(replaced)
         self._pack(group)
         self._pin(group)
@@ -261,7 +269,10 @@ class Stores:
         """For weights to be written in place: those in the mapping of a file, or in a slab that other modules may be
         served from, get a slab that they alone have."""
         group, _ = self.find(self.module.get_submodule(layer_name))
-        if group is None or (group.slab is not None and not self._is_shared(group)):
+        if group is None:
+            return
+        group.is_written_to = True
+        if group.slab is not None and not self._is_shared(group):
             return
         replaced = group.host_slab
         with self.sources.kept(layer.module for layer in group.living):
@@ -336,7 +347,7 @@ class Stores:
     ) -> None:
         """Serve a group with these weights, by layer and name, and the others that it has."""
         replaced = group.host_slab
-        group.stays_unpacked = False
+        group.stays_unpacked = group.is_written_to = False
         changing = {(layer.module, name) for layer, of_layer in values.items() for name in of_layer}
         with self.sources.kept((layer.module for layer in group.living), changing):
             if group.packed is not None:
@@ -357,7 +368,7 @@ class Stores:
         try:
             if self.is_in_use and not group.key.is_table:
                 self.pinned.pin(slab)
-            filled = self._once(group.key, group.fill(slab, values))
+            filled = self._once(group, group.fill(slab, values), is_patched=True)
             group.serve_from(filled)
         except BaseException:
             self.pinned.unpin(slab)
@@ -374,16 +385,22 @@ class Stores:
             layer.overwrite(slab, of_layer)
         again = self.packer.pack(slab, group)
         if again is not None:
-            group.serve_copy(self._once(group.key, self._packed_on(again, packed.device)))
+            group.serve_copy(self._once(group, self._packed_on(again, packed.device), is_patched=True))
         else:
             new_slab = self._there_or_on_host(group.new_slab, group.device_unpacked)
-            group.serve_from(copy_now(slab, new_slab))
+            group.serve_from(self._once(group, copy_now(slab, new_slab), is_patched=True))
 
     def is_any_to_be_filled_anew(self, plan: Plan) -> bool:
         """Of groups that lie where they are planned: one that is to be packed now, since there was no need before, or
-        hooks were written into it; or one that is packed, and whose modules somebody else has moved."""
+        hooks were written into it; one that is packed, and whose modules somebody else has moved; or one into which
+        hooks were written, and which has the bytes of another module's again."""
         groups = [self.groups[key] for key in plan.groups if key in self.groups]
-        return any(self._is_to_be_packed_now(each) or (each.packed and not each.is_bound()) for each in groups)
+        return any(
+            self._is_to_be_packed_now(each)
+            or (each.packed and not each.is_bound())
+            or (each.is_written_to and self.shared_slabs is not None)
+            for each in groups
+        )
 
     def _is_to_be_packed_now(self, group: StoredGroup) -> bool:
         """It lies in memory as it is, and not since it could not be packed."""
@@ -401,7 +418,7 @@ class Stores:
 
     def _bytes_expected(self, key: Group) -> int:
         """Of main memory for a group that is not there yet: 0 if another module's slab is likely to serve it."""
-        if self.shared_slabs is not None and self.shared_slabs.has_any(key):
+        if self.shared_slabs is not None and self.shared_slabs.has_unpatched(key):
             return 0
         modules = (self.module.get_submodule(layer.name) for layer in key.layers)
         is_packed = key.is_packable and self._may_be_packed(modules)
@@ -415,7 +432,7 @@ class Stores:
         packed = self.packer.pack(group.slab, group)
         if packed is not None:
             device = self.device if group.key.is_packed_resident else group.device
-            self._serve_packed(group, self._once(group.key, self._packed_on(packed, device)))
+            self._serve_packed(group, self._once(group, self._packed_on(packed, device)))
             self.pinned.unpin(replaced)
 
     def _packed_on(self, packed: PackedSlab, device: torch.device) -> PackedSlab:
@@ -457,12 +474,17 @@ class Stores:
         coming = [key for key, device in devices.items() if device == CPU and key not in is_there]
         to_leave_out = self._lacking_for(coming)
         if to_leave_out and self.packer.can_start:
-            self.packer.start()
+            self.start_packing()
             to_leave_out = self._lacking_for(coming)
         if to_leave_out:
             in_order = [coming[index] for index in spread(len(coming))]
             devices |= dict.fromkeys(_as_many_as(in_order, to_leave_out, self._bytes_expected), DISK)
         return devices
+
+    def start_packing(self) -> None:
+        self.packer.start()
+        if self.shared_slabs is not None:
+            self.shared_slabs.is_packing = True
 
     def _lacking_for(self, keys: Iterable[Group]) -> float:
         return host_memory.make_room(sum(map(self._bytes_expected, keys)), self.module, self._program)
@@ -501,7 +523,7 @@ class Stores:
                         fill = partial(self.packer.fill_packed, made[ahead], devices[ahead])
                     else:  # what a thread allocates, the C library may keep for it when it is freed
                         fill = partial(made[ahead].fill, made[ahead].new_slab(CPU))
-                    filling[ahead] = pool.submit(self._filled_once, ahead, fill)
+                    filling[ahead] = pool.submit(self._filled_once, made[ahead], fill)
                 self._show_patches_of(modules[key].values())
                 replaced = self.groups.get(key)
                 with self.sources.kept(modules[key].values()):
@@ -524,12 +546,28 @@ class Stores:
                     self._pack(group)
                 self._pin(group)
 
-    def _filled_once(self, key: Group, fill: Callable[[], torch.Tensor | PackedSlab]) -> torch.Tensor | PackedSlab:
-        return self._once(key, fill())
+    def _filled_once(
+        self, group: StoredGroup, fill: Callable[[], torch.Tensor | PackedSlab]
+    ) -> torch.Tensor | PackedSlab:
+        return self._once(group, fill())
 
-    def _once(self, key: Group, slab: Slab) -> Slab:
+    def _once(self, group: StoredGroup, slab: Slab, is_patched: bool = False) -> Slab:
         """The slab, or one in main memory that another module has with the same bytes."""
-        return self.shared_slabs.share(key, slab) if self.shared_slabs is not None and slab.device == CPU else slab
+        if self.shared_slabs is None or slab.device != CPU:
+            return slab
+        is_patched = is_patched or any(self.sources.is_patched(layer.module) for layer in group.living)
+        return self.shared_slabs.share(group.key, slab, is_patched)
+
+    def _share_again(self, group: StoredGroup) -> None:
+        replaced, group.is_written_to = group.host_slab, False
+        if group.slab is None or group.device != CPU:
+            return
+        shared = self._once(group, group.slab)
+        if shared is not group.slab:
+            with self.sources.kept(layer.module for layer in group.living):
+                group.move(shared)
+            self.pinned.unpin(replaced)
+            self._pin(group)
 
     def _is_shared(self, group: StoredGroup) -> bool:
         return self.shared_slabs is not None and group.slab is not None and self.shared_slabs.has(group.key, group.slab)
