@@ -4,8 +4,8 @@
 
 Models of full size with random weights (Flux, SDXL) are written to FOLDER (default /dev/shm; 23 GiB). Each way samples
 1024 x 1024 pixels with ComfyUI's own sampler; a step is timed from one preview to the next, when both GPUs are done.
-Latents are compared, bit by bit, with those of the ways before, ComfyUI's own among them. GiB of a GPU are what torch had
-allocated there at most; GiB in main memory are slabs, each counted once.
+Latents are compared, bit by bit, with those of the ways before, ComfyUI's own among them. GiB of a GPU are what torch
+had allocated there at most; GiB in main memory are slabs, each counted once.
 
 For Flux follow forecasts by `simulator.py` from the times of one recorded step, for slower links too: what is streamed,
 plain or packed, and what is relayed, one conditioning after the other or as a pair that alternates over both GPUs.
