@@ -14,11 +14,11 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..weights.checkpoint_file import CheckpointError
+from ..weights.checkpoint_file import CheckpointError, read_header
 from ..weights.devices import CPU
 from ..weights.quantised import is_quantised
 from . import core
@@ -30,6 +30,24 @@ _MAY_BE_MISSING = (".logit_scale", ".transformer.text_projection.weight")
 """Parameters of text encoders that files may lack: ComfyUI does not warn of them either."""
 _DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """Of weights, those that devices may lack."""
+_META = torch.device("meta")
+_READ_BYTES = 1024
+"""Of a header's tensors, up to this size: markers of quantisation, and what ComfyUI looks at to tell models apart."""
+_DTYPES_BY_NAME = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""As the safetensors format names them."""
 NO_SUCH_FORMAT = (AttributeError, KeyError, TypeError, ValueError)
 """What ComfyUI's loaders raise for a file that holds something else."""
 
@@ -51,6 +69,59 @@ class Detected:
     state_dict: dict[str, Any]
     prefix: str
     config: Any
+
+
+class Built(NamedTuple):
+    """Models without memory. The text encoder is None where the file has none; it would compute on `clip_device`."""
+
+    model: torch.nn.Module
+    text_encoder: torch.nn.Module | None
+    clip_device: str
+
+
+def read_shapes(ckpt_path: str) -> Weights:
+    """A checkpoint by its header alone: tensors without memory, but for small ones, whose values say what is in it.
+
+    Raises `CheckpointError` as `read_header`.
+    """
+    stored, metadata = read_header(ckpt_path)
+    state_dict: dict[str, torch.Tensor] = {}
+    with open(ckpt_path, "rb") as file:
+        for name, each in stored.items():
+            dtype = _DTYPES_BY_NAME.get(each.dtype)
+            if dtype is None:
+                raise CheckpointError(
+                    f"{ckpt_path} has tensors of {each.dtype}, which are not known before it is loaded"
+                )
+            if each.end - each.begin > _READ_BYTES:
+                state_dict[name] = torch.empty(each.shape, dtype=dtype, device="meta")
+            else:
+                file.seek(each.begin)
+                data = torch.frombuffer(bytearray(file.read(each.end - each.begin) or 1), dtype=torch.uint8)
+                state_dict[name] = data[: each.end - each.begin].view(dtype).view(each.shape)
+    return Weights(ckpt_path, state_dict, metadata)
+
+
+def build_without_memory(weights: Weights, unet_device: str, clip_device: str) -> Built:
+    """The models of `read_shapes`, as they would be loaded. Raises `CheckpointError` for what is no checkpoint."""
+    detected = _detect(weights)
+    if detected.config is None:
+        raise _not_a_checkpoint(weights.path)
+    options = {"load_device": torch.device(unet_device), "offload_device": CPU}
+    dtype, _ = _inference_dtype(detected)
+    model = _build_diffusion_model(detected, dtype, options, disable_dynamic=True, built_on=_META).model
+    target = detected.config.clip_target(state_dict=detected.state_dict)
+    state_dict = detected.config.process_clip_state_dict(detected.state_dict)
+    if target is None or not state_dict:
+        return Built(model, None, clip_device)
+    device = torch.device(clip_device)
+    given = {"dtype": mm.text_encoder_dtype(device), "device": _META, "model_options": {}}
+    encoder = target.clip(**{**target.params, **given})
+    if not all(mm.supports_cast(device, each) for each in encoder.dtypes):
+        device = CPU
+    with _tensors_as_built(encoder):
+        encoder.load_state_dict(state_dict, strict=False, assign=True)
+    return Built(model, encoder, str(device))
 
 
 def read(ckpt_path: str) -> Weights:
@@ -195,7 +266,11 @@ def _inference_dtype(detected: Detected) -> tuple[torch.dtype, int]:
 
 
 def _build_diffusion_model(
-    detected: Detected, dtype: torch.dtype, model_options: dict[str, torch.device], disable_dynamic: bool
+    detected: Detected,
+    dtype: torch.dtype,
+    model_options: dict[str, torch.device],
+    disable_dynamic: bool,
+    built_on: torch.device = CPU,
 ) -> ModelPatcher:
     """Build the diffusion model of the tensors of the file, memory-mapped where they are, in host memory.
 
@@ -205,9 +280,9 @@ def _build_diffusion_model(
     cast_from = None if config.quant_config is not None else dtype
     manual_cast_dtype = mm.unet_manual_cast(cast_from, device, config.supported_inference_dtypes)
     core.set_inference_dtype(config, dtype, manual_cast_dtype, device)
-    model = config.get_model(detected.state_dict, detected.prefix, device=CPU)
+    model = config.get_model(detected.state_dict, detected.prefix, device=built_on)
     patcher = core.patcher_class(disable_dynamic)(model, **model_options)
-    with _tensors_as_built(patcher):
+    with _tensors_as_built(model, patcher.is_dynamic()):
         model.load_model_weights(detected.state_dict, detected.prefix, assign=True)
     return patcher
 
@@ -242,7 +317,7 @@ def build_text_encoder(
     )
     if is_copied:
         return clip
-    with _tensors_as_built(clip.patcher):
+    with _tensors_as_built(clip.cond_stage_model, clip.patcher.is_dynamic()):
         missing, _ = clip.cond_stage_model.load_state_dict(clip_state_dict, strict=False, assign=True)
     missing = [name for name in missing if not name.endswith(_MAY_BE_MISSING)]
     if missing:
@@ -251,13 +326,13 @@ def build_text_encoder(
 
 
 @contextlib.contextmanager
-def _tensors_as_built(patcher: ModelPatcher) -> Iterator[None]:
+def _tensors_as_built(module: torch.nn.Module, is_dynamic: bool = False) -> Iterator[None]:
     """Tensors that are assigned inside `with` get the dtypes and the memory formats that the model was built with:
     ComfyUI transposes some, and lets users ask for channels last. Not with DynamicVRAM, which casts as it goes."""
-    built = {name: (tensor.dtype, _memory_format(tensor)) for name, tensor in _tensors_of(patcher.model)}
+    built = {name: (tensor.dtype, _memory_format(tensor)) for name, tensor in _tensors_of(module)}
     yield
-    if not patcher.is_dynamic():
-        for name, tensor in _tensors_of(patcher.model):
+    if not is_dynamic:
+        for name, tensor in _tensors_of(module):
             if name in built and not is_quantised(tensor):
                 dtype, memory_format = built[name]
                 tensor.data = tensor.to(dtype).contiguous(memory_format=memory_format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from typing import Any, NamedTuple
 
 _SAFETENSORS_ENDINGS = (".safetensors", ".sft")
 _MAX_HEADER_BYTES = 100_000_000
@@ -37,8 +38,33 @@ def check_file(path: str) -> None:
             ) from error
 
 
-def _check_safetensors(path: str) -> None:
-    """Layout: 8 bytes little-endian header size, JSON header with byte ranges, data (safetensors format, 2022)."""
+class StoredTensor(NamedTuple):
+    """A tensor of a safetensors file: `dtype` as the format names it, and its bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: str) -> tuple[dict[str, StoredTensor], dict[str, str] | None]:
+    """The tensors of a safetensors file, by name, and its metadata. Raises `CheckpointError` as `check_file`."""
+    check_file(path)
+    if not path.lower().endswith(_SAFETENSORS_ENDINGS):
+        raise CheckpointError(f"{path} is no safetensors file: what is in it is not known before it is loaded")
+    header, data_start = _check_safetensors(path)
+    metadata = header.pop("__metadata__", None)
+    tensors = {
+        name: StoredTensor(info["dtype"], tuple(info["shape"]), *(data_start + each for each in info["data_offsets"]))
+        for name, info in header.items()
+    }
+    return tensors, metadata
+
+
+def _check_safetensors(path: str) -> tuple[dict[str, Any], int]:
+    """The header, and where the data begins.
+
+    Layout: 8 bytes little-endian header size, JSON header with byte ranges, data (safetensors format, 2022)."""
     file_bytes = os.path.getsize(path)
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -67,6 +93,7 @@ def _check_safetensors(path: str) -> None:
             f"{path} has {file_bytes - expected_bytes:,} bytes after its last tensor, as when a download was taken up "
             "again at the wrong place; download it again"
         )
+    return header, data_start
 
 
 def _cut_off(path: str, expected_bytes: int, file_bytes: int) -> CheckpointError:
