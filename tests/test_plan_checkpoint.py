@@ -1,5 +1,7 @@
 """What a checkpoint's header says of a load that has not been made."""
 
+import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,35 @@ def test_mistakes_are_those_of_a_load(checkpoints, tmp_path):
     cut.write_bytes(Path(checkpoints("flux")).read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cut off"):
         plan_checkpoint(str(cut), unet, unet, COMPUTE)
+
+
+TENSOR = {"dtype": "F16", "shape": [4, 2], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_offsets": [16, 0]},
+        {"data_offsets": [-8, 8]},
+        {"data_offsets": [0, 16.0]},
+        {"data_offsets": [0, 8, 16]},
+        {"data_offsets": "ab"},
+        {"shape": [4, 3]},
+        {"shape": [-4, -2]},
+        {"shape": [2**40, 2**40]},
+        {"shape": 8},
+        {"shape": None},
+        {"dtype": ["F16"]},
+        {"dtype": "F17"},
+        {"dtype": None},
+    ],
+    ids=str,
+)
+def test_a_header_that_lies_is_one_clear_error(tmp_path, change):
+    header = {"whole": TENSOR, "model.diffusion_model.x_embedder.proj.weight": {**TENSOR, **change}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    unet = ComponentRequest(COMPUTE, VirtualVram(1, DONOR))
+    with pytest.raises(CheckpointError):
+        plan_checkpoint(str(path), unet, unet, COMPUTE)

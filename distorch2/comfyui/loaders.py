@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ _MAY_BE_MISSING = (".logit_scale", ".transformer.text_projection.weight")
 _DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """Of weights, those that devices may lack."""
 _META = torch.device("meta")
-_READ_BYTES = 1024
+_READ_BYTES = 64 * 1024
 """Of a header's tensors, up to this size: markers of quantisation, and what ComfyUI looks at to tell models apart."""
 _DTYPES_BY_NAME = {
     "F64": torch.float64,
@@ -45,6 +46,10 @@ _DTYPES_BY_NAME = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
     "BOOL": torch.bool,
 }
 """As the safetensors format names them."""
@@ -88,22 +93,34 @@ def read_shapes(ckpt_path: str) -> Weights:
     state_dict: dict[str, torch.Tensor] = {}
     with open(ckpt_path, "rb") as file:
         for name, each in stored.items():
-            dtype = _DTYPES_BY_NAME.get(each.dtype)
+            dtype, num_bytes = _DTYPES_BY_NAME.get(each.dtype), each.end - each.begin
             if dtype is None:
+                raise CheckpointError(f"{ckpt_path} has tensors of {each.dtype}; use a file in another format")
+            if math.prod(each.shape) * dtype.itemsize != num_bytes:
                 raise CheckpointError(
-                    f"{ckpt_path} has tensors of {each.dtype}, which are not known before it is loaded"
+                    f"{ckpt_path} has {num_bytes:,} bytes for {name}, which is not what its shape says"
                 )
-            if each.end - each.begin > _READ_BYTES:
+            if num_bytes > _READ_BYTES:
                 state_dict[name] = torch.empty(each.shape, dtype=dtype, device="meta")
-            else:
+            elif num_bytes:
                 file.seek(each.begin)
-                data = torch.frombuffer(bytearray(file.read(each.end - each.begin) or 1), dtype=torch.uint8)
-                state_dict[name] = data[: each.end - each.begin].view(dtype).view(each.shape)
+                state_dict[name] = torch.frombuffer(bytearray(file.read(num_bytes)), dtype=dtype).view(each.shape)
+            else:
+                state_dict[name] = torch.empty(each.shape, dtype=dtype)
     return Weights(ckpt_path, state_dict, metadata)
 
 
 def build_without_memory(weights: Weights, unet_device: str, clip_device: str) -> Built:
     """The models of `read_shapes`, as they would be loaded. Raises `CheckpointError` for what is no checkpoint."""
+    try:
+        return _build_without_memory(weights, unet_device, clip_device)
+    except CheckpointError:
+        raise
+    except (*NO_SUCH_FORMAT, IndexError, RuntimeError) as error:
+        raise _not_a_checkpoint(weights.path) from error
+
+
+def _build_without_memory(weights: Weights, unet_device: str, clip_device: str) -> Built:
     detected = _detect(weights)
     if detected.config is None:
         raise _not_a_checkpoint(weights.path)

@@ -40,8 +40,13 @@ class PinnedSlabs:
             return False
         with _lock:
             _users[slab.data_ptr()] += 1  # first: nobody else is to unlock it meanwhile
-            if _users[slab.data_ptr()] == 1 and not self._lock_pages(slab):
-                del _users[slab.data_ptr()]
+            is_locked = _users[slab.data_ptr()] > 1
+            try:
+                is_locked = is_locked or self._lock_pages(slab)
+            finally:
+                if not is_locked:
+                    del _users[slab.data_ptr()]
+            if not is_locked:
                 return False
         self._slabs[slab.data_ptr()] = slab
         return True

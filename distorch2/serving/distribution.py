@@ -134,18 +134,25 @@ class Distribution:
         """Of slabs that can be given up."""
         return sum(self._stores.bytes_of(key) for key in self._stores.keys_on_host())
 
-    def is_beside(self, module: torch.nn.Module) -> bool:
-        """Whether that is a copy of this one's module for another device, which shares slabs with it."""
-        shared_slabs = self._stores.shared_slabs
-        return shared_slabs is not None and any(member.module is module for member in shared_slabs.members)
+    @property
+    def shared_slabs(self) -> SharedSlabs | None:
+        return self._stores.shared_slabs
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """Those that may be served from the same slabs now: its own, and copies for other devices."""
+        members = self.shared_slabs.members if self.shared_slabs is not None else [self]
+        return [each.module for each in members if each.is_placed and each.module is not None]
 
     def give_up_host_memory(self, num_bytes: float, is_running: bool = False) -> None:
         """Have slabs of so many bytes, or all that are in main memory, lie on the disk, also while they are served; of
         all modules that are served from them. If it `is_running`, those that others are served from stay."""
-        keys, shared_slabs = self._stores.to_give_up(num_bytes, is_running), self._stores.shared_slabs
-        members = [self] if shared_slabs is None or is_running else shared_slabs.members
-        for member in members:
-            member.give_up(keys)
+        keys, shared_slabs = self._stores.to_give_up(num_bytes, is_running), self.shared_slabs
+        if shared_slabs is None or is_running:
+            self.give_up(keys)
+            return
+        for member, held in shared_slabs.keys_by_holder(keys, self.groups).items():
+            member.give_up(held)
 
     def give_up(self, keys: Iterable[Group]) -> None:
         """Have those of these groups that lie in main memory lie on the disk."""
@@ -173,9 +180,11 @@ class Distribution:
 
     def relieve_host_memory(self) -> None:
         """Give slabs up where others have taken so much main memory that less is left than is to be."""
-        if self._program.spare_host_memory() >= 0 or not self.host_bytes:  # the first costs little, in every step
+        if self._program.spare_host_memory() >= 0:  # that costs little, in every step
             return
-        to_leave = host_memory.make_room(0, self._stores.module, self._program)
+        if not self._stores.keys_on_host(is_running=True):
+            return
+        to_leave = host_memory.make_room(0, self._stores.module, self._program, self.shared_slabs)
         if to_leave:
             self.give_up_host_memory(to_leave, is_running=True)
             self._log_overflow()

@@ -168,7 +168,8 @@ class StoredGroup:
     @property
     def packed(self) -> PackedSlab | None:
         """The source, where that is packed."""
-        return self.source if isinstance(self.source, PackedSlab) else None
+        source = self.source  # read once: other threads may ask
+        return source if isinstance(source, PackedSlab) else None
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +183,8 @@ class StoredGroup:
     @property
     def host_slab(self) -> torch.Tensor | None:
         """What is copied from main memory, packed or not."""
-        memory = self.source.buffer if isinstance(self.source, PackedSlab) else self.source
+        source = self.source  # read once: other threads may ask
+        memory = source.buffer if isinstance(source, PackedSlab) else source
         return memory if isinstance(memory, torch.Tensor) and memory.device == CPU else None
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -23,8 +23,13 @@ class _Keeper(Protocol):
     def host_bytes(self) -> int:
         """Slabs in main memory."""
 
-    def is_beside(self, module: torch.nn.Module) -> bool:
-        """Whether that module runs at the same time as its own, with the same slabs."""
+    @property
+    def shared_slabs(self) -> object | None:
+        """Where its slabs may be those of other keepers too: the same object for all of them."""
+
+    @property
+    def modules(self) -> Sequence[torch.nn.Module]:
+        """Those that are served from its slabs now."""
 
     def give_up_host_memory(self, num_bytes: float) -> None:
         """Take slabs of so many bytes out of main memory, or all that there are."""
@@ -48,13 +53,14 @@ def note_use(keeper: _Keeper) -> None:
     _keepers.append(weakref.ref(keeper))
 
 
-def make_room(num_bytes: float, module: torch.nn.Module, program: Program) -> float:
-    """Have `num_bytes` of main memory spare for slabs of `module`. Returns how many bytes of them are to lie elsewhere:
-    0 where there is room. For 0 bytes, how many that are there are to leave it, since others have taken some."""
+def make_room(num_bytes: float, module: torch.nn.Module, program: Program, shared_slabs: object | None = None) -> float:
+    """Have `num_bytes` of main memory spare for slabs of `module`, which may be among `shared_slabs`. Returns how many
+    bytes of them are to lie elsewhere: 0 where there is room. For 0 bytes, how many that are there are to leave it,
+    since others have taken some."""
     with _making_room:
         if num_bytes > program.spare_host_memory():
             program.release_host_memory(num_bytes)
-            for keeper in _idle_keepers(module, program):
+            for keeper in _idle_keepers(module, program, shared_slabs):
                 lacking = num_bytes - program.spare_host_memory()
                 if lacking <= 0:
                     break
@@ -67,9 +73,10 @@ def overflow(num_bytes: int, module: torch.nn.Module, program: Program) -> float
     return _to_leave_out(num_bytes, obtainable(module, program))
 
 
-def obtainable(module: torch.nn.Module, program: Program) -> float:
+def obtainable(module: torch.nn.Module, program: Program, shared_slabs: object | None = None) -> float:
     """What is spare, and what models that are idle can give up."""
-    return program.spare_host_memory() + sum(keeper.host_bytes for keeper in _idle_keepers(module, program))
+    keepers = _idle_keepers(module, program, shared_slabs)
+    return program.spare_host_memory() + sum(keeper.host_bytes for keeper in keepers)
 
 
 def _to_leave_out(num_bytes: float, spare: float) -> float:
@@ -77,10 +84,13 @@ def _to_leave_out(num_bytes: float, spare: float) -> float:
     return lacking + _BESIDE_SLABS_BYTES if lacking > 0 else 0
 
 
-def _idle_keepers(module: torch.nn.Module, program: Program) -> Iterator[_Keeper]:
+def _idle_keepers(module: torch.nn.Module, program: Program, shared_slabs: object | None) -> Iterator[_Keeper]:
+    """Not those with which it shares slabs: they run at the same time."""
     for reference in list(_keepers):
         keeper = reference()
-        if keeper is None or keeper.module in (None, module) or keeper.is_beside(module):
+        if keeper is None or keeper.module in (None, module):
             continue
-        if not program.is_running(keeper.module):
+        if shared_slabs is not None and keeper.shared_slabs is shared_slabs:
+            continue
+        if not program.is_running(keeper.module) and not any(map(program.is_running, keeper.modules)):
             yield keeper

@@ -25,6 +25,9 @@ class Member(Protocol):
     @property
     def groups(self) -> Mapping[Group, StoredGroup]: ...
 
+    @property
+    def is_placed(self) -> bool: ...
+
     def give_up(self, keys: Iterable[Group]) -> None:
         """Have those of these groups that lie in main memory lie on the disk."""
 
@@ -76,6 +79,15 @@ class SharedSlabs:
             held = group.host_slab if group is not None else None
             if held is not None and held.data_ptr() == memory.data_ptr():
                 found.append(member)
+        return found
+
+    def keys_by_holder(self, keys: Iterable[Group], groups: Mapping[Group, StoredGroup]) -> dict[Member, list[Group]]:
+        """Of those of these groups that lie in main memory: which members serve them from there."""
+        found: dict[Member, list[Group]] = {}
+        for key in keys:
+            memory = groups[key].host_slab
+            for member in self.holders(key, memory) if memory is not None else ():
+                found.setdefault(member, []).append(key)
         return found
 
     def _known(self, key: Group) -> list[tuple[torch.Tensor | PackedSlab, bool]]:

@@ -92,8 +92,9 @@ class Stores:
             if key not in self.groups or not self.groups[key].is_bound() or self._is_to_be_packed_now(self.groups[key]):
                 to_fill[key] = {layer.name: module.get_submodule(layer.name) for layer in key.layers}
             elif self.groups[key].device != devices[key]:
+                self.groups[key].is_written_to = False  # hooks have given back what was there
                 self.move(key, devices[key])
-            elif self.groups[key].is_written_to:  # hooks have given back what was there
+            elif self.groups[key].is_written_to:
                 self._share_again(self.groups[key])
         self._fill(to_fill, devices, set(plan.evicted), is_cancellable)
         returned = []
@@ -194,7 +195,7 @@ class Stores:
         """Whether main memory has room again for what `overflow_bytes` counts, or for a part that is worth moving."""
         num_bytes = self.overflow_bytes(plan)
         least = min(num_bytes, host_memory.LEAST_TO_RETURN_BYTES)
-        return num_bytes > 0 and host_memory.obtainable(self.module, self._program) >= least
+        return num_bytes > 0 and host_memory.obtainable(self.module, self._program, self.shared_slabs) >= least
 
     def batches(self, layer_names: Iterable[str]) -> Iterable[list[str]]:
         """The names, with those of a group together: its weights are best replaced all at once."""
@@ -257,7 +258,7 @@ class Stores:
             if device == DISK:
                 self._put_on_disk(group, partial(self._copied, group))
             elif group.packed is not None:
-                group.serve_copy(self._there_or_on_host(group.packed.to, device))
+                group.serve_copy(self._once(group, self._there_or_on_host(group.packed.to, device)))
             else:
                 slab = self._there_or_on_host(partial(self._copied, group), device)
                 group.move(slab if group.is_written_to else self._once(group, slab))
@@ -477,7 +478,7 @@ class Stores:
             self.start_packing()
             to_leave_out = self._lacking_for(coming)
         if to_leave_out:
-            in_order = [coming[index] for index in spread(len(coming))]
+            in_order = [coming[index] for index in spread(len(coming)) if self._bytes_expected(coming[index])]
             devices |= dict.fromkeys(_as_many_as(in_order, to_leave_out, self._bytes_expected), DISK)
         return devices
 
@@ -487,7 +488,8 @@ class Stores:
             self.shared_slabs.is_packing = True
 
     def _lacking_for(self, keys: Iterable[Group]) -> float:
-        return host_memory.make_room(sum(map(self._bytes_expected, keys)), self.module, self._program)
+        num_bytes = sum(map(self._bytes_expected, keys))
+        return host_memory.make_room(num_bytes, self.module, self._program, self.shared_slabs)
 
     def _fill(
         self,

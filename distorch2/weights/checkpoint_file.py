@@ -54,11 +54,20 @@ def read_header(path: str) -> tuple[dict[str, StoredTensor], dict[str, str] | No
         raise CheckpointError(f"{path} is no safetensors file: what is in it is not known before it is loaded")
     header, data_start = _check_safetensors(path)
     metadata = header.pop("__metadata__", None)
-    tensors = {
-        name: StoredTensor(info["dtype"], tuple(info["shape"]), *(data_start + each for each in info["data_offsets"]))
-        for name, info in header.items()
-    }
+    try:
+        tensors = {name: _stored_tensor(info, data_start) for name, info in header.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
     return tensors, metadata
+
+
+def _stored_tensor(info: Any, data_start: int) -> StoredTensor:
+    """Raises `ValueError`, `KeyError` or `TypeError` where it is none."""
+    dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+    numbers = [*shape, begin, end]
+    if not isinstance(dtype, str) or any(type(each) is not int or each < 0 for each in numbers) or end < begin:
+        raise ValueError(info)
+    return StoredTensor(dtype, tuple(shape), data_start + begin, data_start + end)
 
 
 def _check_safetensors(path: str) -> tuple[dict[str, Any], int]:
@@ -83,9 +92,7 @@ def _check_safetensors(path: str) -> tuple[dict[str, Any], int]:
         tensors = [info for name, info in header.items() if name != "__metadata__"]
         expected_bytes = data_start + max((info["data_offsets"][1] for info in tensors), default=0)
     except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not a safetensors file, or its header is damaged; download it again"
-        ) from error
+        raise _damaged(path) from error
     if file_bytes < expected_bytes:
         raise _cut_off(path, expected_bytes, file_bytes)
     if file_bytes > expected_bytes:
@@ -94,6 +101,10 @@ def _check_safetensors(path: str) -> tuple[dict[str, Any], int]:
             "again at the wrong place; download it again"
         )
     return header, data_start
+
+
+def _damaged(path: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a safetensors file, or its header is damaged; download it again")
 
 
 def _cut_off(path: str, expected_bytes: int, file_bytes: int) -> CheckpointError:
