@@ -237,7 +237,7 @@ class TestLittleMainMemory:
         model, clip = load(checkpoints, KIND, "cpu,*")
         spare(120, model)
         sample(model, clip)
-        is_on_disk = [group.device == DISK for group in model.distribution.groups.values() if not group.is_table]
+        is_on_disk = [group.device == DISK for group in model.distribution.groups.values() if not group.key.is_table]
         runs = [len(list(run)) for on_disk, run in itertools.groupby(is_on_disk) if on_disk]
         assert sum(runs) > 8
         assert max(runs) <= 3

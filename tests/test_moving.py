@@ -102,11 +102,13 @@ def test_a_model_that_goes_while_another_is_page_locked():
     dropped, slab = PinnedSlabs(CPU, PageLocking()), torch.zeros(8)
     dropped.pin(slab)
     program = PageLocking(dropped.unpin_all)
-    thread = threading.Thread(target=PinnedSlabs(CPU, program).pin, args=(torch.zeros(8),), daemon=True)
+    pinned = PinnedSlabs(CPU, program)
+    thread = threading.Thread(target=pinned.pin, args=(torch.zeros(8),), daemon=True)
     thread.start()
     thread.join(10)
     assert program.calls == ["pin"]
     assert not dropped.holds(slab)
+    pinned.unpin_all()
 
 
 def test_memory_that_is_page_locked_for_two_is_unlocked_with_the_last():

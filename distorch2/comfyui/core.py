@@ -50,6 +50,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
         "minimum_inference_memory",
         "pin_memory",
         "supports_cast",
+        "text_encoder_dtype",
         "throw_exception_if_processing_interrupted",
         "unet_dtype",
         "unet_inital_load_device",
