@@ -169,19 +169,6 @@ def test_what_comfyui_drops_for_want_of_ram_is_loaded_again(checkpoints, tmp_pat
         assert server.get("/simulated_accelerators")["used_bytes"] == [0, 0]
 
 
-# --- accelerators that compute
-
-
-@pytest.fixture(scope="module")
-def server_that_computes(checkpoints, tmp_path_factory):
-    """With DynamicVRAM off, as on every machine without CUDA."""
-    base = tmp_path_factory.mktemp("comfyui")
-    (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
-    with start(NEWEST, base, checkpoints, ("--cache-none",), {"SIMULATED_COMPUTE": "sim:0"}) as running:
-        yield running
-
-
 @pytest.mark.parametrize(
     ("checkpoint", "text"),
     [
@@ -191,9 +178,9 @@ def server_that_computes(checkpoints, tmp_path_factory):
         ("sd3_no_clip_weights", "cpu,*"),
     ],
 )
-def test_two_devices_run_a_model_at_once(server_that_computes, checkpoint, text):
+def test_two_devices_run_a_model_at_once(computing_server, checkpoint, text):
     """MultiGPU CFG Split with ComfyUI's loader, a whole copy on each, and with ours."""
-    server = server_that_computes
+    server = computing_server
     computing = dict.fromkeys(("unet_compute_device", "clip_compute_device", "vae_device"), "sim:0")
     prompt = prompt_for(server, f"{checkpoint}.safetensors", **computing, unet_expert_mode_allocations=text)
     prompt["split"] = {"class_type": "MultiGPU_WorkUnits", "inputs": {"model": ["1", 0], "max_gpus": 2}}

@@ -166,8 +166,7 @@ class Transfer:
         source, target = copy.source, copy.target
         if isinstance(source, PackedSlab):
             assert self._unpacker is not None
-            copy_packed = functools.partial(self._copy, copy.is_pageable)
-            self._unpacker.unpack(source, target, copy_packed, self._stream)
+            self._unpacker.unpack(source, target, functools.partial(self._copy, copy.is_pageable), self._stream)
             return (self._unpacker.stream,)
         if isinstance(source, SlabInFiles):
             assert self._reader is not None

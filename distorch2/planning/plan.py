@@ -16,6 +16,8 @@ SMALL_BYTES = 64 * 1024
 """Layers up to this size cost more to stream than they free."""
 OVERFLOW_DEVICE = "cpu"
 """Takes what no other device has room for."""
+DISK_NAME = "disk"
+"""In allocations, plans and reports."""
 
 
 def size_text(num_bytes: float) -> str:

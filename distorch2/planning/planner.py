@@ -17,6 +17,7 @@ from fractions import Fraction
 
 from .plan import (
     AUTO,
+    DISK_NAME,
     ON,
     OVERFLOW_DEVICE,
     RELAY,
@@ -149,7 +150,7 @@ def plan_beside(asked: Plan, layers: Sequence[Layer], device: str, others: Itera
     wanted = {device: asked.bytes_on(device) or asked.bytes_on(asked.compute_device)}
     for donor in asked.donors:
         if donor not in (device, *others, OVERFLOW_DEVICE):
-            wanted[donor] = asked.bytes_on(donor) // (1 if donor == "disk" else 1 + len(others))
+            wanted[donor] = asked.bytes_on(donor) // (1 if donor == DISK_NAME else 1 + len(others))
     left = sum(layer.num_bytes for layer in layers)
     shares = {}
     for each, num_bytes in wanted.items():

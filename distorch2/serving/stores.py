@@ -526,7 +526,8 @@ class Stores:
                     else:  # what a thread allocates, the C library may keep for it when it is freed
                         fill = partial(made[ahead].fill, made[ahead].new_slab(CPU))
                     filling[ahead] = pool.submit(self._filled_once, made[ahead], fill)
-                self._show_patches_of(modules[key].values())
+                if key not in filling:
+                    self._show_patches_of(modules[key].values())
                 replaced = self.groups.get(key)
                 with self.sources.kept(modules[key].values()):
                     if devices[key] == DISK:

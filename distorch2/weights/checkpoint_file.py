@@ -20,6 +20,11 @@ class CheckpointError(RuntimeError):
 
 def check_file(path: str) -> None:
     """Raise `CheckpointError` when `path` is missing, or is a safetensors file that is damaged or cut off."""
+    _checked(path)
+
+
+def _checked(path: str) -> tuple[dict[str, Any], int] | None:
+    """The header of a safetensors file, and where its data begins; None for a file in another format."""
     if os.path.islink(path) and not os.path.exists(path):
         raise CheckpointError(
             f"{path} is a link to {os.readlink(path)}, which is not there: has it been moved, or is its drive not "
@@ -29,13 +34,12 @@ def check_file(path: str) -> None:
         raise CheckpointError(
             f"there is no file {path}; press R to refresh the list of checkpoints, and pick one of it"
         )
-    if path.lower().endswith(_SAFETENSORS_ENDINGS):
-        try:
-            _check_safetensors(path)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot read {path}: {error.strerror}; check the file and its permissions"
-            ) from error
+    if not path.lower().endswith(_SAFETENSORS_ENDINGS):
+        return None
+    try:
+        return _check_safetensors(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; check the file and its permissions") from error
 
 
 class StoredTensor(NamedTuple):
@@ -49,10 +53,10 @@ class StoredTensor(NamedTuple):
 
 def read_header(path: str) -> tuple[dict[str, StoredTensor], dict[str, str] | None]:
     """The tensors of a safetensors file, by name, and its metadata. Raises `CheckpointError` as `check_file`."""
-    check_file(path)
-    if not path.lower().endswith(_SAFETENSORS_ENDINGS):
+    checked = _checked(path)
+    if checked is None:
         raise CheckpointError(f"{path} is no safetensors file: what is in it is not known before it is loaded")
-    header, data_start = _check_safetensors(path)
+    header, data_start = checked
     metadata = header.pop("__metadata__", None)
     try:
         tensors = {name: _stored_tensor(info, data_start) for name, info in header.items()}
@@ -71,7 +75,7 @@ def _stored_tensor(info: Any, data_start: int) -> StoredTensor:
 
 
 def _check_safetensors(path: str) -> tuple[dict[str, Any], int]:
-    """The header, and where the data begins.
+    """As `_checked`.
 
     Layout: 8 bytes little-endian header size, JSON header with byte ranges, data (safetensors format, 2022)."""
     file_bytes = os.path.getsize(path)

@@ -2,11 +2,11 @@
 
 import torch
 
+from ..planning.plan import DISK_NAME
+
 CPU = torch.device("cpu")
 DISK = torch.device("meta")
 """A mark: the weights of a group are read from files. No tensor is on it."""
-DISK_NAME = "disk"
-"""In allocations, plans and reports."""
 
 
 def device_of(name: str) -> torch.device:
