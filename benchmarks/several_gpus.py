@@ -8,7 +8,7 @@ Latents are compared, bit by bit, with those of the ways before, ComfyUI's own a
 had allocated there at most; GiB in main memory are slabs, each counted once.
 
 For Flux follow forecasts by `simulator.py` from the times of one recorded step, for slower links too: what is streamed,
-plain or packed, and what is relayed, one conditioning after the other or as a pair that alternates over both GPUs.
+plain or packed, and what is relayed, one conditioning after the other or as a pair.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ WAYS = {
 """Model -> percent that is streamed from the CPU, and whether it is packed."""
 LINKS_GB_PER_SECOND = (3, 6, 12, 25)
 PACKED_PART = 0.70
-SEGMENTS = (2, 4, 8)
 
 
 def conditionings(model: Any) -> list[Any]:
@@ -119,8 +118,8 @@ def measure(name: str, path: str) -> None:
     def split(patcher: Any) -> Any:
         return comfy.multigpu.create_multigpu_deepclones(patcher, 2, reuse_loaded=True)
 
-    def distributed(text: str, mode: str = "off") -> Any:
-        return model.distributed(path, ComponentRequest(HOME, parse_allocation(text), pack_weights=mode))
+    def distributed(text: str, mode: str = "off", donor_mode: str = "auto") -> Any:
+        return model.distributed(path, ComponentRequest(HOME, parse_allocation(text), donor_mode, mode))
 
     with torch.inference_mode():
         patcher = model.core(path)
@@ -147,6 +146,11 @@ def measure(name: str, path: str) -> None:
         add("the same behind MultiGPU CFG Split, without guidance", patcher, cfg=1.0)
         del patcher, relayed
         drop()
+        patcher = split(distributed(f"{HOME},50%;{OTHER},50%", donor_mode="relay"))
+        sampled(model, patcher)  # one pass at a time, at first
+        add("relayed 50%, as a pair", patcher)
+        del patcher
+        drop()
         if name == "Flux":
             found["forecasts"] = forecasts(model, path, found["link GB/s"])
             print(json.dumps(found), flush=True)
@@ -159,7 +163,9 @@ def forecasts(model: Any, path: str, measured_link: float) -> list[dict[str, Any
     from two_gpus import recorded_calls
 
     from allocation_parser import parse_allocation
-    from distorch2.planning.plan import ComponentRequest
+    from distorch2.planning.plan import RELAY, ComponentRequest, DeviceMemory
+    from distorch2.planning.planner import make_plan, plan_in_turns
+    from distorch2.weights.inventory import list_layers
 
     inputs, rows = model.inputs("1024 px"), []
     links = (*LINKS_GB_PER_SECOND, measured_link)
@@ -188,12 +194,14 @@ def forecasts(model: Any, path: str, measured_link: float) -> list[dict[str, Any
     for link in links:
         row[f"{link} GB/s"] = round(2000 * simulator.forecast_relay(calls, on_other, link * 1e9).seconds)
     rows.append(row)
-    for segments in SEGMENTS:
-        row = {"way": f"relayed 50%, as a pair, in {segments} segments"}
-        device_of = {each: number * segments // len(names) % 2 for number, each in enumerate(names)}
-        for link in links:
-            row[f"{link} GB/s"] = round(1000 * simulator.forecast_pair(calls, device_of, link * 1e9))
-        rows.append(row)
+    layers, halves = list_layers(resident.model), parse_allocation(f"{HOME},50%;{OTHER},50%")
+    memory = dict.fromkeys((HOME, OTHER, "cpu"), DeviceMemory(0))
+    asked = make_plan(layers, ComponentRequest(HOME, halves, RELAY), memory)
+    device_of = {item.layer.unit: int(item.device == OTHER) for item in plan_in_turns(asked, layers).placements}
+    row = {"way": "relayed 50%, as a pair"}
+    for link in links:
+        row[f"{link} GB/s"] = round(1000 * simulator.forecast_pair(calls, device_of, link * 1e9))
+    rows.append(row)
     return rows
 
 

@@ -6,6 +6,7 @@ several links, forecast by `simulator.py`.
 The model is built without memory and planned as it would be. MILLISECONDS is what one conditioning takes when all is
 resident (default: 181, on an H200 at 1024 px), spread over the layers by their bytes; a batch of two takes twice that.
 Packed bytes are 0.70 of the plain ones. What crosses over between two blocks is the image's and the text's data, 27 MB.
+A relayed pair is planned with other numbers of rounds, too: how often each GPU comes to its turn.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ sys.path.append(str(ROOT))  # for the schedule, which the simulator runs
 
 from simulator import LayerTime, UnitCall, forecast, forecast_pair, forecast_relay
 
+from allocation_parser import parse_allocation
+from distorch2.planning import planner
+from distorch2.planning.plan import RELAY, ComponentRequest, DeviceMemory
+
 LINKS_GB_PER_SECOND = (3, 6, 12, 25, 55)
 PACKED_PART = 0.70
 CROSSING_BYTES = 27_000_000
-SEGMENTS = (2, 4, 8)
+ROUNDS = (1, 2, 3, 4, 6)
 HOME, OTHER = "cuda:0", "cuda:1"
 
 
@@ -44,12 +49,8 @@ def layers_of_flux() -> list[Any]:
 
 def streamed_ms(layers: list[Any], percent: int, step_s: float, bytes_per_s: float) -> float:
     """Of one conditioning, with so many percent of the model on the CPU."""
-    from allocation_parser import parse_allocation
-    from distorch2.planning.plan import ComponentRequest, DeviceMemory
-    from distorch2.planning.planner import make_plan
-
     request = ComponentRequest(HOME, parse_allocation(f"{HOME},{100 - percent}%;cpu,*"))
-    plan = make_plan(layers, request, dict.fromkeys((HOME, "cpu"), DeviceMemory(0)))
+    plan = planner.make_plan(layers, request, dict.fromkeys((HOME, "cpu"), DeviceMemory(0)))
     groups = [group for group in plan.groups if group.is_streamed]
     group_of = {layer.name: number for number, group in enumerate(groups) for layer in group.layers}
     streamed = [placement.layer.name for placement in plan.placements if placement.layer.name in group_of]
@@ -64,6 +65,16 @@ def streamed_ms(layers: list[Any], percent: int, step_s: float, bytes_per_s: flo
     numbers = [group_of[name] for name in streamed]
     sizes = [group.slab_bytes for group in groups]
     return 1000 * forecast(numbers, sizes, plan.staging_bytes, times, bytes_per_s).step_s
+
+
+def pair_devices(layers: list[Any], rounds: int) -> dict[str, int]:
+    """Unit -> number of the GPU that runs it, with half of the model on each."""
+    request = ComponentRequest(HOME, parse_allocation(f"{HOME},50%;{OTHER},50%"), RELAY)
+    asked = planner.make_plan(layers, request, dict.fromkeys((HOME, OTHER, "cpu"), DeviceMemory(0)))
+    planner.ROUNDS = rounds
+    plan = planner.plan_in_turns(asked, layers)
+    assert plan is not None
+    return {item.layer.unit: int(item.device == OTHER) for item in plan.placements if item.layer.unit}
 
 
 def unit_calls(layers: list[Any], step_s: float) -> list[UnitCall]:
@@ -112,10 +123,10 @@ def main(milliseconds: float) -> None:
         "relayed 50%, one conditioning after the other",
         lambda link: 2000 * forecast_relay(calls, on_other, link).seconds,
     )
-    for segments in SEGMENTS:
-        device_of = {name: number * segments // len(names) % 2 for number, name in enumerate(names)}
+    for rounds in ROUNDS:
+        device_of = pair_devices(layers, rounds)
         add(
-            f"relayed 50%, as a pair that alternates over {segments} segments",
+            f"relayed 50%, as a pair, in {rounds} rounds",
             lambda link, device_of=device_of: 1000 * forecast_pair(calls, device_of, link),
         )
     for row in rows:

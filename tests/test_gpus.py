@@ -15,6 +15,7 @@ from sampling import sample
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
 from distorch2.planning.plan import ComponentRequest, VirtualVram
+from distorch2.planning.planner import plan_in_turns
 from distorch2.weights.devices import CPU
 from distorch2.weights.packing import PackedSlab
 from distorch2.weights.quantised import plain_tensors
@@ -238,7 +239,8 @@ def test_two_gpus_run_a_model_at_once(checkpoints, kind, text, pack_weights, mon
     core_model, core_clip = core(checkpoints, kind, "cuda:0")
     plain, with_lora = sample(core_model, core_clip), sample(lora_for(core_model), core_clip)
     mm.unload_all_models()
-    model, clip, _ = ours(checkpoints, kind, ("cuda:0", text), pack_weights=pack_weights, high_precision_loras=False)
+    options = {"mode": "stream", "pack_weights": pack_weights, "high_precision_loras": False}
+    model, clip, _ = ours(checkpoints, kind, ("cuda:0", text), **options)
     model = comfy.multigpu.create_multigpu_deepclones(model, 2, reuse_loaded=True)
     for _ in range(2):
         assert torch.equal(sample(model, clip), plain)
@@ -248,6 +250,25 @@ def test_two_gpus_run_a_model_at_once(checkpoints, kind, text, pack_weights, mon
         ]
         assert slabs[0] == slabs[1] != set()  # one copy in main memory
         assert torch.equal(sample(lora_for(model), clip), with_lora)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("kind", ["flux", "sd15_blocks", "wan"])
+def test_two_gpus_are_a_relayed_pair(checkpoints, kind, monkeypatch):
+    monkeypatch.setattr(comfy.samplers, "can_concat_cond", lambda one, other: one is other)
+    core_model, core_clip = core(checkpoints, kind, "cuda:0")
+    plain, with_lora = sample(core_model, core_clip), sample(lora_for(core_model), core_clip)
+    mm.unload_all_models()
+    model, clip, _ = ours(
+        checkpoints, kind, ("cuda:0", "cuda:0,50%;cuda:1,50%"), mode="relay", high_precision_loras=False
+    )
+    model = comfy.multigpu.create_multigpu_deepclones(model, 2, reuse_loaded=True)
+    for _ in range(2):
+        for _ in range(3):
+            assert torch.equal(sample(model, clip), plain)
+        assert model._shared.placed.plan == plan_in_turns(model.request.plan, model.layers_of(model.model))
+        assert torch.equal(sample(lora_for(model), clip), with_lora)
+        mm.unload_all_models()
 
 
 @pytest.mark.multigpu
@@ -327,7 +348,7 @@ def test_half_of_what_is_streamed_comes_by_way_of_the_other_gpu(checkpoints, mon
     for name in ("_LEAST_TO_DETOUR_BYTES", "_LEAST_GAIN"):
         monkeypatch.setattr(f"distorch2.serving.detour.{name}", 0)
     monkeypatch.setattr("distorch2.moving.transfer._LEAST_TO_HALVE_BYTES", 0)
-    model, clip, _ = ours(checkpoints, kind, ("cuda:0", "cuda:0,20%;cpu,80%"))
+    model, clip, _ = ours(checkpoints, kind, ("cuda:0", "cuda:0,20%;cuda:1,5%;cpu,75%"), mode="stream")
     for _ in range(3):
         assert torch.equal(sample(model, clip), wanted)
     detour = model.distribution.transfer.detour

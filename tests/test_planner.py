@@ -17,7 +17,7 @@ from distorch2.planning.plan import (
     PlanError,
     VirtualVram,
 )
-from distorch2.planning.planner import make_plan
+from distorch2.planning.planner import make_plan, plan_beside, plan_in_turns
 
 pytestmark = pytest.mark.quick
 
@@ -384,3 +384,57 @@ def test_the_roles_of_two_devices_are_exchanged():
     elsewhere = made.exchanged("cuda:2", layers)
     assert elsewhere.bytes_on("cuda:2") == made.bytes_on("cuda:0")
     assert elsewhere.bytes_on("cuda:0") == 0
+
+
+TWELVE_UNITS = [Layer(f"blocks.{index}.{part}", 100, unit=f"blocks.{index}") for index in range(12) for part in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("allocation", "expected"),
+    [
+        ("cuda:0,50%;cuda:1,50%", "..11..11..11"),
+        ("cuda:0,75%;cuda:1,25%", "...1...1...1"),
+        ("cuda:0,10%;cuda:1,90%", "1111.1111111"),
+        ("cuda:0,34%;cuda:1,33%;cuda:2,33%", ".12..1122.12"),
+    ],
+)
+def test_units_that_run_in_turns(allocation, expected):
+    layers = [Layer("first", 10), *TWELVE_UNITS, Layer("last", 10)]
+    asked = plan(layers, allocation, memory={**MEMORY, "cuda:2": DeviceMemory(24 * GIB)})
+    made = plan_in_turns(asked, layers)
+    text = drawing(made)
+    assert text[0] == text[-1] == "."
+    assert text[1:-1:2] == text[2:-1:2] == expected
+
+
+@given(st.lists(st.integers(1, 1000), min_size=2, max_size=60), st.lists(st.integers(1, 100), min_size=2, max_size=4))
+def test_units_in_turns_take_what_was_asked_of_donors_and_no_more(sizes, weights):
+    layers = [Layer(f"blocks.{index}", size, unit=f"blocks.{index}") for index, size in enumerate(sizes)]
+    memory = {f"cuda:{index}": DeviceMemory(GIB) for index in range(len(weights))} | {"cpu": DeviceMemory(GIB)}
+    allocation = ";".join(f"cuda:{index},{weight}%" for index, weight in enumerate(weights))
+    asked = plan(layers, allocation, memory=memory)
+    made = plan_in_turns(asked, layers)
+    if made is None:
+        return
+    assert [item.layer for item in made.placements] == layers
+    assert set(made.relayed_units) == {item.layer.unit for item in made.placements if item.device != "cuda:0"}
+    for donor in asked.relays:
+        assert made.bytes_on(donor) <= asked.bytes_on(donor)
+    excess = made.bytes_on("cuda:0") - asked.bytes_on("cuda:0")
+    assert excess < len(asked.relays) * max(sizes)
+
+
+def test_what_cannot_run_in_turns():
+    for allocation in ("cuda:0,50%;cuda:1,40%;cpu,10%", "cuda:1,*", "cuda:0,*"):
+        asked = plan(TWELVE_UNITS, allocation)
+        assert plan_in_turns(asked, TWELVE_UNITS) is None
+
+
+def test_devices_that_keep_equally_much_to_a_layer_keep_the_same():
+    layers = [Layer(f"blocks.{index}", 100 + index, block=f"blocks.{index // 4}") for index in range(40)]
+    asked = plan(layers, "cuda:0,2390b;cuda:1,*", donor_mode="stream")
+    assert 0 < abs(asked.bytes_on("cuda:0") - asked.bytes_on("cuda:1")) < 140
+    plans = [plan_beside(asked, layers, *devices) for devices in (("cuda:0", ["cuda:1"]), ("cuda:1", ["cuda:0"]))]
+    kept = [plan.layers_on(plan.compute_device) for plan in plans]
+    assert kept[0] == kept[1]
+    assert sum(layer.num_bytes for layer in kept[0]) <= 2390 + 140

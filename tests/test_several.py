@@ -3,8 +3,6 @@
 Latents are compared with those of ComfyUI's loader on the CPU, one conditioning after another.
 """
 
-import contextlib
-import functools
 import gc
 import os
 import subprocess
@@ -13,76 +11,20 @@ import threading
 import weakref
 
 import comfy.model_management as mm
-import comfy.multigpu
-import comfy.sample
-import comfy.samplers
 import pytest
 import torch
 from comfy_extras import nodes_multigpu
-from computing import compute_on_sim, limit, load, same, sim
-from computing import inference_mode as inference_mode
+from computing import limit, load, same, sim
 from placing import lora_for, with_hook
-from sampling import conditioning, core_load, output, sample
+from sampling import output, sample
+from several import DEVICES, KINDS, forwards, on_all, regions, split, without_guidance
+from several import computing as computing
+from several import expected as expected
+from several import inference_mode as inference_mode
+from several import one_at_a_time as one_at_a_time
 
 from distorch2.serving.stores import Stores
 from distorch2.weights.devices import CPU
-
-KINDS = ("flux", "sd3_no_clip_weights", "sd15_blocks_no_clip", "wan")
-DEVICES = [f"sim:{index}" for index in range(sim.NUM_DEVICES)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_at_a_time():
-    """No two conditionings in a batch, which gives other bits."""
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(comfy.samplers, "can_concat_cond", lambda one, other: one is other)
-        yield
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoints, one_at_a_time):
-    """kind -> (latents, latents with a LoRA, latents with a hook)."""
-    found = {}
-    with torch.inference_mode():
-        for kind in KINDS:
-            model, clip, _ = core_load(checkpoints(kind))
-            sample(model, clip)  # the first forward of a process may take other kernels
-            hooked, hooks = with_hook(model)
-            latents = [sample(model, clip), sample(lora_for(model), clip), sample(hooked, clip, hooks=hooks)]
-            found[kind] = latents
-    return found
-
-
-@pytest.fixture(autouse=True)
-def computing(expected, monkeypatch, inference_mode):
-    compute_on_sim(monkeypatch)
-
-
-def split(model, num_devices=sim.NUM_DEVICES):
-    """As the node MultiGPU CFG Split."""
-    return comfy.multigpu.create_multigpu_deepclones(model, num_devices, reuse_loaded=True)
-
-
-def on_all(model):
-    """The patchers of the model and its copies."""
-    return [model, *model.get_additional_models_with_key("multigpu")]
-
-
-@contextlib.contextmanager
-def forwards(model):
-    """Counts the forwards of the model on each device."""
-    counts = {}
-
-    def count(device, *arguments):
-        counts[device] = counts.get(device, 0) + 1
-
-    hooks = [
-        patcher.model.diffusion_model.register_forward_hook(functools.partial(count, str(patcher.load_device)))
-        for patcher in on_all(model)
-    ]
-    yield counts
-    for hook in hooks:
-        hook.remove()
 
 
 def slabs_on_host(patchers):
@@ -152,13 +94,6 @@ def test_one_conditioning_is_relayed_and_its_copies_are_left_alone(checkpoints, 
     assert same(sample(model, clip), expected["flux"][0])
 
 
-def without_guidance(model, clip, cfg=1.0):
-    latent = torch.zeros(1, model.model.latent_format.latent_channels, 8, 8)
-    noise = comfy.sample.prepare_noise(latent, 7)
-    positive, negative = conditioning(model, clip, 7), conditioning(model, clip, 8)
-    return comfy.sample.sample(model, noise, 2, cfg, "euler", "simple", positive, negative, latent)
-
-
 def test_regions_run_on_all_devices_without_guidance(checkpoints):
     model, clip = load(checkpoints, "flux", "sim:0,50%;cpu,50%")
     outputs = []
@@ -167,17 +102,6 @@ def test_regions_run_on_all_devices_without_guidance(checkpoints):
             outputs.append(regions(patcher, clip))
     assert torch.equal(*outputs)
     assert counts == {"sim:0": 4, "sim:1": 2}  # three conditionings, two steps
-
-
-def regions(model, clip):
-    latent = torch.zeros(1, model.model.latent_format.latent_channels, 8, 8)
-    noise = comfy.sample.prepare_noise(latent, 7)
-    positive = []
-    for number in range(3):
-        ((text, extra),) = conditioning(model, clip, number)
-        positive.append([text, {**extra, "area": (8, 4, 0, 2 * number), "strength": 1.0, "set_area_to_bounds": False}])
-    negative = conditioning(model, clip, 8)
-    return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", positive, negative, latent)
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3_no_clip_weights"])

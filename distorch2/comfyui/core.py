@@ -100,6 +100,7 @@ PATCHER_ATTRIBUTES = tuple(
     offload_device parent partially_load partially_unload patch_cached_hook_weights patch_hook_weight_to_device
     patch_model patch_weight_to_device patches patches_uuid remove_additional_models remove_wrappers_with_key
     set_additional_models set_model_compute_dtype size unpatch_hooks unpatch_model use_ejected weight_wrapper_patches
+    wrappers
     """.split()
 )
 """Attributes and methods of a patcher that the package reads, calls or overrides."""

@@ -50,6 +50,10 @@ class DistributedPatcher(WeightPatcher):
     _stand_ins = StandIns()
     _others: tuple[str, ...] = ()
     """Of a copy for one of several devices: those that run the model at the same time. The first has the copies."""
+    _pair: DistributedPatcher | None = None
+    """While one module runs for it and its copies, as a relayed pair: the patcher of that module."""
+    _pair_plan: Plan | None = None
+    """For the module of a pair."""
     _device_dtype: tuple[torch.dtype | None, bool] | None = None
     """A dtype of computation that was set for the device, and whether weights were cast by force before."""
 
@@ -90,6 +94,21 @@ class DistributedPatcher(WeightPatcher):
             if isinstance(copy, DistributedPatcher):
                 copy._others = devices_of(each for each in (self, *copies) if each is not copy)
                 copy.parent = copy._stand_in()  # ComfyUI has this one, which is of another module
+                copy._pair = self._pair
+
+    @contextlib.contextmanager
+    def relayed_as_pair(self, plan: Plan) -> Iterator[Distribution]:
+        """For the time of sampling, have the module served as in `plan`, also for the copies, which need no weights."""
+        self._pair, self._pair_plan = self, plan
+        try:
+            yield self.distribution
+        finally:
+            for each in (self, *self.get_additional_models_with_key(MULTIGPU)):
+                each._pair = each._pair_plan = None
+
+    @property
+    def _is_run_by_another(self) -> bool:
+        return self._pair is not None and self._pair is not self
 
     def set_device_dtype(self, dtype: torch.dtype | None) -> None:
         """As `set_model_compute_dtype`, for the time that this device computes."""
@@ -144,11 +163,14 @@ class DistributedPatcher(WeightPatcher):
         device, copies = str(self.load_device), self.get_additional_models_with_key(MULTIGPU)
         others = devices_of(copies) if copies else self._others
         distributions = self._shared.distributions.setdefault(self.request, {})
-        found = distributions.get((device, *others))
+        kind = (device, "pair") if self._pair_plan is not None else (device, *others)
+        found = distributions.get(kind)
         if found is None:
-            shared_slabs = self.request.slabs if others else None
-            found = Distribution(self.model, self._plan_for(device, others), COMFYUI, shared_slabs)
-            distributions[(device, *others)] = found
+            plan = self._pair_plan or self._plan_for(device, others)
+            shared_slabs = self.request.slabs if others and self._pair_plan is None else None
+            found = distributions[kind] = Distribution(self.model, plan, COMFYUI, shared_slabs)
+            if self._pair_plan is not None:
+                self._log_plan(plan, f"in turns with {' and '.join(others)}")
         return found
 
     def _plan_for(self, device: str, others: Sequence[str]) -> Plan:
@@ -160,13 +182,18 @@ class DistributedPatcher(WeightPatcher):
         if not others and device == asked.compute_device:
             return asked
         plan = plan_beside(asked, layers, device, others) if others else asked.exchanged(device, layers)
-        kept = ", ".join(f"{size_text(plan.bytes_on(each))} on {each}" for each in plan.devices)
-        beside = f", beside {' and '.join(others)}" if others else ""
-        logger.info("DisTorch2: %s for %s%s: %s", type(self.model).__name__, device, beside, kept)
+        self._log_plan(plan, f"beside {' and '.join(others)}" if others else "")
         return plan
+
+    def _log_plan(self, plan: Plan, how: str) -> None:
+        kept = ", ".join(f"{size_text(plan.bytes_on(each))} on {each}" for each in plan.devices)
+        name = f"{type(self.model).__name__} for {plan.compute_device}"
+        logger.info("DisTorch2: %s: %s", f"{name}, {how}" if how else name, kept)
 
     def model_size(self) -> int:
         """Bytes that the model needs on its compute device: resident layers, patched, and staging buffers."""
+        if self._is_run_by_another:
+            return 0
         return self._plan().compute_bytes + self.distribution.unplanned_bytes
 
     @property
@@ -191,7 +218,8 @@ class DistributedPatcher(WeightPatcher):
 
     def model_patches_models(self) -> list[ModelPatcher]:
         """Models to be loaded with this one: those of ComfyUI's patches, and what lies on other accelerators."""
-        return [*super().model_patches_models(), *self.distribution.shares]
+        shares = [] if self._is_run_by_another else self.distribution.shares
+        return [*super().model_patches_models(), *shares]
 
     def load(
         self,
@@ -202,6 +230,9 @@ class DistributedPatcher(WeightPatcher):
     ) -> None:
         """Place the weights, in up to `lowvram_model_memory` bytes of the compute device if it is not 0, and apply this
         clone's patches to them."""
+        if self._is_run_by_another:
+            self.model.device = self.load_device
+            return
         with self.use_ejected():
             self._place(lowvram_model_memory or math.inf)
             self._patch_weights(anew=force_patch_weights)
@@ -401,6 +432,8 @@ class DistributedPatcher(WeightPatcher):
 
     def _place(self, compute_bytes: float = math.inf, is_cancellable: bool = True) -> None:
         """Place the weights as planned for this patcher, and not for another any more."""
+        if self._is_run_by_another:
+            return
         self.unpatch_hooks()  # before weights move
         unhook_original(self.model)
         here, placed = self.distribution, self._shared.placed
@@ -466,6 +499,7 @@ def _around_forward(executor: Any, *arguments: Any, **options: Any) -> Any:
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not isinstance(patcher, DistributedPatcher):
         return executor(*arguments, **options)
+    patcher = patcher._pair or patcher
     try:
         with (
             patcher.distribution.running(),

@@ -15,12 +15,14 @@ class Crossing:
 
     What the device that receives is given afterwards waits for them. Two devices of the same kind may say that they can
     reach each other when they cannot: the first copy is checked, and where it is wrong copies go by way of the host.
+    Those of another `lane` have streams of their own.
     """
 
-    def __init__(self, one: torch.device, other: torch.device) -> None:
+    def __init__(self, one: torch.device, other: torch.device, lane: str = "") -> None:
         self._devices = one, other
         self._have_streams = all(backend_of(device) is not None for device in self._devices)
-        self._streams = {device: stream_for(device, "crossing") for device in self._devices if self._have_streams}
+        purpose = f"crossing {lane}"
+        self._streams = {device: stream_for(device, purpose) for device in self._devices if self._have_streams}
         self.is_direct: bool | None = None if self._have_streams and one.type == other.type else False
         """None until it is checked."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,6 +39,26 @@ def stream_for(device: torch.device, purpose: str) -> Any:
     _streams[device, purpose] = first
     # An object of its own: it keeps which stream was the current one before it was entered.
     return type(first)(stream_id=first.stream_id, device_index=first.device_index, device_type=first.device_type)
+
+
+@contextlib.contextmanager
+def on_stream_for(device: torch.device, purpose: str, in_order: bool = True) -> Iterator[None]:
+    """Makes the stream for a purpose the current one of `device`, if that has streams.
+
+    If `in_order`, what is given to it comes after what the current stream has been given before, and what that is given
+    afterwards comes last.
+    """
+    backend = backend_of(device)
+    if backend is None:
+        yield
+        return
+    outside, inside = backend.current_stream(device), stream_for(device, purpose)
+    if in_order:
+        inside.wait_stream(outside)
+    with backend.stream(inside):
+        yield
+    if in_order:
+        outside.wait_stream(inside)
 
 
 def backend_of(device: torch.device) -> Any:

@@ -223,7 +223,8 @@ class Plan:
 
     `relieved` are the reliefs that were taken for want of room, in order. Their groups are `packed_residents` on the
     compute device, or `evicted` from it. On `relays`, donors that compute, the units run all of whose layers lie there.
-    `pack_weights` is one of `PACK_MODES`, or `STREAMED_ONLY`. `others` are devices that run the same model at the same
+    `donor_mode` is the one of `DONOR_MODES` that was asked for. `pack_weights` is one of `PACK_MODES`, or
+    `STREAMED_ONLY`. `others` are devices that run the same model at the same
     time, with plans of their own.
     """
 
@@ -232,6 +233,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     relieved: tuple[Relief, ...] = ()
     relays: tuple[str, ...] = ()
+    donor_mode: str = STREAM
     pack_weights: str = OFF
     others: tuple[str, ...] = ()
 
@@ -249,7 +251,9 @@ class Plan:
         device_of = {item.layer.name: names.get(item.device, item.device) for item in self.placements}
         placements = tuple(Placement(layer, device_of.get(layer.name, device)) for layer in layers)
         relays = tuple(names.get(relay, relay) for relay in self.relays)
-        return Plan(device, placements, relays=relays, pack_weights=self.pack_weights_on(device))
+        return Plan(
+            device, placements, relays=relays, donor_mode=self.donor_mode, pack_weights=self.pack_weights_on(device)
+        )
 
     def pack_weights_on(self, device: str) -> str:
         """The mode for another compute device, which may not be able to unpack weights."""

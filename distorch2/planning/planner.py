@@ -112,7 +112,13 @@ def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Map
     device_of.update(dict.fromkeys(sizes, OVERFLOW_DEVICE))
 
     placements = tuple(Placement(layer, device_of[index]) for index, layer in enumerate(layers))
-    plan = Plan(compute_device, placements, relays=computing, pack_weights=request.pack_weights)
+    plan = Plan(
+        compute_device,
+        placements,
+        relays=computing,
+        donor_mode=request.donor_mode,
+        pack_weights=request.pack_weights,
+    )
     notes = (
         allocation.note,
         _fixed_note(compute_device, fixed_bytes, excess, model_bytes),
@@ -143,11 +149,13 @@ def plan_beside(asked: Plan, layers: Sequence[Layer], device: str, others: Itera
 
     Of the model's `layers` there `device` keeps as many bytes as it does in the plan that was `asked` for; one that
     keeps none there, as many as the compute device. It has its part of what other accelerators keep, and all that is
-    on the disk. The rest lies on `cpu`. Devices that keep equally many bytes keep the same layers, so that what they
-    stream lies there only once.
+    on the disk. The rest lies on `cpu`. Devices that keep equally many bytes, to a layer, keep the same layers, so that
+    what they stream lies there only once.
     """
     others = tuple(others)
-    wanted = {device: asked.bytes_on(device) or asked.bytes_on(asked.compute_device)}
+    kept = {each: asked.bytes_on(each) or asked.bytes_on(asked.compute_device) for each in (device, *others)}
+    largest = max((layer.num_bytes for layer in layers), default=0)
+    wanted = {device: min(num_bytes for num_bytes in kept.values() if abs(num_bytes - kept[device]) <= largest)}
     for donor in asked.donors:
         if donor not in (device, *others, OVERFLOW_DEVICE):
             wanted[donor] = asked.bytes_on(donor) // (1 if donor == DISK_NAME else 1 + len(others))
@@ -160,6 +168,66 @@ def plan_beside(asked: Plan, layers: Sequence[Layer], device: str, others: Itera
     request = ComponentRequest(device, _Shares(shares), STREAM)
     plan = _plan_within(layers, request, dict.fromkeys(shares, DeviceMemory(0)))  # the total is not looked at
     return replace(plan, notes=(), pack_weights=asked.pack_weights_on(device), others=others)
+
+
+ROUNDS = 3
+"""How often each device comes to its turn in a plan that alternates. With more rounds devices wait less for each other
+and more activations cross over; see `benchmarks/several_gpus_forecast.py`."""
+
+
+def plan_in_turns(asked: Plan, layers: Sequence[Layer]) -> Plan | None:
+    """A plan for several inputs to be relayed at the same time: the units of the compute device and of the donors that
+    relay alternate, so that one device has work while another has the other input.
+
+    Donors have as many bytes of the model's `layers` as in the plan that was `asked` for, to a unit. None where all of
+    that is not on the compute device and donors that relay, or where only one of them has a unit.
+    """
+    device_of = {item.layer.name: item.device for item in asked.placements}
+    devices = (asked.compute_device, *asked.relays)
+    if any(device_of.get(layer.name) not in devices for layer in layers):
+        return None
+    sizes: dict[str, int] = {}
+    wanted = dict.fromkeys(devices, 0)
+    for layer in layers:
+        if layer.unit and layer.movable:
+            sizes[layer.unit] = sizes.get(layer.unit, 0) + layer.num_bytes
+            wanted[device_of[layer.name]] += layer.num_bytes
+    for rounds in range(ROUNDS, 0, -1):
+        runs_on = _in_turns(sizes, wanted, rounds)
+        if len(set(runs_on.values())) > 1:
+            placements = (
+                Placement(layer, runs_on.get(layer.unit, devices[0]) if layer.movable else devices[0])
+                for layer in layers
+            )
+            return replace(asked, placements=tuple(placements), notes=(), relieved=())
+    return None
+
+
+def _in_turns(sizes: Mapping[str, int], wanted: Mapping[str, int], rounds: int) -> dict[str, str]:
+    """Unit -> device. Each device has its turn `rounds` times, but the first gets what is over: no other device gets
+    more than is `wanted`."""
+    first, *others = wanted
+    used, found, rest = dict.fromkeys(wanted, 0), dict[str, str](), list(sizes)
+
+    def give(unit: str, device: str) -> None:
+        found[unit] = device
+        used[device] += sizes[unit]
+
+    for number in range(1, rounds + 1):
+        for device, num_bytes in wanted.items():
+            while rest and used[device] + sizes[rest[0]] / 2 < num_bytes * number / rounds:
+                if device != first and used[device] + sizes[rest[0]] > num_bytes:
+                    break
+                give(rest.pop(0), device)
+    for unit in rest:
+        give(unit, first)
+    for unit in sorted((unit for unit in found if found[unit] == first), key=lambda unit: -sizes[unit]):
+        for device in others:
+            if used[first] - sizes[unit] >= wanted[first] and used[device] + sizes[unit] <= wanted[device]:
+                used[first] -= sizes[unit]
+                give(unit, device)
+                break
+    return found
 
 
 def _with_excess(shares: Mapping[str, int], compute_device: str, excess: int) -> dict[str, int]:

@@ -41,12 +41,13 @@ class _Sent:
 class Activations:
     """Which tensors are equal at home and on a donor, and the copies between them.
 
-    `bytes_sent` and `bytes_brought` count what crossed over.
+    `bytes_sent` and `bytes_brought` count what crossed over. Those that are not to wait for each other have different
+    `lane`s.
     """
 
-    def __init__(self, home: torch.device, donors: Iterable[torch.device]) -> None:
+    def __init__(self, home: torch.device, donors: Iterable[torch.device], lane: str = "") -> None:
         self.home = home
-        self.crossings = {donor: Crossing(home, donor) for donor in donors}
+        self.crossings = {donor: Crossing(home, donor, lane) for donor in donors}
         self.bytes_sent = self.bytes_brought = 0
         self._known: dict[int, _Sent] = {}  # by id of the tensor at home
 

@@ -174,9 +174,24 @@ class Distribution:
     def running(self) -> Iterator[None]:
         """Around each pass of the module."""
         self.relieve_host_memory()
-        is_timed = self._stores.packer.can_start and self.transfer.has_streams and self.plan.is_worth_packing
+        is_to_be_known = self.may_start_packing or self.plan.others
+        is_timed = is_to_be_known and self.is_placed and self.transfer.has_streams
         with self._pace.a_pass() if is_timed else contextlib.nullcontext():
             yield
+
+    @property
+    def may_start_packing(self) -> bool:
+        return self._stores.packer.can_start and self.plan.is_worth_packing
+
+    @property
+    def waiting_part(self) -> float | None:
+        """The part of the last run that computing waited for copies, 0 to 1; None where that is not known."""
+        return self._pace.waiting_part()
+
+    @property
+    def serves_one_at_a_time(self) -> bool:
+        """Whether something comes by way of buffers that belong to one pass of the module."""
+        return any(not key.is_relayed for key in self.groups)
 
     def relieve_host_memory(self) -> None:
         """Give slabs up where others have taken so much main memory that less is left than is to be."""

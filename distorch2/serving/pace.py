@@ -26,11 +26,15 @@ class Pace:
         """Returns the least part of a timed pass before that computing waited for copies, 0 to 1; None where too few
         were timed since it was told last."""
         self._num_passes = 0
+        waiting_part = self.waiting_part()
+        if waiting_part is not None:
+            self._timings = []
+        return waiting_part
+
+    def waiting_part(self) -> float | None:
+        """What `begin_run` would return."""
         parts = [part for timing in self._timings if (part := timing.waiting_part()) is not None]
-        if len(parts) < _PASSES_TIMED:
-            return None
-        self._timings = []
-        return min(parts)
+        return min(parts) if len(parts) >= _PASSES_TIMED else None
 
     @contextlib.contextmanager
     def a_pass(self) -> Iterator[None]:

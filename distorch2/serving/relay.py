@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,8 @@ class RelayedUnit:
         self._module = weakref.ref(module)
         self.donor = donor
         self.stays_at_home = False
+        self.lock = threading.RLock()
+        """Held while a thread gives the unit's work to a device: it changes what the modules hold."""
         self._layers = layers
         self._groups = {group for group, _ in layers}
         self._others: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] | None = None
@@ -136,8 +139,24 @@ class Relay:
         self.streamer = streamer
         self.is_allowed = True
         """Set it to False to keep all units at home."""
-        self.activations = Activations(home, {unit.donor for unit in units})
+        self._activations = Activations(home, {unit.donor for unit in units})
+        self._of_thread = threading.local()
+        self._streaming = threading.RLock()
         self._forwards = Forwards("relay")
+
+    @property
+    def activations(self) -> Activations:
+        """Those of this thread."""
+        return getattr(self._of_thread, "activations", self._activations)
+
+    @contextlib.contextmanager
+    def crossing_by(self, activations: Activations) -> Iterator[None]:
+        """Have this thread's activations cross over in another way than those of other threads."""
+        self._of_thread.activations = activations
+        try:
+            yield
+        finally:
+            del self._of_thread.activations
 
     def attach(self) -> None:
         self.streamer.attach()
@@ -147,7 +166,7 @@ class Relay:
 
     def detach(self) -> None:
         self._forwards.give_back()
-        self.activations.forget()
+        self._activations.forget()
         for unit in self.units:
             unit.forget_others()  # object patches may bring others
         self.streamer.detach()
@@ -162,30 +181,33 @@ class Relay:
         def serve(*arguments: Any, **options: Any) -> Any:
             module = cast(torch.nn.Module, unit.module)
             forward = previous or type(module).forward.__get__(module)
-            runs_on_donor = (
-                self.is_allowed
-                and not torch.is_grad_enabled()  # a backward pass does not cross over
-                and not unit.stays_at_home
-                and _device_of(arguments, options) == self.activations.home
-                and unit.is_on_donor()
-                and not self._must_stay_at_home()
-                and not _brings_tensors_along((*arguments, *options.values()))
-            )
-            if runs_on_donor:
-                try:
-                    return self._run(unit, forward, arguments, options)
-                except RuntimeError as error:
-                    if "same device" not in str(error):
-                        raise
-                    # It was given something at home that nobody sees. Nothing there has been written yet.
-                    unit.stays_at_home = True
-                    logger.warning(
-                        "DisTorch2: a %s cannot run on %s and is streamed from there (%s)",
-                        type(module).__name__,
-                        unit.donor,
-                        str(error).splitlines()[0],
-                    )
-            return forward(*arguments, **options)
+            if _device_of(arguments, options) != self.activations.home:
+                return forward(*arguments, **options)
+            with unit.lock:
+                runs_on_donor = (
+                    self.is_allowed
+                    and not torch.is_grad_enabled()  # a backward pass does not cross over
+                    and not unit.stays_at_home
+                    and unit.is_on_donor()
+                    and not self._must_stay_at_home()
+                    and not _brings_tensors_along((*arguments, *options.values()))
+                )
+                if runs_on_donor:
+                    try:
+                        return self._run(unit, forward, arguments, options)
+                    except RuntimeError as error:
+                        if "same device" not in str(error):
+                            raise
+                        # It was given something at home that nobody sees. Nothing there has been written yet.
+                        unit.stays_at_home = True
+                        logger.warning(
+                            "DisTorch2: a %s cannot run on %s and is streamed from there (%s)",
+                            type(module).__name__,
+                            unit.donor,
+                            str(error).splitlines()[0],
+                        )
+                with self._streaming:
+                    return forward(*arguments, **options)
 
         return torch.compiler.disable(serve)
 

@@ -1,0 +1,239 @@
+"""A relayed pair: one module that runs for itself and for its copies of ComfyUI's MultiGPU CFG Split, on all devices at
+the same time. Simulated accelerators, threads.
+
+Latents are compared with those of ComfyUI's loader on the CPU, one conditioning after another.
+"""
+
+import contextlib
+import gc
+import threading
+
+import comfy.model_management as mm
+import pytest
+import torch
+from computing import limit, load, same, sim
+from placing import lora_for, with_hook
+from sampling import sample
+from several import DEVICES, forwards, on_all, regions, split, without_guidance
+from several import computing as computing
+from several import expected as expected
+from several import inference_mode as inference_mode
+from several import one_at_a_time as one_at_a_time
+
+from distorch2.moving.transfer import Timing
+from distorch2.planning.planner import plan_in_turns
+from distorch2.serving.distribution import Distribution
+
+MIB = 2**20
+SHARES = {2: "sim:0,60%;sim:1,40%", 3: "sim:0,40%;sim:1,30%;sim:2,30%", 4: "sim:0,40%;sim:1,20%;sim:2,20%;sim:3,20%"}
+
+
+def load_pair(checkpoints, kind="flux", text=SHARES[sim.NUM_DEVICES], donor_mode="relay", **options):
+    relayed, clip = load(checkpoints, kind, text, donor_mode=donor_mode, **options)
+    return split(relayed), clip
+
+
+def is_paired(model):
+    """Whether the last run was that of a pair."""
+    return model._shared.placed.plan == plan_in_turns(model.request.plan, model.layers_of(model.model))
+
+
+def check_memory(model):
+    """Everything lies where it is planned, once, and nothing in main memory."""
+    placed = model._shared.placed
+    for index, device in enumerate(DEVICES):
+        planned = placed.plan.compute_bytes if index == 0 else placed.slab_bytes_planned_on(torch.device(device))
+        assert 0 <= sim.used_bytes[index] - planned < MIB
+    assert all(group.host_slab is None for group in placed.groups.values())
+    assert all(copy.loaded_size() == 0 for copy in on_all(model)[1:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("flux", SHARES[sim.NUM_DEVICES]),
+        ("flux", "sim:0,20%;sim:1,*"),
+        ("sd3_no_clip_weights", "sim:0,80%;sim:1,*"),
+        ("sd15_blocks_no_clip", "sim:0,50%;sim:1,*"),
+        ("wan", "sim:0,50%;sim:1,*"),
+    ],
+)
+def test_latents_are_bit_identical_and_weights_lie_once(checkpoints, expected, kind, text):
+    model, clip = load_pair(checkpoints, kind, text)
+    plain, with_lora, _ = expected[kind]
+    for _ in range(2):
+        with forwards(model) as counts:
+            assert same(sample(model, clip), plain)
+        assert counts == dict.fromkeys(DEVICES[:2], 2)  # as many devices as conditionings
+        assert is_paired(model)
+        check_memory(model)
+        assert same(sample(lora_for(model), clip), with_lora)
+        mm.unload_all_models()
+        gc.collect()
+        assert not any(sim.used_bytes)
+
+
+def test_two_inputs_are_on_their_way_at_the_same_time(checkpoints, expected):
+    model, clip = load_pair(checkpoints)
+    sample(model, clip)
+    both = threading.Barrier(2, timeout=20)
+
+    def wait(*arguments):
+        both.wait()
+
+    hook = model.model.diffusion_model.double_blocks[4].register_forward_hook(wait)
+    assert same(sample(model, clip), expected["flux"][0])
+    hook.remove()
+
+
+def test_a_module_that_keeps_something_takes_turns(checkpoints, expected, caplog):
+    model, clip = load_pair(checkpoints)
+    module, passes = model.model.diffusion_model, []
+
+    def keep(block, arguments, result):
+        module.kept = {"last": [result]}
+        passes.append(threading.get_ident())
+
+    blocks = [module.double_blocks[0], module.single_blocks[11]]
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert same(sample(model, clip), expected["flux"][0])
+    assert passes[::2] == passes[1::2]  # the beginning and the end of one pass after another
+    assert caplog.text.count("two passes of Flux take turns") == 1
+    for hook in hooks:
+        hook.remove()
+
+
+def test_one_conditioning_is_relayed(checkpoints, expected):
+    model, clip = load_pair(checkpoints)
+    wanted = without_guidance(load(checkpoints, "flux", "sim:0,*")[0], clip)
+    for _ in range(2):
+        with forwards(model) as counts:
+            assert torch.equal(without_guidance(model, clip), wanted)
+        assert counts == {"sim:0": 2}
+        assert same(sample(model, clip), expected["flux"][0])
+        assert is_paired(model)
+
+
+def test_regions(checkpoints):
+    model, clip = load_pair(checkpoints)
+    wanted = regions(load(checkpoints, "flux", "sim:0,*")[0], clip)
+    with forwards(model) as counts:
+        assert torch.equal(regions(model, clip), wanted)
+    assert sum(counts.values()) == 6  # three conditionings, two steps
+    assert is_paired(model)
+
+
+@pytest.mark.parametrize("raised", [mm.InterruptProcessingException, ZeroDivisionError])
+@pytest.mark.parametrize("name", ["double_blocks.0", "double_blocks.4", "single_blocks.11"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_is_raised_in_one_or_both(checkpoints, expected, name, raised, times):
+    plain = expected["flux"][0]
+    model, clip = load_pair(checkpoints)
+    assert same(sample(model, clip), plain)
+    before = list(sim.used_bytes)
+    left = list(range(times))
+
+    def fail(*arguments):
+        with contextlib.suppress(IndexError):
+            left.pop()
+            raise raised
+
+    hook = model.model.diffusion_model.get_submodule(name).register_forward_hook(fail)
+    with pytest.raises(raised):
+        sample(model, clip)
+    hook.remove()
+    gc.collect()
+    assert sim.used_bytes == before
+    assert same(sample(model, clip), plain)
+    assert is_paired(model)
+    check_memory(model)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_memory_taken_on_one_of_the_devices(checkpoints, expected, monkeypatch, index):
+    plain, with_lora, _ = expected["flux"]
+    model, clip = load_pair(checkpoints)
+    assert same(sample(model, clip), plain)
+    device = torch.device(DEVICES[index])
+    with monkeypatch.context() as patches:
+        limit(patches, index, sim.used_bytes[index] + 16 * MIB - 5 * MIB)
+        mm.free_memory(mm.get_free_memory(device) + 5 * MIB, device)
+        assert same(sample(model, clip), plain)
+        placed = model._shared.placed
+        assert placed.plan.evicted if index == 0 else placed.bytes_on(device) < placed.slab_bytes_planned_on(device)
+        assert same(sample(lora_for(model), clip), with_lora)
+    assert same(sample(model, clip), plain)
+    check_memory(model)
+
+
+def add_hook(model):
+    hooked, hooks = with_hook(model)
+    return hooked, {"hooks": hooks}
+
+
+def add_block_patch(model):
+    patched = model.clone()
+    patched.set_model_patch(lambda arguments: arguments, "double_block")
+    return patched, {}
+
+
+def add_wrapper(model):
+    patched = model.clone()
+    patched.add_wrapper("diffusion_model", lambda executor, *arguments, **options: executor(*arguments, **options))
+    return patched, {}
+
+
+def add_object_patch(model):
+    patched = model.clone()
+    patched.add_object_patch("diffusion_model.patch_size", model.model.diffusion_model.patch_size)
+    return patched, {}
+
+
+@pytest.mark.parametrize("change", [add_hook, add_block_patch, add_wrapper, add_object_patch])
+def test_what_is_there_for_its_own_device_runs_in_copies(checkpoints, expected, change):
+    model, clip = load_pair(checkpoints)
+    plain, _, with_hooks = expected["flux"]
+    changed, options = change(model)
+    for _ in range(2):
+        assert same(sample(changed, clip, **options), with_hooks if options else plain)
+        assert not is_paired(model)
+        assert same(sample(model, clip), plain)
+        assert is_paired(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [("sim:0,50%;sim:1,50%", "stream"), ("sim:0,50%;sim:1,40%;cpu,10%", "relay"), ("sim:1,*", "relay")],
+)
+def test_what_cannot_be_a_pair(checkpoints, expected, text, mode):
+    model, clip = load_pair(checkpoints, text=text, donor_mode=mode)
+    assert same(sample(model, clip), expected["flux"][0])
+    assert model._shared.placed is model.distribution
+
+
+@pytest.mark.parametrize(("part", "becomes_pair"), [(0.2, False), (0.3, True)])
+def test_with_auto_once_copies_have_waited_for_weights(checkpoints, expected, monkeypatch, part, becomes_pair):
+    monkeypatch.setattr(Timing, "waiting_part", lambda self: part)
+    model, clip = load_pair(checkpoints, donor_mode="auto")
+    sample(model, clip, steps=4)
+    assert not is_paired(model)
+    for _ in range(2):
+        assert same(sample(model, clip), expected["flux"][0])
+        assert is_paired(model) == becomes_pair
+    mm.unload_all_models()
+    assert same(sample(lora_for(model), clip), expected["flux"][1])
+    assert is_paired(model) == becomes_pair
+
+
+def test_with_auto_packing_is_tried_first(checkpoints, expected, monkeypatch):
+    monkeypatch.setattr(Timing, "waiting_part", lambda self: 0.5)
+    model, clip = load_pair(checkpoints, donor_mode="auto")
+    with monkeypatch.context() as patches:
+        patches.setattr(Distribution, "may_start_packing", True)
+        for _ in range(2):
+            sample(model, clip, steps=4)
+            assert not is_paired(model)
+    sample(model, clip)
+    assert is_paired(model)
