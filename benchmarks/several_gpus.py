@@ -164,7 +164,7 @@ def forecasts(model: Any, path: str, measured_link: float) -> list[dict[str, Any
 
     from allocation_parser import parse_allocation
     from distorch2.planning.plan import RELAY, ComponentRequest, DeviceMemory
-    from distorch2.planning.planner import make_plan, plan_in_turns
+    from distorch2.planning.planner import make_plan, plan_alternating
     from distorch2.weights.inventory import list_layers
 
     inputs, rows = model.inputs("1024 px"), []
@@ -197,7 +197,7 @@ def forecasts(model: Any, path: str, measured_link: float) -> list[dict[str, Any
     layers, halves = list_layers(resident.model), parse_allocation(f"{HOME},50%;{OTHER},50%")
     memory = dict.fromkeys((HOME, OTHER, "cpu"), DeviceMemory(0))
     asked = make_plan(layers, ComponentRequest(HOME, halves, RELAY), memory)
-    device_of = {item.layer.unit: int(item.device == OTHER) for item in plan_in_turns(asked, layers).placements}
+    device_of = {item.layer.unit: int(item.device == OTHER) for item in plan_alternating(asked, layers).placements}
     row = {"way": "relayed 50%, as a pair"}
     for link in links:
         row[f"{link} GB/s"] = round(1000 * simulator.forecast_pair(calls, device_of, link * 1e9))

@@ -72,7 +72,7 @@ def pair_devices(layers: list[Any], rounds: int) -> dict[str, int]:
     request = ComponentRequest(HOME, parse_allocation(f"{HOME},50%;{OTHER},50%"), RELAY)
     asked = planner.make_plan(layers, request, dict.fromkeys((HOME, OTHER, "cpu"), DeviceMemory(0)))
     planner.ROUNDS = rounds
-    plan = planner.plan_in_turns(asked, layers)
+    plan = planner.plan_alternating(asked, layers)
     assert plan is not None
     return {item.layer.unit: int(item.device == OTHER) for item in plan.placements if item.layer.unit}
 

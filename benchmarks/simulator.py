@@ -11,6 +11,7 @@ what it is given has arrived; home waits for what the units on donors make.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -127,15 +128,18 @@ def forecast_pair(calls: Sequence[UnitCall], device_of: Mapping[str, int], bytes
     """Seconds until two inputs have been through all calls, on two devices that take turns with them.
 
     A unit runs on the device `device_of` has for it, the rest of the model on device 0. Of two inputs the one that can
-    begin first goes on. What a unit is given crosses over when the one before it ran on the other device.
+    begin first goes on, and the first where both can. What a unit is given crosses over when the one before it ran on
+    the other device. Between two units device 0 has something to do only if the second is given something new.
     """
     parts = [(0, calls[0].before_s if calls else 0.0, 0)]  # of one input: device, seconds, bytes that it is given
-    for call in calls:
+    known: set[int] = set()
+    for call, following in itertools.zip_longest(calls, calls[1:]):
         device = device_of[call.unit]
         crossing = sum(call.given.values()) if device != parts[-1][0] else 0
         parts.append((device, call.inside_s, crossing))
-        if call.after_s:
-            parts.append((device, call.after_s, 0))
+        known |= {*call.given, *call.made}
+        if following is None or not known.issuperset(following.given):
+            parts.append((0, call.after_s, 0))
     free, ready, done = [0.0, 0.0], [0.0, 0.0], [0, 0]
     while min(done) < len(parts):
         begins = {}

@@ -14,6 +14,7 @@ from .comfyui import core
 from .comfyui.core import ModelPatcher, mm
 from .comfyui.loaders import (
     NO_SUCH_FORMAT,
+    build_diffusion_model_without_memory,
     build_of_file,
     build_without_memory,
     load_diffusion_model_only,
@@ -40,7 +41,7 @@ from .weights.sources import file_of
 
 logger = logging.getLogger(__name__)
 
-DIFFUSION_MODEL, TEXT_ENCODER, VAE = ("diffusion model", "text encoder", "VAE")
+DIFFUSION_MODEL, TEXT_ENCODER, VAE = COMPONENTS = ("diffusion model", "text encoder", "VAE")
 _NOT_PAGE_LOCKED = ("xpu", "npu", "mlu")
 """Kinds of accelerators for which ComfyUI page-locks no memory that it has already."""
 _COMPILED = "torch_compile_kwargs"
@@ -115,7 +116,7 @@ def load_components(
         layers = {component: list_layers(patcher.model) for component, patcher in patchers.items()}
         # ComfyUI computes a text encoder on the CPU when the device asked for lacks its dtype.
         devices = {component: str(patcher.load_device) for component, patcher in patchers.items()}
-        plans = _make_plans(layers, devices, unet, clip, memory)
+        plans = make_plans(layers, devices, unet, clip, memory)
     except BaseException:
         for patcher in patchers.values():
             unload(patcher.model)
@@ -324,21 +325,37 @@ def reload_component(
 
 
 def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str) -> dict[str, Plan]:
-    """The plans that `load_checkpoint` would make now for the diffusion model and the text encoder, by component.
+    """The plans that `load_checkpoint` would make now, by component.
 
     Of a safetensors file only the header is read, and nothing is loaded: it takes about a tenth of a second. Raises as
     `load_checkpoint`, and `CheckpointError` also for a file in another format, or in which ComfyUI detects no more than
     a diffusion model.
     """
     memory = memory_of([unet, clip], vae_device)
-    built = build_without_memory(read_shapes(ckpt_path), unet.compute_device, clip.compute_device)
-    layers, devices = {DIFFUSION_MODEL: list_layers(built.model)}, {DIFFUSION_MODEL: unet.compute_device}
-    if built.text_encoder is not None:
-        layers[TEXT_ENCODER], devices[TEXT_ENCODER] = list_layers(built.text_encoder), built.clip_device
-    return _make_plans(layers, devices, unet, clip, memory)
+    layers, devices = layers_of_checkpoint(ckpt_path, unet.compute_device, clip.compute_device, vae_device)
+    return make_plans(layers, devices, unet, clip, memory)
 
 
-def _make_plans(
+def layers_of_checkpoint(
+    ckpt_path: str, unet_device: str, clip_device: str, vae_device: str
+) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
+    """By component: its layers, and the device that it would compute on. Of the file only the header is read."""
+    built = build_without_memory(read_shapes(ckpt_path), unet_device, clip_device, vae_device)
+    modules = {DIFFUSION_MODEL: built.model, TEXT_ENCODER: built.text_encoder, VAE: built.vae}
+    devices = {DIFFUSION_MODEL: unet_device, TEXT_ENCODER: built.clip_device, VAE: vae_device}
+    layers: dict[str, Sequence[Layer]] = {
+        component: list_layers(module) for component, module in modules.items() if module is not None
+    }
+    return layers, {component: devices[component] for component in layers}
+
+
+def layers_of_diffusion_model(path: str, device: str) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
+    """The same of a file that holds a diffusion model alone."""
+    module = build_diffusion_model_without_memory(read_shapes(path), device)
+    return {DIFFUSION_MODEL: list_layers(module)}, {DIFFUSION_MODEL: device}
+
+
+def make_plans(
     layers: Mapping[str, Sequence[Layer]],
     devices: Mapping[str, str],
     unet: ComponentRequest,

@@ -154,6 +154,32 @@ def test_a_bad_allocation_is_shown_on_the_loader_before_anything_is_loaded(serve
     assert "model weight dtype" not in server.log[len(log_before) :]
 
 
+def preview_on(front_end, text):
+    """The preview on the loader, once it has this text."""
+    front_end.show(LOADER)
+    found = front_end.page.locator(".distorch2-preview:visible", has_text=text)
+    found.wait_for()
+    return found
+
+
+def test_the_preview_follows_the_widgets(server, front_end):
+    front_end.load(on_this_machine("exact_bytes"), "preview")
+    before = front_end.export()
+    preview_on(front_end, f"{COMPUTE}  3.0 MiB  100%  resident")
+    front_end.set_widget(LOADER, "unet_expert_mode_allocations", f"{COMPUTE},30%;{DONOR},70%")
+    found = preview_on(front_end, re.compile(rf"{DONOR} .* streamed"))
+    text = found.inner_text()
+    assert "diffusion model  3.0 MiB" in text
+    assert "each run copies" in text
+    front_end.set_widget(LOADER, "unet_expert_mode_allocations", "cpu,2tib;cpu,*")
+    text = preview_on(front_end, "unet_expert_mode_allocations:").inner_text()
+    assert "unknown unit 'tib'; use b, kb, mb, gb or tb\n    cpu,2tib;cpu,*\n         ~~~^" in text
+    front_end.set_widget(LOADER, "unet_expert_mode_allocations", "")
+    preview_on(front_end, "resident")
+    assert front_end.export() == before
+    assert "preview" not in json.dumps(front_end.save())
+
+
 def test_the_node_shows_its_widgets_and_its_name(server, front_end):
     front_end.load(json.loads(ui_file("exact_bytes")), "exact_bytes")
     front_end.show(LOADER)
@@ -247,4 +273,5 @@ def test_saved_nodes_of_the_other_pack_open_and_export_with_their_values(front_e
 def test_no_complaint_in_the_console_is_about_this_pack(front_end):
     # About a node with an error the front end asks a server elsewhere, by name, which this one forbids it.
     ours = [text for text in front_end.complaints if re.search("distorch|multigpu", text, re.IGNORECASE)]
-    assert [text for text in ours if "Content Security Policy" not in text] == []
+    expected = ("Content Security Policy", "/distorch2/preview?")  # the second, while a mistake is typed
+    assert [text for text in ours if not any(each in text for each in expected)] == []

@@ -15,7 +15,7 @@ from sampling import sample
 from allocation_parser import parse_allocation
 from distorch2.loading import load_checkpoint
 from distorch2.planning.plan import ComponentRequest, VirtualVram
-from distorch2.planning.planner import plan_in_turns
+from distorch2.planning.planner import plan_alternating
 from distorch2.weights.devices import CPU
 from distorch2.weights.packing import PackedSlab
 from distorch2.weights.quantised import plain_tensors
@@ -266,7 +266,7 @@ def test_two_gpus_are_a_relayed_pair(checkpoints, kind, monkeypatch):
     for _ in range(2):
         for _ in range(3):
             assert torch.equal(sample(model, clip), plain)
-        assert model._shared.placed.plan == plan_in_turns(model.request.plan, model.layers_of(model.model))
+        assert model._shared.placed.plan == plan_alternating(model.request.plan, model.layers_of(model.model))
         assert torch.equal(sample(lora_for(model), clip), with_lora)
         mm.unload_all_models()
 

@@ -9,9 +9,10 @@ from checkpoints import KINDS
 from placing import COMPUTE, DONOR, devices_known_to_comfyui, inference_mode  # noqa: F401
 
 from allocation_parser import parse_allocation
-from distorch2.loading import DIFFUSION_MODEL, TEXT_ENCODER, load_checkpoint, plan_checkpoint
-from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
+from distorch2.loading import DIFFUSION_MODEL, TEXT_ENCODER, VAE, load_checkpoint, plan_checkpoint
+from distorch2.planning.plan import ComponentRequest, Plan, PlanError, VirtualVram
 from distorch2.weights.checkpoint_file import CheckpointError
+from distorch2.weights.inventory import list_layers
 
 # Of a diffusion model or a text encoder alone.
 NO_CHECKPOINTS = ["diffusion_only", "clip_l"]
@@ -27,7 +28,10 @@ def test_the_plans_are_those_of_the_load(checkpoints, kind, percent):
     unet = ComponentRequest(COMPUTE, parse_allocation(text))
     clip = ComponentRequest(COMPUTE, VirtualVram(0.05, DONOR))
     planned = plan_checkpoint(checkpoints(kind), unet, clip, COMPUTE)
-    model, encoder, _ = load_checkpoint(checkpoints(kind), unet, clip, COMPUTE)
+    model, encoder, vae = load_checkpoint(checkpoints(kind), unet, clip, COMPUTE)
+    assert (VAE in planned) == (getattr(vae, "patcher", None) is not None)
+    if VAE in planned:
+        assert planned[VAE] == Plan.all_on(COMPUTE, list_layers(vae.first_stage_model))
     assert planned[DIFFUSION_MODEL] == model.distribution.asked
     assert (TEXT_ENCODER in planned) == (encoder is not None)
     if encoder is not None:

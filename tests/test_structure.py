@@ -12,7 +12,7 @@ from conftest import ROOT
 pytestmark = pytest.mark.quick
 
 SHIPPED = [*ROOT.glob("*.py"), *(ROOT / "distorch2").rglob("*.py")]
-MAY_IMPORT_COMFYUI = {"nodes.py", "drop_in_nodes.py", "core.py"}
+MAY_IMPORT_COMFYUI = {"nodes.py", "drop_in_nodes.py", "routes.py", "core.py"}
 PURE = [
     "allocation_parser",
     *(f"distorch2.planning.{path.stem}" for path in (ROOT / "distorch2" / "planning").glob("*.py")),

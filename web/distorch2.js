@@ -1,17 +1,170 @@
-// The placement table on each node of the pack that has one, in both renderers, after each run.
+// On each node of the pack that places a model: what its settings will do, while they are edited, in both renderers; and
+// the table of what was placed, after a run.
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 
 const NODES = /(DisTorch2|MultiGPU)$/; // those of others have no such output
-const WIDGET = "distorch2_placement";
+const TABLE = "distorch2_placement";
+const PREVIEW = "distorch2_preview";
+const LOOK_AGAIN_MS = 300;
 const COLUMNS = 64; // the table has fewer; its title and notes may have more, and are wrapped
 const FONT_PX = 10;
 const CHARACTER_PX = 6.2; // a little more than in the usual monospaced fonts
 const LINE_PX = 14;
+const BAR_PX = 10;
 const MARGIN_PX = 10; // around the text in the classic renderer
+const MOST_LINKS = 50; // that are followed to the node that loads a file
 
-function numRows(line) {
+// --- what is asked
+
+const COMPONENTS = { DistributeModelDisTorch2: "diffusion model", DistributeCLIPDisTorch2: "text encoder" };
+const OWN_FILE = { ckpt_name: /\.(safetensors|sft)$/i, unet_name: /\.(safetensors|sft)$/i };
+
+// Values of widgets by name; undefined for one that is linked, which is not known before it runs.
+function valuesOf(node) {
+  const linked = new Set((node.inputs ?? []).filter((input) => input.link != null).map((input) => input.widget?.name));
+  const widgets = (node.widgets ?? []).filter((widget) => ![TABLE, PREVIEW].includes(widget.name));
+  return Object.fromEntries(widgets.map((widget) => [widget.name, linked.has(widget.name) ? undefined : widget.value]));
+}
+
+// The file's input of a node, as {ckpt_name: ...} or {unet_name: ...}, if its header can be read.
+function fileOf(node) {
+  const values = valuesOf(node);
+  const name = Object.keys(OWN_FILE).find((each) => OWN_FILE[each].test(values[each] ?? ""));
+  const listed = node.widgets?.find((widget) => widget.name === name)?.options?.values;
+  if (!name || (Array.isArray(listed) && !listed.includes(values[name]))) return null;
+  return ["default", undefined].includes(values.weight_dtype) ? { [name]: values[name] } : null; // others are cast
+}
+
+// That of the node from which the model comes, by way of nodes that pass one on.
+function fileBefore(node, type) {
+  for (let links = 0; links < MOST_LINKS; links++) {
+    const slot = (node.inputs ?? []).findIndex((input) => input.type === type);
+    node = slot < 0 ? null : node.getInputNode(slot);
+    if (!node) return null;
+    const file = /Loader/.test(node.comfyClass ?? "") && fileOf(node);
+    if (file) return file;
+  }
+  return null;
+}
+
+// What the server is asked for; null where nothing can be told before the node runs.
+function questionOf(node) {
+  const component = COMPONENTS[node.comfyClass];
+  const values = valuesOf(node);
+  const file = component ? fileBefore(node, component === "text encoder" ? "CLIP" : "MODEL") : fileOf(node);
+  if (!file || values.use_other_vram) return null;
+  const question = { ...values, ...file };
+  if (component) question.component = component;
+  if (!("unet_compute_device" in values)) {
+    question.compute_device = values.compute_device ?? values.device;
+    question.donor_device = values.donor_device ?? "cpu";
+  }
+  return Object.values(question).includes(undefined) ? null : new URLSearchParams(question).toString();
+}
+
+// --- how it looks
+
+const SERVED = {
+  resident: 1,
+  packed: 0.8,
+  relayed: 1,
+  streamed: 0.45,
+  "streamed, packed": 0.45,
+  "looked up": 0.45,
+}; // opacity: how dear the bytes are
+
+function colorOf(device) {
+  const [kind, index] = device.split(":");
+  const hues = { cpu: 35, disk: 0, cuda: 130 };
+  return kind === "disk" ? "hsl(0 0% 55%)" : `hsl(${((hues[kind] ?? 280) + 75 * Number(index ?? 0)) % 360} 55% 48%)`;
+}
+
+const gib = (bytes) => (bytes >= 2 ** 30 / 10 ? `${(bytes / 2 ** 30).toFixed(2)} GiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`);
+
+function line(text, style = {}, title = text) {
+  const element = document.createElement("div");
+  Object.assign(element.style, { whiteSpace: "pre", overflow: "hidden", textOverflow: "ellipsis", ...style });
+  element.textContent = text;
+  element.title = title;
+  return element;
+}
+
+function barOf(parts, bytes) {
+  const bar = document.createElement("div");
+  Object.assign(bar.style, { display: "flex", height: `${BAR_PX}px`, margin: "2px 0", borderRadius: "3px", overflow: "hidden" });
+  for (const part of parts) {
+    const segment = document.createElement("span");
+    const style = { flex: `${part.bytes} 0 0`, background: colorOf(part.device), opacity: SERVED[part.served] };
+    Object.assign(segment.style, style);
+    segment.title = describe(part, bytes);
+    bar.append(segment);
+  }
+  return bar;
+}
+
+const describe = (part, bytes) =>
+  `${part.device}  ${gib(part.bytes)}  ${((100 * part.bytes) / Math.max(1, bytes)).toFixed(0)}%  ${part.served}`;
+
+function partLine(part, bytes) {
+  const element = line("", {}, describe(part, bytes));
+  const mark = document.createElement("span");
+  mark.textContent = "■ ";
+  Object.assign(mark.style, { color: colorOf(part.device), opacity: SERVED[part.served] });
+  element.append(mark, describe(part, bytes));
+  return element;
+}
+
+const isSame = (parts, others) => JSON.stringify(parts) === JSON.stringify(others);
+
+function componentLines({ name, bytes, parts, now, copied, read }) {
+  const lines = [line(`${name}  ${gib(bytes)}`, { fontWeight: "bold" }), barOf(parts, bytes)];
+  lines.push(...parts.map((part) => partLine(part, bytes)));
+  if (copied) lines.push(line(`  each run copies ${gib(copied)}`));
+  if (read) lines.push(line(`  each run reads ${gib(read)} from the disk`));
+  if (now && !isSame(now, parts)) {
+    lines.push(line("  as it lies now:"), barOf(now, bytes), ...now.map((part) => partLine(part, bytes)));
+  }
+  return lines;
+}
+
+function deviceLine({ name, total, free, planned }) {
+  const of = total === null ? "" : ` of ${gib(total)}`;
+  return line(`${name}: ${gib(planned)}${of}${free === null ? "" : `, ${gib(free)} free now`}`, { opacity: 0.75 });
+}
+
+const warningLine = (text) => line(`! ${text}`, { color: "var(--warning-text, #d68910)" });
+
+function linesOf({ components, devices, warnings, error, input }) {
+  if (error) {
+    const named = input ? `${input}:\n${error}` : error;
+    return named.split("\n").map((text) => line(text, { color: "var(--error-text, #e5484d)" }));
+  }
+  const present = components.filter(({ bytes }) => bytes);
+  return [...present.flatMap(componentLines), ...devices.map(deviceLine), ...warnings.map(warningLine)];
+}
+
+// --- where it is shown
+
+function addDomWidget(node, name, element, height) {
+  const widget = node.addDOMWidget(name, name, element, {
+    serialize: false,
+    getMinHeight: height,
+    getMaxHeight: height,
+    margin: MARGIN_PX,
+  });
+  widget.serialize = false; // the option keeps it out of prompts, this out of saved workflows
+  return widget;
+}
+
+function grow(node, width = 0) {
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], node.computeSize()[1])]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+function numRows(text) {
   const columnsFilled = COLUMNS - 12; // the word that comes next may be as long as that
-  return line.length <= COLUMNS ? 1 : Math.ceil(line.length / columnsFilled);
+  return text.length <= COLUMNS ? 1 : Math.ceil(text.length / columnsFilled);
 }
 
 function addTable(node) {
@@ -25,33 +178,103 @@ function addTable(node) {
     userSelect: "text",
   });
   const height = () =>
-    element.textContent.split("\n").reduce((rows, line) => rows + numRows(line), 0) * LINE_PX + 2 * MARGIN_PX;
-  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
-    serialize: false,
-    getMinHeight: height,
-    getMaxHeight: height,
-    margin: MARGIN_PX,
-  });
-  widget.serialize = false; // the option keeps it out of prompts, this out of saved workflows
-  return widget;
+    element.textContent.split("\n").reduce((rows, text) => rows + numRows(text), 0) * LINE_PX + 2 * MARGIN_PX;
+  return addDomWidget(node, TABLE, element, height);
 }
 
-function show(node, text) {
-  const widget = node.widgets.find((candidate) => candidate.name === WIDGET) ?? addTable(node);
+function showTable(node, text) {
+  const widget = node.widgets.find((candidate) => candidate.name === TABLE) ?? addTable(node);
   widget.element.textContent = text;
-  const columns = Math.min(COLUMNS, Math.max(...text.split("\n").map((line) => line.length)));
-  const width = columns * CHARACTER_PX + 2 * MARGIN_PX;
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], node.computeSize()[1])]);
+  const columns = Math.min(COLUMNS, Math.max(...text.split("\n").map((each) => each.length)));
+  grow(node, columns * CHARACTER_PX + 2 * MARGIN_PX);
+}
+
+function addPreview(node) {
+  const element = document.createElement("div");
+  element.className = "distorch2-preview";
+  Object.assign(element.style, {
+    font: `${FONT_PX}px/${LINE_PX}px monospace`,
+    color: "var(--input-text, inherit)",
+    overflow: "hidden",
+    userSelect: "text",
+  });
+  const height = () => {
+    const numBars = element.querySelectorAll(":scope > div[style*='display: flex']").length;
+    const numLines = element.children.length - numBars;
+    return element.children.length ? numLines * LINE_PX + numBars * (BAR_PX + 4) + 2 * MARGIN_PX : 0;
+  };
+  const widget = addDomWidget(node, PREVIEW, element, height);
+  hide(widget, true);
+}
+
+// Where nothing is shown. Nodes 2.0 does not see that a widget is not hidden any more; empty, it takes no room there.
+function hide(widget, isHidden) {
+  widget.hidden = isHidden && !window.LiteGraph?.vueNodesMode;
+}
+
+function showPreview(node, found) {
+  const widget = node.widgets.find((candidate) => candidate.name === PREVIEW);
+  if (!widget) return;
+  widget.element.replaceChildren(...(found ? linesOf(found) : []));
+  hide(widget, !found);
+  grow(node);
+}
+
+// --- when it is asked
+
+const previews = new Map(); // node -> what was asked, what is to be, and whether an answer is on its way
+
+async function lookAgain(node, state) {
+  const question = questionOf(node);
+  if (question !== state.seen) {
+    state.seen = question; // still being edited, perhaps
+    return;
+  }
+  if (state.isAsking || question === state.asked) return;
+  state.asked = question;
+  if (question === null) {
+    showPreview(node, null);
+    return;
+  }
+  state.isAsking = true;
+  try {
+    const answer = await api.fetchApi(`/distorch2/preview?${question}`);
+    if (answer.status === 429) state.asked = undefined;
+    else if (answer.ok || answer.status === 400) showPreview(node, await answer.json());
+  } catch {
+    // The server is gone; the front end says so.
+  } finally {
+    state.isAsking = false;
+  }
+}
+
+function lookAtAll() {
+  for (const [node, state] of previews) {
+    if (node.graph) lookAgain(node, state);
+  }
 }
 
 app.registerExtension({
   name: "DisTorch2.Placement",
+  setup() {
+    setInterval(lookAtAll, LOOK_AGAIN_MS);
+    for (const event of ["execution_success", "execution_error", "execution_interrupted"]) {
+      api.addEventListener(event, () => previews.forEach((state) => (state.asked = undefined))); // what lies where now
+    }
+  },
   nodeCreated(node) {
     if (!NODES.test(node.comfyClass ?? "")) return;
-    const onExecuted = node.onExecuted;
+    const { onExecuted, onRemoved } = node;
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
-      if (output?.[WIDGET]) show(this, output[WIDGET].join("\n"));
+      if (output?.[TABLE]) showTable(this, output[TABLE].join("\n"));
+    };
+    if (!node.widgets?.some((widget) => /virtual_vram_gb$/.test(widget.name))) return; // everything is whole there
+    addPreview(node);
+    previews.set(node, { seen: undefined, asked: undefined, isAsking: false });
+    node.onRemoved = function () {
+      previews.delete(this);
+      onRemoved?.apply(this, arguments);
     };
   },
 });

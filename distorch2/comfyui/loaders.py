@@ -77,11 +77,13 @@ class Detected:
 
 
 class Built(NamedTuple):
-    """Models without memory. The text encoder is None where the file has none; it would compute on `clip_device`."""
+    """Models without memory; None for a part that the file does not have. The text encoder would compute on
+    `clip_device`."""
 
     model: torch.nn.Module
-    text_encoder: torch.nn.Module | None
-    clip_device: str
+    text_encoder: torch.nn.Module | None = None
+    clip_device: str = ""
+    vae: torch.nn.Module | None = None
 
 
 def read_shapes(ckpt_path: str) -> Weights:
@@ -110,27 +112,57 @@ def read_shapes(ckpt_path: str) -> Weights:
     return Weights(ckpt_path, state_dict, metadata)
 
 
-def build_without_memory(weights: Weights, unet_device: str, clip_device: str) -> Built:
+def build_without_memory(weights: Weights, unet_device: str, clip_device: str, vae_device: str) -> Built:
     """The models of `read_shapes`, as they would be loaded. Raises `CheckpointError` for what is no checkpoint."""
+    with _as_no_checkpoint(weights.path):
+        detected = _detect(weights)
+        if detected.config is None:
+            raise _not_a_checkpoint(weights.path)
+        model = _model_without_memory(detected, unet_device)
+        encoder, clip_device = _text_encoder_without_memory(detected, clip_device)
+        return Built(model, encoder, clip_device, _vae_without_memory(detected, weights.metadata, vae_device))
+
+
+def build_diffusion_model_without_memory(weights: Weights, device: str) -> torch.nn.Module:
+    """The same for a file that has no other part. Raises `CheckpointError` also where ComfyUI converts the names of its
+    tensors."""
+    with _as_no_checkpoint(weights.path):
+        detected = _detect_alone(weights)
+        if detected is None:
+            raise _not_a_checkpoint(weights.path)
+        return _model_without_memory(detected, device)
+
+
+@contextlib.contextmanager
+def _as_no_checkpoint(path: str) -> Iterator[None]:
+    """What ComfyUI raises for a file that holds something else, as an error that says so."""
     try:
-        return _build_without_memory(weights, unet_device, clip_device)
+        yield
     except CheckpointError:
         raise
     except (*NO_SUCH_FORMAT, IndexError, RuntimeError) as error:
-        raise _not_a_checkpoint(weights.path) from error
+        raise _not_a_checkpoint(path) from error
 
 
-def _build_without_memory(weights: Weights, unet_device: str, clip_device: str) -> Built:
-    detected = _detect(weights)
-    if detected.config is None:
-        raise _not_a_checkpoint(weights.path)
-    options = {"load_device": torch.device(unet_device), "offload_device": CPU}
+def _model_without_memory(detected: Detected, device: str) -> torch.nn.Module:
+    options = {"load_device": torch.device(device), "offload_device": CPU}
     dtype, _ = _inference_dtype(detected)
-    model = _build_diffusion_model(detected, dtype, options, disable_dynamic=True, built_on=_META).model
+    return _build_diffusion_model(detected, dtype, options, disable_dynamic=True, built_on=_META).model
+
+
+def _vae_without_memory(detected: Detected, metadata: dict[str, str] | None, device: str) -> torch.nn.Module | None:
+    prefixes = dict.fromkeys(detected.config.vae_key_prefix, "")
+    state_dict = core.utils.state_dict_prefix_replace(dict(detected.state_dict), prefixes, filter_keys=True)
+    shapes = {name: value.to(_META) for name, value in detected.config.process_vae_state_dict(state_dict).items()}
+    with _META:
+        return core.sd.VAE(sd=shapes, metadata=metadata, device=torch.device(device)).first_stage_model
+
+
+def _text_encoder_without_memory(detected: Detected, clip_device: str) -> tuple[torch.nn.Module | None, str]:
     target = detected.config.clip_target(state_dict=detected.state_dict)
     state_dict = detected.config.process_clip_state_dict(detected.state_dict)
     if target is None or not state_dict:
-        return Built(model, None, clip_device)
+        return None, clip_device
     device = torch.device(clip_device)
     given = {"dtype": mm.text_encoder_dtype(device), "device": _META, "model_options": {}}
     encoder = target.clip(**{**target.params, **given})
@@ -138,7 +170,7 @@ def _build_without_memory(weights: Weights, unet_device: str, clip_device: str) 
         device = CPU
     with _tensors_as_built(encoder):
         encoder.load_state_dict(state_dict, strict=False, assign=True)
-    return Built(model, encoder, str(device))
+    return encoder, str(device)
 
 
 def read(ckpt_path: str) -> Weights:
@@ -225,6 +257,14 @@ def build_of_file(weights: Weights, devices: dict[str, torch.device]) -> ModelPa
 
     None where the file has other names for its tensors than ComfyUI, which converts them.
     """
+    detected = _detect_alone(weights)
+    if detected is None:
+        return None
+    return _build_diffusion_model(detected, _inference_dtype(detected)[0], devices, disable_dynamic=False)
+
+
+def _detect_alone(weights: Weights) -> Detected | None:
+    """None where the file has other names for its tensors than ComfyUI."""
     try:
         state_dict, metadata = core.utils.convert_old_quants(dict(weights.state_dict), "", metadata=weights.metadata)
         prefix = core.model_detection.unet_prefix_from_state_dict(state_dict)
@@ -234,10 +274,7 @@ def build_of_file(weights: Weights, devices: dict[str, torch.device]) -> ModelPa
         config = core.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
     except NO_SUCH_FORMAT as error:
         raise _not_a_checkpoint(weights.path) from error
-    if config is None:
-        return None
-    detected = Detected(state_dict, "", config)
-    return _build_diffusion_model(detected, _inference_dtype(detected)[0], devices, disable_dynamic=False)
+    return None if config is None else Detected(state_dict, "", config)
 
 
 def load_diffusion_model_only(weights: Weights, model_options: dict[str, Any], disable_dynamic: bool) -> ModelPatcher:

@@ -24,6 +24,7 @@ from ..planning.plan import GIB, Layer, Plan, size_text
 from ..planning.planner import plan_beside
 from ..serving.distribution import Distribution
 from ..serving.forwards import drop_copied_forwards
+from ..serving.pair import RelayedPair
 from ..weights.devices import CPU, DISK_NAME, device_of
 from ..weights.files import FileError
 from ..weights.inventory import own_tensors
@@ -39,6 +40,8 @@ from .sharing import unhook_original, unload
 logger = logging.getLogger(__name__)
 
 
+_AS_PAIR = "as a pair"
+"""Beside the devices of a distribution: what tells that of a relayed pair from others."""
 _OF_ONE_PATCHER = {"object_patches", "attachments", "additional_models", "callbacks", "hook_patches"}
 """Attributes of a patcher that may keep much else alive."""
 
@@ -50,10 +53,12 @@ class DistributedPatcher(WeightPatcher):
     _stand_ins = StandIns()
     _others: tuple[str, ...] = ()
     """Of a copy for one of several devices: those that run the model at the same time. The first has the copies."""
-    _pair: DistributedPatcher | None = None
-    """While one module runs for it and its copies, as a relayed pair: the patcher of that module."""
+    pair: RelayedPair | None = None
+    """While the module runs for its copies, too."""
     _pair_plan: Plan | None = None
-    """For the module of a pair."""
+    """With which it does, or has done in the last run."""
+    _run_by: DistributedPatcher | None = None
+    """Of a copy: the patcher whose module runs its inputs, so that it needs no weights."""
     _device_dtype: tuple[torch.dtype | None, bool] | None = None
     """A dtype of computation that was set for the device, and whether weights were cast by force before."""
 
@@ -94,21 +99,11 @@ class DistributedPatcher(WeightPatcher):
             if isinstance(copy, DistributedPatcher):
                 copy._others = devices_of(each for each in (self, *copies) if each is not copy)
                 copy.parent = copy._stand_in()  # ComfyUI has this one, which is of another module
-                copy._pair = self._pair
+                copy._run_by = self if self._pair_plan is not None else None
 
-    @contextlib.contextmanager
-    def relayed_as_pair(self, plan: Plan) -> Iterator[Distribution]:
-        """For the time of sampling, have the module served as in `plan`, also for the copies, which need no weights."""
-        self._pair, self._pair_plan = self, plan
-        try:
-            yield self.distribution
-        finally:
-            for each in (self, *self.get_additional_models_with_key(MULTIGPU)):
-                each._pair = each._pair_plan = None
-
-    @property
-    def _is_run_by_another(self) -> bool:
-        return self._pair is not None and self._pair is not self
+    def serve_as_pair(self, plan: Plan | None) -> None:
+        """From the next load on, have the module served as in `plan` for its copies, too; None: they serve theirs."""
+        self._pair_plan = plan
 
     def set_device_dtype(self, dtype: torch.dtype | None) -> None:
         """As `set_model_compute_dtype`, for the time that this device computes."""
@@ -163,14 +158,14 @@ class DistributedPatcher(WeightPatcher):
         device, copies = str(self.load_device), self.get_additional_models_with_key(MULTIGPU)
         others = devices_of(copies) if copies else self._others
         distributions = self._shared.distributions.setdefault(self.request, {})
-        kind = (device, "pair") if self._pair_plan is not None else (device, *others)
+        kind = (device, *others)
+        if self._pair_plan is not None:
+            kind, others = (*kind, _AS_PAIR), ()
         found = distributions.get(kind)
         if found is None:
             plan = self._pair_plan or self._plan_for(device, others)
-            shared_slabs = self.request.slabs if others and self._pair_plan is None else None
+            shared_slabs = self.request.slabs if others else None
             found = distributions[kind] = Distribution(self.model, plan, COMFYUI, shared_slabs)
-            if self._pair_plan is not None:
-                self._log_plan(plan, f"in turns with {' and '.join(others)}")
         return found
 
     def _plan_for(self, device: str, others: Sequence[str]) -> Plan:
@@ -181,18 +176,19 @@ class DistributedPatcher(WeightPatcher):
             return Plan.all_on(device, layers)
         if not others and device == asked.compute_device:
             return asked
-        plan = plan_beside(asked, layers, device, others) if others else asked.exchanged(device, layers)
-        self._log_plan(plan, f"beside {' and '.join(others)}" if others else "")
-        return plan
+        return plan_beside(asked, layers, device, others) if others else asked.exchanged(device, layers)
 
-    def _log_plan(self, plan: Plan, how: str) -> None:
+    def _log_plan(self, plan: Plan) -> None:
+        """One that was made of what was asked."""
         kept = ", ".join(f"{size_text(plan.bytes_on(each))} on {each}" for each in plan.devices)
-        name = f"{type(self.model).__name__} for {plan.compute_device}"
-        logger.info("DisTorch2: %s: %s", f"{name}, {how}" if how else name, kept)
+        how = ", as a relayed pair" if self._pair_plan is not None else ""
+        if plan.others:
+            how = f", beside {' and '.join(plan.others)}"
+        logger.info("DisTorch2: %s for %s%s: %s", type(self.model).__name__, plan.compute_device, how, kept)
 
     def model_size(self) -> int:
         """Bytes that the model needs on its compute device: resident layers, patched, and staging buffers."""
-        if self._is_run_by_another:
+        if self._run_by is not None:
             return 0
         return self._plan().compute_bytes + self.distribution.unplanned_bytes
 
@@ -202,6 +198,12 @@ class DistributedPatcher(WeightPatcher):
         placed = self._shared.placed
         is_here = placed is not None and placed.is_placed and placed.device == self.load_device
         return placed if placed is not None and is_here else self.distribution
+
+    @property
+    def placed_plan(self) -> Plan | None:
+        """Where the weights lie now; None while they are not on their devices."""
+        placed = self._shared.placed
+        return placed.plan if placed is not None and placed.is_placed else None
 
     def _left_behind(self) -> Distribution | None:
         """What is placed on another device by a patcher that is gone: ComfyUI turns to its parent, this one perhaps."""
@@ -218,7 +220,7 @@ class DistributedPatcher(WeightPatcher):
 
     def model_patches_models(self) -> list[ModelPatcher]:
         """Models to be loaded with this one: those of ComfyUI's patches, and what lies on other accelerators."""
-        shares = [] if self._is_run_by_another else self.distribution.shares
+        shares = [] if self._run_by is not None else self.distribution.shares
         return [*super().model_patches_models(), *shares]
 
     def load(
@@ -230,7 +232,7 @@ class DistributedPatcher(WeightPatcher):
     ) -> None:
         """Place the weights, in up to `lowvram_model_memory` bytes of the compute device if it is not 0, and apply this
         clone's patches to them."""
-        if self._is_run_by_another:
+        if self._run_by is not None:
             self.model.device = self.load_device
             return
         with self.use_ejected():
@@ -432,7 +434,7 @@ class DistributedPatcher(WeightPatcher):
 
     def _place(self, compute_bytes: float = math.inf, is_cancellable: bool = True) -> None:
         """Place the weights as planned for this patcher, and not for another any more."""
-        if self._is_run_by_another:
+        if self._run_by is not None:
             return
         self.unpatch_hooks()  # before weights move
         unhook_original(self.model)
@@ -440,6 +442,8 @@ class DistributedPatcher(WeightPatcher):
         if placed is not None and placed is not here and placed.is_placed:
             self._release(placed)
         self._shared.placed = here
+        if placed is not here and here.asked is not self.request.plan:
+            self._log_plan(here.asked)
         here.begin_run()
         here.place(self._plan().within(compute_bytes, here.plan), is_cancellable)
         if placed is not None and placed is not here:
@@ -499,10 +503,12 @@ def _around_forward(executor: Any, *arguments: Any, **options: Any) -> Any:
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not isinstance(patcher, DistributedPatcher):
         return executor(*arguments, **options)
-    patcher = patcher._pair or patcher
+    patcher = patcher._run_by or patcher
+    is_own = patcher.model is executor.class_obj
+    running = patcher.distribution.running() if patcher.pair is None else contextlib.nullcontext()
     try:
         with (
-            patcher.distribution.running(),
+            patcher.pair.own_pass() if patcher.pair is not None and is_own else running,
             contextlib.nullcontext() if patcher.distribution.relay is None else core.without_compiler(),
         ):
             return executor(*arguments, **options)

@@ -24,7 +24,7 @@ class StandIns(dict[torch.device, ModelPatcher]):
     each other."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Request:
     """What was asked for a patcher and its clones. Others of the same module may be planned in another way."""
 
@@ -33,6 +33,8 @@ class Request:
     high_precision_loras: bool = True
     slabs: SharedSlabs = field(default_factory=SharedSlabs)
     """In main memory, which copies of the module for other devices share."""
+    prefers_pair: bool = False
+    """Set once copies have been found to be slower than a relayed pair."""
 
 
 @dataclass(eq=False)

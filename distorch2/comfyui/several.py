@@ -1,31 +1,28 @@
 """Several devices that run the same model at once, each for other conditionings: ComfyUI's MultiGPU CFG Split.
 
-Each of them either serves a copy of the model, and streams what it does not keep; or all of them run one module, whose
-units they have in turns: a relayed pair. With donor mode `relay` it is that, and with `auto` once copies have turned
-out to be what the devices wait for.
+There are two ways. Each device serves a copy of the model, and streams what it does not keep. Or the first module runs
+for all of them, a relayed pair: always with donor mode `relay`, and with `auto` once a run of copies has waited for
+weights for much of the time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..planning.plan import RELAY, STREAM, Plan
-from ..planning.planner import plan_in_turns
+from ..planning.planner import plan_alternating
 from ..serving.pair import RelayedPair
 from . import core
 from .sharing import unload
 
-logger = logging.getLogger(__name__)
-
 MULTIGPU = "multigpu"
 """The key of a patcher's additional models under which ComfyUI has the copies for other devices."""
-_MOST_WAITING = 0.25
-"""Of the time. Where copies of the model wait longer for their weights, a relayed pair is faster; see
-`benchmarks/several_gpus_forecast.py`."""
+_WAITING_FOR_A_PAIR = 0.35
+"""Of the time. Where copies of the model wait longer for their weights, a relayed pair is faster: its step takes about
+1.5 times as long as the resident one; see `benchmarks/several_gpus.py`."""
 
 
 def devices_of(patchers: Iterable[core.ModelPatcher]) -> tuple[str, ...]:
@@ -40,8 +37,10 @@ def around_sampling(executor: Any, *arguments: Any, **options: Any) -> Any:
     copies = patcher.get_additional_models_with_key(MULTIGPU)
     if not copies:
         return executor(*arguments, **options)
+    patcher.serve_as_pair(None)
     if _num_conditionings(guider) > 1:
-        with _as_pair(patcher, copies, guider.conds):
+        plan = _plan_of_pair(patcher, copies, guider)
+        with contextlib.nullcontext() if plan is None else _as_pair(patcher, copies, plan):
             return executor(*arguments, **options)
     patcher.remove_additional_models(MULTIGPU)
     try:
@@ -51,49 +50,56 @@ def around_sampling(executor: Any, *arguments: Any, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _as_pair(patcher: Any, copies: Sequence[Any], conditionings: Mapping[str, Any]) -> Iterator[None]:
-    plan = _plan_of_pair(patcher, copies, conditionings)
-    if plan is None:
-        yield
-        return
+def _as_pair(patcher: Any, copies: Sequence[Any], plan: Plan) -> Iterator[None]:
     for copy in copies:
         unload(copy.model)
+    patcher.serve_as_pair(plan)
     modules = {copy.load_device: copy.model.diffusion_model for copy in copies}
-    with (
-        patcher.relayed_as_pair(plan) as distribution,
-        RelayedPair(distribution, patcher.model.diffusion_model, modules).attached(),
-    ):
-        yield
+    pair = RelayedPair(patcher.distribution, patcher.model.diffusion_model, modules)
+    with pair.attached():
+        patcher.pair = pair
+        try:
+            yield
+        finally:
+            patcher.pair = None
 
 
-def _plan_of_pair(patcher: Any, copies: Sequence[Any], conditionings: Mapping[str, Any]) -> Plan | None:
+def _plan_of_pair(patcher: Any, copies: Sequence[Any], guider: Any) -> Plan | None:
+    """None where the copies are to run."""
     asked = patcher.request.plan
-    if asked is None or asked.donor_mode == STREAM or not asked.relays or not _may_be_paired(patcher, conditionings):
+    if asked is None or asked.donor_mode == STREAM or not {*asked.relays} <= {*devices_of(copies)}:
         return None
-    if str(patcher.load_device) != asked.compute_device or not {*asked.relays} <= {*devices_of(copies)}:
+    if str(patcher.load_device) != asked.compute_device or patcher.pair is not None or not _can_be_paired(guider):
         return None
-    if asked.donor_mode != RELAY and not patcher.request.slabs.is_paired:
-        distributions = [each.distribution for each in (patcher, *copies)]
-        waiting = [each.waiting_part for each in distributions if not each.may_start_packing]
-        if not any(part is not None and part > _MOST_WAITING for part in waiting):
-            return None
-        patcher.request.slabs.is_paired = True
-    return plan_in_turns(asked, patcher.layers_of(patcher.model))
+    if asked.donor_mode != RELAY and not (patcher.request.prefers_pair or _has_waited(patcher, copies)):
+        return None
+    plan = plan_alternating(asked, patcher.layers_of(patcher.model))
+    patcher.request.prefers_pair = plan is not None
+    return plan
 
 
-def _may_be_paired(patcher: Any, conditionings: Mapping[str, Any]) -> bool:
-    """Whether the model, unlike its copies, has nothing that is there for its own device."""
-    options = patcher.model_options.get("transformer_options", {})
-    of_one_device = [
+def _has_waited(patcher: Any, copies: Sequence[Any]) -> bool:
+    """Whether one of the copies has, in the last run, as it is to be served: packed, where it can be."""
+    distributions = [each.distribution for each in (patcher, *copies)]
+    waiting = [each.waiting_part for each in distributions if not each.may_start_packing]
+    return any(part is not None and part > _WAITING_FOR_A_PAIR for part in waiting)
+
+
+def _can_be_paired(guider: Any) -> bool:
+    """False where ComfyUI has something for each device (hooks, patches, wrappers, injections), which the inputs of a
+    copy would find on the first one's."""
+    patcher, options = guider.model_patcher, guider.model_options.get("transformer_options", {})
+    for_each_device = [
         *(options.get(name) for name in ("patches", "patches_replace", "optimized_attention_override")),
         *(each.get(core.WrappersMP.DIFFUSION_MODEL) for each in (patcher.wrappers, options.get("wrappers", {}))),
+        guider.model_options.get("torch_compile_kwargs"),
         patcher.injections,
         patcher.forced_hooks,
         patcher.weight_wrapper_patches,
         *(name for name in patcher.object_patches if name.startswith("diffusion_model")),
-        *(each.get(name) for kind in conditionings.values() for each in kind or () for name in ("hooks", "gligen")),
+        *(each.get(name) for kind in guider.conds.values() for each in kind or () for name in ("hooks", "gligen")),
     ]
-    return not any(of_one_device)
+    return not any(for_each_device)
 
 
 def _num_conditionings(guider: Any) -> int:

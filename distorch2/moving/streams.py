@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,12 +29,13 @@ def context_of(stream: Any) -> contextlib.AbstractContextManager[Any]:
 _streams: dict[tuple[torch.device, str], Any] = {}
 
 
-def stream_for(device: torch.device, purpose: str) -> Any:
-    """A stream of `device`, on which everything for one purpose goes one after another, whoever asks for it.
+def stream_for(device: torch.device, purpose: str, priority: int = 0) -> Any:
+    """A stream of `device`, on which everything for one purpose goes one after another, whoever asks for it. One with a
+    lower number goes before others, which then have what it leaves of the device.
 
     A GPU has few queues for many streams, and what is on two streams of one queue waits for each other.
     """
-    first = _streams.get((device, purpose)) or backend_of(device).Stream(device)
+    first = _streams.get((device, purpose)) or backend_of(device).Stream(device, priority=priority)
     if not hasattr(first, "stream_id"):
         return first
     _streams[device, purpose] = first
@@ -42,23 +44,54 @@ def stream_for(device: torch.device, purpose: str) -> Any:
 
 
 @contextlib.contextmanager
-def on_stream_for(device: torch.device, purpose: str, in_order: bool = True) -> Iterator[None]:
-    """Makes the stream for a purpose the current one of `device`, if that has streams.
+def on_stream_for(device: torch.device, purpose: str, priority: int = 0, in_order: bool = True) -> Iterator[None]:
+    """Make the stream for a purpose, as of `stream_for`, the current one of `device`, if that has streams.
 
-    If `in_order`, what is given to it comes after what the current stream has been given before, and what that is given
-    afterwards comes last.
+    If `in_order`, it first waits for the current stream's work, and afterwards the current stream waits for its.
     """
     backend = backend_of(device)
     if backend is None:
         yield
         return
-    outside, inside = backend.current_stream(device), stream_for(device, purpose)
+    outside, inside = backend.current_stream(device), stream_for(device, purpose, priority)
     if in_order:
         inside.wait_stream(outside)
-    with backend.stream(inside):
-        yield
-    if in_order:
-        outside.wait_stream(inside)
+    try:
+        with backend.stream(inside):
+            yield
+    finally:
+        if in_order:
+            outside.wait_stream(inside)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when a device has done all that it was given."""
+    backend = backend_of(device)
+    if backend is not None and backend.is_initialized():
+        backend.synchronize(device)
+
+
+class Turns:
+    """A lock for threads with streams of their own: what one gives to devices comes after what the one before it gave.
+
+    A thread that has it may take it again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._ends: dict[torch.device, Any] = {}  # an event by device, at the end of the last turn
+
+    @contextlib.contextmanager
+    def taken(self, devices: Iterable[torch.device]) -> Iterator[None]:
+        with self._lock:
+            for device, end in self._ends.items():
+                backend_of(device).current_stream(device).wait_event(end)
+            try:
+                yield
+            finally:
+                for device in devices:
+                    if backend_of(device) is not None:
+                        self._ends[device] = backend_of(device).current_stream(device).record_event()
 
 
 def backend_of(device: torch.device) -> Any:

@@ -175,35 +175,33 @@ ROUNDS = 3
 and more activations cross over; see `benchmarks/several_gpus_forecast.py`."""
 
 
-def plan_in_turns(asked: Plan, layers: Sequence[Layer]) -> Plan | None:
+def plan_alternating(asked: Plan, layers: Sequence[Layer]) -> Plan | None:
     """A plan for several inputs to be relayed at the same time: the units of the compute device and of the donors that
-    relay alternate, so that one device has work while another has the other input.
+    relay alternate, up to `ROUNDS` times, so that one device has work while another has the other input.
 
-    Donors have as many bytes of the model's `layers` as in the plan that was `asked` for, to a unit. None where all of
-    that is not on the compute device and donors that relay, or where only one of them has a unit.
+    Donors have as many bytes as in the plan that was `asked` for, to a unit. None where all of the model's `layers` is
+    not on the compute device and donors that relay, or where only one of them would have a unit.
     """
-    device_of = {item.layer.name: item.device for item in asked.placements}
-    devices = (asked.compute_device, *asked.relays)
-    if any(device_of.get(layer.name) not in devices for layer in layers):
+    home, device_of = asked.compute_device, {item.layer.name: item.device for item in asked.placements}
+    if any(device_of.get(layer.name) not in (home, *asked.relays) for layer in layers):
         return None
     sizes: dict[str, int] = {}
-    wanted = dict.fromkeys(devices, 0)
     for layer in layers:
         if layer.unit and layer.movable:
             sizes[layer.unit] = sizes.get(layer.unit, 0) + layer.num_bytes
-            wanted[device_of[layer.name]] += layer.num_bytes
+    wanted = {device: asked.bytes_on(device) for device in (home, *asked.relays)}
+    wanted[home] -= sum(layer.num_bytes for layer in layers) - sum(sizes.values())
     for rounds in range(ROUNDS, 0, -1):
-        runs_on = _in_turns(sizes, wanted, rounds)
+        runs_on = _alternating(sizes, wanted, rounds)
         if len(set(runs_on.values())) > 1:
             placements = (
-                Placement(layer, runs_on.get(layer.unit, devices[0]) if layer.movable else devices[0])
-                for layer in layers
+                Placement(layer, runs_on.get(layer.unit, home) if layer.movable else home) for layer in layers
             )
             return replace(asked, placements=tuple(placements), notes=(), relieved=())
     return None
 
 
-def _in_turns(sizes: Mapping[str, int], wanted: Mapping[str, int], rounds: int) -> dict[str, str]:
+def _alternating(sizes: Mapping[str, int], wanted: Mapping[str, int], rounds: int) -> dict[str, str]:
     """Unit -> device. Each device has its turn `rounds` times, but the first gets what is over: no other device gets
     more than is `wanted`."""
     first, *others = wanted

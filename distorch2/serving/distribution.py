@@ -174,7 +174,7 @@ class Distribution:
     def running(self) -> Iterator[None]:
         """Around each pass of the module."""
         self.relieve_host_memory()
-        is_to_be_known = self.may_start_packing or self.plan.others
+        is_to_be_known = self.may_start_packing or bool(self.plan.others)
         is_timed = is_to_be_known and self.is_placed and self.transfer.has_streams
         with self._pace.a_pass() if is_timed else contextlib.nullcontext():
             yield
@@ -190,8 +190,8 @@ class Distribution:
 
     @property
     def serves_one_at_a_time(self) -> bool:
-        """Whether something comes by way of buffers that belong to one pass of the module."""
-        return any(not key.is_relayed for key in self.groups)
+        """Whether something is streamed or looked up, by way of buffers that belong to one pass."""
+        return any(not key.is_relayed or group.device != device_of(key.device) for key, group in self.groups.items())
 
     def relieve_host_memory(self) -> None:
         """Give slabs up where others have taken so much main memory that less is left than is to be."""

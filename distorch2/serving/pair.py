@@ -1,8 +1,8 @@
-"""A module that is relayed with several inputs at the same time: its own, and those of its copies for other devices.
+"""A relayed pair: one module that runs with its own inputs and with those of its copies for other devices.
 
-A copy's inputs are brought to the module's device and the results to the copy's; the copy's own weights are not needed.
-While the units of one thread run on one device, those of another thread run on another: every device has work, and all
-weights lie somewhere once.
+A copy's thread brings its inputs to the module's device, runs the module, and takes the result back; the copy's own
+weights are not needed. While one input is in the units of one device, another is in those of another device: all
+devices have work, and all weights lie somewhere once. There may be more than two.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import functools
 import logging
 import operator
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from ..moving.streams import on_device, on_stream_for
+from ..moving.streams import Turns, on_device, on_stream_for, wait_for
 from .activations import Activations, Visit
 from .distribution import Distribution
 from .forwards import Forwards
@@ -26,15 +25,13 @@ from .relay import Relay
 
 logger = logging.getLogger(__name__)
 
-_keeps_nothing: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
-"""Whether a module holds the same after a pass as before, once a pass has been watched."""
-
 
 class RelayedPair:
-    """Runs `module`, which `distribution` serves, for itself and its `copies` by device, while it is `attached`.
+    """Runs `module`, which `distribution` serves, for itself, inside `own_pass`, and for its `copies` by device, while
+    it is `attached`.
 
-    Where two passes at the same time would disturb each other, they take turns. A module might keep something of a pass
-    in itself: its first is watched.
+    Passes take turns where two at a time would disturb each other: where weights come by way of buffers, and where the
+    module keeps something of a pass in itself, for which the first pass is watched.
     """
 
     def __init__(
@@ -44,74 +41,99 @@ class RelayedPair:
         self._module = module
         self._copies = copies
         self._forwards = Forwards("pair")
-        self._turn = threading.Lock()
+        self._own_lane = _Lane(0, distribution, distribution.device)
+        self._turns = Turns()
+        self._keeps_something: bool | None = None
+        """Whether the module held something else after the first pass than before."""
+        self._passes = threading.Condition()
+        self._num_running = 0
+        self._has_ended = False
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
+        """Ends when no pass is under way: after an error, that of another thread may be."""
         try:
-            self._forwards.set(self._module, self._make_own)
             for number, (device, copy) in enumerate(self._copies.items(), 1):
-                self._forwards.set(copy, functools.partial(self._make_for_copy, device, number))
+                self._forwards.set(copy, functools.partial(self._make_forward, number, device))
             yield
         finally:
+            with self._passes:
+                self._has_ended = True
+                self._passes.wait_for(lambda: not self._num_running)
             self._forwards.give_back()
+            for device in {self._distribution.device, *self._copies}:
+                wait_for(device)
 
-    def _make_own(self, previous: Callable[..., Any] | None) -> Callable[..., Any]:
-        self._run = previous or type(self._module).forward.__get__(self._module)
-        lane = _Lane(0, self._distribution, self._distribution.device)
+    @contextlib.contextmanager
+    def own_pass(self) -> Iterator[None]:
+        with self._own_lane.entered(), self._a_pass():
+            yield
 
-        def serve(*arguments: Any, **options: Any) -> Any:
-            with lane.entered(), self._in_turn():
-                return self._run(*arguments, **options)
-
-        return serve
-
-    def _make_for_copy(
-        self, device: torch.device, number: int, previous: Callable[..., Any] | None
+    def _make_forward(
+        self, number: int, device: torch.device, previous: Callable[..., Any] | None
     ) -> Callable[..., Any]:
+        """For a copy."""
         lane, home = _Lane(number, self._distribution, device), self._distribution.device
-        given = Activations(device, [home], f"to copy {number}")
+        crossing = Activations(device, [home], f"to copy {number}")
 
         def serve(*arguments: Any, **options: Any) -> Any:
-            visit = Visit(given, home)
+            visit = Visit(crossing, home)
             with lane.entered():
                 try:
                     arguments, options = visit.send((arguments, options))
-                    with self._in_turn():
-                        result = self._run(*arguments, **options)
+                    with self._a_pass():
+                        result = self._module(*arguments, **options)
                     return visit.bring_home(result)
                 finally:
                     visit.restore()
-                    given.forget()
+                    crossing.forget()
 
         return serve
 
     @contextlib.contextmanager
+    def _a_pass(self) -> Iterator[None]:
+        with self._passes:
+            if self._has_ended:
+                raise RuntimeError("sampling has ended")
+            self._num_running += 1
+        try:
+            with self._in_turn():
+                yield
+        finally:
+            with self._passes:
+                self._num_running -= 1
+                self._passes.notify_all()
+
+    @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
-        if _keeps_nothing.get(self._module) and not self._distribution.serves_one_at_a_time:
+        if self._keeps_something is False and not self._distribution.serves_one_at_a_time:
             yield
             return
-        with self._turn:
-            if self._module in _keeps_nothing:
+        relay = self._distribution.relay
+        with self._turns.taken({self._distribution.device, *(relay.donors if relay is not None else ())}):
+            if self._keeps_something is not None:
                 yield
                 return
             before = _held_by(self._module)
             yield
             after = _held_by(self._module)
-            _keeps_nothing[self._module] = len(before) == len(after) and all(map(operator.is_, before, after))
-            if not _keeps_nothing[self._module]:
-                logger.info("DisTorch2: two passes of %s take turns", type(self._module).__name__)
+            self._keeps_something = len(before) != len(after) or not all(map(operator.is_, before, after))
+            if self._keeps_something:
+                logger.info(
+                    "DisTorch2: %s keeps something of a pass, and runs one at a time", type(self._module).__name__
+                )
 
 
 class _Lane:
-    """The streams that one thread gives its work to, and its way of bringing activations from device to device.
+    """The streams of one thread on all devices, and its way of bringing activations from one to another.
 
-    What is on one stream is done one after another: on those of another thread it would wait for all that is given
-    there. The thread of the module itself, lane 0, has the current stream of the module's device, and only there.
+    What is on one stream is done one after another, so threads on the same stream would wait for each other. Lane 0, of
+    the module's own thread, goes before the others: two that shared each device equally would arrive at each at the
+    same time, and leave the other one idle.
     """
 
     def __init__(self, number: int, distribution: Distribution, device: torch.device) -> None:
-        self._name = f"lane {number}"
+        self._name, self._priority = f"lane {number}", -1 if number == 0 else 0
         self._distribution = distribution
         self._device = device
         self._relay: Relay | None = None
@@ -120,15 +142,15 @@ class _Lane:
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         home, relay = self._distribution.device, self._distribution.relay
-        donors = {unit.donor for unit in relay.units} if relay is not None else set()
+        donors = relay.donors if relay is not None else set()
         if self._activations is None or self._relay is not relay:
             self._relay, self._activations = relay, Activations(home, donors, self._name)
         with contextlib.ExitStack() as stack:
             stack.callback(self._activations.forget)
-            for device in {*donors, self._device} - {home}:
-                stack.enter_context(on_stream_for(device, self._name))
-            if self._device != home:  # all that is needed there comes with the inputs
-                stack.enter_context(on_stream_for(home, self._name, in_order=False))
+            for device in {*donors, self._device, home}:
+                # The inputs of a copy bring their own order: for the work of lane 0 they are not to wait.
+                in_order = device != home or self._device == home
+                stack.enter_context(on_stream_for(device, self._name, self._priority, in_order))
             stack.enter_context(on_device(home))
             if relay is not None:
                 stack.enter_context(relay.crossing_by(self._activations))
@@ -136,7 +158,8 @@ class _Lane:
 
 
 def _held_by(module: torch.nn.Module) -> list[object]:
-    """The attributes of all modules in it, and what is in these."""
+    """What can be reached through the attributes of all modules in it, a few levels deep, and how often the tensors
+    have been written to: to be compared by identity."""
     found: list[object] = []
     for child in module.modules():
         _add_held(vars(child), found)
@@ -144,11 +167,15 @@ def _held_by(module: torch.nn.Module) -> list[object]:
 
 
 def _add_held(value: object, found: list[object], depth: int = 3) -> None:
+    if isinstance(value, torch.Tensor):
+        if not value.is_inference():
+            found.append(value._version)
+        return
     if isinstance(value, dict):
         items = list(value.values())
     elif isinstance(value, (list, tuple, set)):
         items = list(value)
-    elif isinstance(value, (torch.nn.Module, torch.Tensor, type)) or not hasattr(value, "__dict__"):
+    elif isinstance(value, (torch.nn.Module, type)) or not hasattr(value, "__dict__"):
         return
     else:
         items = list(vars(value).values())

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 
-from ..moving.streams import on_device
+from ..moving.streams import Turns, on_device, wait_for
 from ..moving.transfer import Transfer
 from ..weights.quantised import to_device
 from ..weights.slab import allocate
@@ -75,6 +75,7 @@ class RelayedUnit:
         """Tensors that cannot be kept on donors (bare parameters, buffers) replaced by copies that are there."""
         if self._others is None or any(tensors.get(name) is not tensor for tensors, name, tensor, _ in self._others):
             self._others = self._copied()
+            wait_for(self.donor)  # other threads use them on other streams
         try:
             for tensors, name, _, copy in self._others:
                 tensors[name] = copy
@@ -139,9 +140,10 @@ class Relay:
         self.streamer = streamer
         self.is_allowed = True
         """Set it to False to keep all units at home."""
-        self._activations = Activations(home, {unit.donor for unit in units})
+        self._activations = Activations(home, self.donors)
         self._of_thread = threading.local()
-        self._streaming = threading.RLock()
+        self._streaming = Turns()
+        """Of units at home: their layers come through one buffer."""
         self._forwards = Forwards("relay")
 
     @property
@@ -149,14 +151,19 @@ class Relay:
         """Those of this thread."""
         return getattr(self._of_thread, "activations", self._activations)
 
+    @property
+    def donors(self) -> set[torch.device]:
+        return {unit.donor for unit in self.units}
+
     @contextlib.contextmanager
     def crossing_by(self, activations: Activations) -> Iterator[None]:
         """Have this thread's activations cross over in another way than those of other threads."""
+        before = vars(self._of_thread).get("activations")
         self._of_thread.activations = activations
         try:
             yield
         finally:
-            del self._of_thread.activations
+            self._of_thread.activations = before or self._activations
 
     def attach(self) -> None:
         self.streamer.attach()
@@ -206,7 +213,7 @@ class Relay:
                             unit.donor,
                             str(error).splitlines()[0],
                         )
-                with self._streaming:
+                with self._streaming.taken((self.activations.home,)):
                     return forward(*arguments, **options)
 
         return torch.compiler.disable(serve)

@@ -43,8 +43,6 @@ class SharedSlabs:
     def __init__(self) -> None:
         self.is_packing = False
         """Set once one of the modules has what it streams packed; the others then start as well."""
-        self.is_paired = False
-        """Set once it is known that one module is to run for all of them, as a relayed pair."""
         self._slabs: dict[Group, list[tuple[weakref.ref[torch.Tensor | PackedSlab], bool]]] = {}
         self._members: list[weakref.ref[Member]] = []
         self._lock = threading.Lock()

@@ -1,0 +1,133 @@
+"""The route from which web/distorch2.js has what it shows on a node before that runs. It only reads."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import folder_paths
+
+from .allocation_parser import AllocationError
+from .distorch2 import preview
+from .distorch2.planning.plan import PlanError
+from .distorch2.weights.checkpoint_file import CheckpointError
+from .nodes import request_for
+
+logger = logging.getLogger(__name__)
+
+PATH = "/distorch2/preview"
+_MOST_WAITING = 16
+"""More are refused: a browser asks again with the next change."""
+
+_Widgets = Mapping[str, str]
+
+
+class Mistake(ValueError):
+    """`name` is the input that is wrong, "" where it is none of them or more than one."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+def add_routes() -> None:
+    """To ComfyUI's server, where there is one: scripts have none."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is not None:
+        from aiohttp import web
+
+        server.routes.get(PATH)(functools.partial(_answer, web, _Previews()))
+
+
+async def _answer(web: Any, previews: _Previews, request: Any) -> Any:
+    status, found = await previews.of(dict(request.query.items()))
+    return web.json_response(found, status=status)
+
+
+class _Previews:
+    """Made in a thread of their own, one after another."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "distorch2-preview")
+        self._num_waiting = 0
+
+    async def of(self, widgets: _Widgets) -> tuple[int, dict[str, Any]]:
+        """An HTTP status, and what `preview_of` returns or `error` and `input`."""
+        if self._num_waiting >= _MOST_WAITING:
+            return 429, {"error": "too many previews at a time", "input": ""}
+        self._num_waiting += 1
+        try:
+            return 200, await asyncio.get_running_loop().run_in_executor(self._thread, preview_for, widgets)
+        except Mistake as mistake:
+            return 400, {"error": str(mistake), "input": mistake.name}
+        except (CheckpointError, PlanError) as error:
+            return 400, {"error": str(error), "input": ""}
+        finally:
+            self._num_waiting -= 1
+
+
+def preview_for(widgets: _Widgets) -> dict[str, Any]:
+    """What the settings of a node will do; `widgets` are its inputs by name, as text.
+
+    They have a file's name, `ckpt_name` or `unet_name`, and the inputs of the checkpoint node, or those of a node for
+    one component: with `component`, of one that is given the model; without, of one that loads the file, whose other
+    components lie whole where the diffusion model computes. Raises `Mistake`, `CheckpointError` and `PlanError`.
+    """
+    is_checkpoint = "ckpt_name" in widgets
+    folder, name = ("checkpoints", "ckpt_name") if is_checkpoint else ("diffusion_models", "unet_name")
+    path = _path_of(folder, name, widgets)
+    if "unet_compute_device" in widgets:
+        unet, clip = (_request(widgets, prefix) for prefix in ("unet_", "clip_"))
+        return preview.preview_checkpoint(path, unet, clip, _text(widgets, "vae_device"))
+    request = _request(widgets)
+    if "component" in widgets:
+        component = widgets["component"]
+        if component not in preview.SPLIT_COMPONENTS:
+            raise Mistake("component", f"component is {component!r}; use {', '.join(preview.SPLIT_COMPONENTS)}")
+        return preview.preview_component(path, is_checkpoint, component, request)
+    if not is_checkpoint:
+        return preview.preview_diffusion_model(path, request)
+    whole = request_for(request.compute_device, 0.0, request.compute_device)
+    return preview.preview_checkpoint(path, request, whole, request.compute_device)
+
+
+def _path_of(folder: str, name: str, widgets: _Widgets) -> str:
+    """Of a file in ComfyUI's lists, and no other."""
+    file = _text(widgets, name)
+    path = folder_paths.get_full_path(folder, file) if file in folder_paths.get_filename_list(folder) else None
+    if path is None:
+        raise Mistake(name, f"there is no {file!r} in the list of {folder}")
+    return path
+
+
+def _request(widgets: _Widgets, prefix: str = "") -> Any:
+    expert = f"{prefix}expert_mode_allocations"
+    try:
+        return request_for(
+            _text(widgets, f"{prefix}compute_device"),
+            _number(widgets, f"{prefix}virtual_vram_gb"),
+            _text(widgets, f"{prefix}donor_device"),
+            widgets.get(expert, ""),
+            *(widgets.get(name, "auto") for name in ("donor_mode", "pack_weights")),
+        )
+    except AllocationError as error:
+        raise Mistake(expert, str(error)) from error
+
+
+def _text(widgets: _Widgets, name: str) -> str:
+    if name not in widgets:
+        raise Mistake(name, f"{name} is missing")
+    return widgets[name]
+
+
+def _number(widgets: _Widgets, name: str) -> float:
+    text = _text(widgets, name)
+    try:
+        return float(text)
+    except ValueError as error:
+        raise Mistake(name, f"{name} is {text!r}; use a number") from error

@@ -1,0 +1,286 @@
+"""What a node shows before it runs: that it is what a load does, and that the route gives nothing else away."""
+
+import http.client
+import json
+import random
+import time
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import comfy.sd
+import pytest
+from conftest import ROOT
+from placing import COMPUTE, DONOR, devices_known_to_comfyui, inference_mode  # noqa: F401
+from sampling import core_load
+from serving import ACCELERATOR, DEVICES, NEWEST, prompt_for, start
+
+from allocation_parser import parse_allocation
+from distorch2 import preview
+from distorch2.loading import (
+    DIFFUSION_MODEL,
+    TEXT_ENCODER,
+    distribute,
+    distribute_clip,
+    load_checkpoint,
+    load_diffusion_model,
+)
+from distorch2.planning.plan import ComponentRequest, VirtualVram
+from distorch2.report import rows_of_plan
+from distorch2.weights.checkpoint_file import CheckpointError
+
+NUM_REQUESTS = 10_000
+
+
+def request(percent):
+    text = f"{COMPUTE},{100 - percent}%;{DONOR},{percent}%" if percent else f"{COMPUTE},*"
+    return ComponentRequest(COMPUTE, parse_allocation(text))
+
+
+def parts_of(found, name):
+    (component,) = (each for each in found["components"] if each["name"] == name)
+    return [(part["device"], part["served"], part["layers"], part["bytes"]) for part in component["parts"]]
+
+
+def parts_of_plan(plan):
+    return [(row.device, row.served, row.num_layers, row.num_bytes) for row in rows_of_plan("", plan)]
+
+
+@pytest.mark.parametrize("percent", [0, 25, 50, 90, 100])
+def test_a_diffusion_model_lies_as_shown(checkpoints, percent):
+    path = checkpoints("diffusion_only")
+    found = preview.preview_diffusion_model(path, request(percent))
+    model = load_diffusion_model(path, request(percent))
+    assert parts_of(found, DIFFUSION_MODEL) == parts_of_plan(model.distribution.asked)
+
+
+@pytest.mark.parametrize("percent", [0, 25, 50, 90, 100])
+def test_what_is_distributed_lies_as_shown(checkpoints, percent):
+    path, asked = checkpoints("sd3"), request(percent)
+    model, clip, _ = core_load(path)
+    for component, patcher in (
+        (DIFFUSION_MODEL, distribute(model, asked)),
+        (TEXT_ENCODER, distribute_clip(clip, asked).patcher),
+    ):
+        found = preview.preview_component(path, True, component, asked)
+        assert parts_of(found, component) == parts_of_plan(patcher.distribution.asked)
+
+
+def test_what_lies_where_now_is_shown_while_it_does(checkpoints):
+    path, asked = checkpoints("sd3"), request(50)
+
+    def now():
+        found = preview.preview_checkpoint(path, asked, request(0), COMPUTE)
+        return {component["name"]: component["now"] for component in found["components"]}
+
+    assert {*now().values()} == {None}
+    model, *_ = load_checkpoint(path, asked, request(0), COMPUTE)
+    assert {*now().values()} == {None}  # nothing is on its devices before it runs
+    comfy.model_management.load_models_gpu([model])
+    found = preview.preview_checkpoint(path, asked, request(0), COMPUTE)["components"][0]
+    assert found["now"] == found["parts"]
+    model.detach()
+
+
+def test_a_replaced_file_is_read_again(checkpoints, tmp_path):
+    path = tmp_path / "model.safetensors"
+    found = []
+    for kind in ("sd3_no_clip_weights", "flux"):
+        path.unlink(missing_ok=True)
+        path.symlink_to(checkpoints(kind))
+        found.append(preview.preview_checkpoint(str(path), request(0), request(0), COMPUTE)["components"][0]["bytes"])
+    assert found[0] != found[1]
+
+
+def test_layers_of_a_few_files_are_kept(checkpoints, tmp_path):
+    for number in range(3 * preview._KEPT_FILES):
+        path = tmp_path / f"{number}.safetensors"
+        path.symlink_to(checkpoints("sd3_no_clip_weights"))
+        preview.preview_checkpoint(str(path), request(50), request(0), COMPUTE)
+    assert len(preview._kept) == preview._KEPT_FILES
+
+
+def test_a_component_that_is_not_there_is_said(checkpoints):
+    with pytest.raises(CheckpointError, match="there is no text encoder in"):
+        preview.preview_component(checkpoints("flux"), True, TEXT_ENCODER, request(0))
+
+
+def test_what_is_copied_and_read_and_does_not_fit_is_said(checkpoints, monkeypatch):
+    whole = ComponentRequest(COMPUTE, VirtualVram(0.0, DONOR))
+    asked = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},20%;{DONOR},30%;disk,50%"), "stream")
+    found = preview.preview_checkpoint(checkpoints("flux"), asked, whole, COMPUTE)
+    model = found["components"][0]
+    assert 0.25 * model["bytes"] < model["copied"] < 0.35 * model["bytes"]
+    assert 0.45 * model["bytes"] < model["read"] < 0.55 * model["bytes"]
+    monkeypatch.setattr("distorch2.comfyui.core.spare_host_memory", lambda: 2**20)
+    asked = ComponentRequest(DONOR, parse_allocation(f"{DONOR},20%;cpu,*"))
+    found = preview.preview_checkpoint(checkpoints("flux"), asked, whole, COMPUTE)
+    assert any("main memory has room for 1.0 MiB" in warning for warning in found["warnings"])
+
+
+# --- the route, on a real server
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints, tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "opened_files").symlink_to(ROOT / "tests" / "opened_files")
+    (base / "models" / "diffusion_models").mkdir(parents=True)
+    (base / "models" / "diffusion_models" / "model.safetensors").symlink_to(checkpoints("diffusion_only"))
+    with start(NEWEST, base, checkpoints) as running:
+        yield running
+
+
+def ask(server, widgets):
+    """(HTTP status, what is answered)."""
+    address = urllib.parse.urlsplit(server.url)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
+    connection.request("GET", "/distorch2/preview?" + urllib.parse.urlencode(widgets))
+    answer = connection.getresponse()
+    found = answer.status, json.loads(answer.read())
+    connection.close()
+    return found
+
+
+def widgets_of(checkpoint="sd3.safetensors", **widgets):
+    given = {
+        "ckpt_name": checkpoint,
+        "unet_compute_device": ACCELERATOR,
+        "unet_virtual_vram_gb": "0.001",
+        "unet_donor_device": "cpu",
+        "clip_compute_device": "cpu",
+        "clip_virtual_vram_gb": "0",
+        "clip_donor_device": "cpu",
+        "vae_device": ACCELERATOR,
+        "unet_expert_mode_allocations": "",
+        "clip_expert_mode_allocations": "",
+        "donor_mode": "auto",
+        "pack_weights": "auto",
+    }
+    return {**given, **widgets}
+
+
+def test_the_route_shows_what_the_log_says_of_the_load(server):
+    widgets = widgets_of(unet_expert_mode_allocations=f"{ACCELERATOR},40%;disk,60%", clip_compute_device=ACCELERATOR)
+    status, found = ask(server, widgets)
+    assert status == 200
+    log_before = server.log
+    chosen = {name: float(value) if name.endswith("_gb") else value for name, value in widgets.items()}
+    server.run(prompt_for(server, chosen.pop("ckpt_name"), **chosen))
+    table = server.log[len(log_before) :].partition("DisTorch2: ")[2]
+    rows = [" ".join(line.split()) for line in table.splitlines()]
+    for component in found["components"]:
+        for part in component["parts"]:
+            row = f"{component['name']} {part['device']} {part['served']} {part['layers']} "
+            assert any(line.startswith(row) for line in rows), (row, rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "text"),
+    [
+        (
+            {"ckpt_name": "../../x.safetensors"},
+            "ckpt_name",
+            "there is no '../../x.safetensors' in the list of checkpoints",
+        ),
+        ({"unet_expert_mode_allocations": "cpu,2q"}, "unet_expert_mode_allocations", "unknown unit 'q'"),
+        ({"clip_expert_mode_allocations": "cpu"}, "clip_expert_mode_allocations", "cpu"),
+        ({"unet_virtual_vram_gb": "much"}, "unet_virtual_vram_gb", "unet_virtual_vram_gb is 'much'; use a number"),
+        ({"unet_virtual_vram_gb": "-1"}, "", "use 0 or more"),
+        ({"unet_compute_device": "cuda:77"}, "", "there is no device 'cuda:77'"),
+        ({"vae_device": "disk"}, "", "disk keeps weights and cannot compute"),
+        ({"donor_mode": "fast"}, "", "donor mode is 'fast'; use auto, stream, relay"),
+    ],
+)
+def test_mistakes_are_said_with_the_name_of_the_input(server, changes, name, text):
+    status, found = ask(server, widgets_of(**changes))
+    assert (status, found["input"]) == (400, name)
+    assert text in found["error"]
+
+
+def test_one_component(server):
+    of_one = {"compute_device": "cpu", "virtual_vram_gb": "0", "donor_device": "cpu"}
+    whole = {"ckpt_name": "sd3.safetensors"}
+    alone = {"unet_name": "model.safetensors"}
+    given = {"component": "diffusion model"}
+    for asked, names in (
+        (whole, ["diffusion model", "text encoder", "VAE"]),
+        (whole | given, ["diffusion model"]),
+        (whole | {"component": "text encoder"}, ["text encoder"]),
+        (alone, ["diffusion model"]),
+        (alone | given, ["diffusion model"]),
+    ):
+        status, found = ask(server, of_one | asked)
+        assert status == 200
+        assert [each["name"] for each in found["components"]] == names
+    assert ask(server, of_one | whole | {"component": "vae"})[0] == 400
+
+
+FILES = [f"{kind}.safetensors" for kind in ("sd3", "sd3_fp8", "sd3_no_clip_weights", "sd15_blocks", "flux")]
+NAMES = [*FILES, "x.safetensors", "../checkpoints/sd3.safetensors", "/etc/passwd", "sd15_ckpt.ckpt", "\0", ""]
+TEXTS = ["", "cpu,*", f"{ACCELERATOR},50%;cpu,*", "cpu,1gb;disk,*", "cpu,2q", ";;", "cuda:9,1%", "a" * 3000, "ü,1%"]
+VALUES = {
+    "name": NAMES,
+    "allocations": [*TEXTS, "cpu,*;cpu,*"],
+    "gb": ["0", "4", "-1", "nan", "inf", "1e400", "", "x", "0x10", "9" * 400],
+    "device": [*DEVICES, "disk", "cuda:99", "mps", "", "cpu:0", "../x", "%00"],
+    "mode": ["auto", "relay", "x"],
+    "weights": ["on", ""],
+}
+"""By the end of the input's name."""
+
+
+def random_widgets(rng):
+    """The right inputs, of which some are changed, missing, or of another node."""
+    widgets = widgets_of(rng.choice(FILES))
+    if rng.random() < 0.4:
+        widgets = {rng.choice(["ckpt_name", "unet_name"]): rng.choice([*NAMES, "model.safetensors"])}
+        widgets |= {"compute_device": "cpu", "virtual_vram_gb": "1", "donor_device": "cpu"}
+        if rng.random() < 0.5:
+            widgets["component"] = rng.choice(["diffusion model", "text encoder", "VAE", ""])
+    for name in rng.sample([*widgets], rng.randrange(4)):
+        widgets[name] = rng.choice(next((values for end, values in VALUES.items() if name.endswith(end)), ["x"]))
+        if rng.random() < 0.1:
+            del widgets[name]
+    return widgets
+
+
+def test_no_request_fails_or_reads_another_file(server):
+    rng = random.Random(25)
+    address = urllib.parse.urlsplit(server.url)
+    server.get("/opened_files")
+    statuses = {}
+
+    def send(requests):
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
+        for widgets in requests:
+            connection.request("GET", "/distorch2/preview?" + urllib.parse.urlencode(widgets))
+            answer = connection.getresponse()
+            answer.read()
+            statuses.setdefault(answer.status, widgets)
+            if answer.status not in (200, 400):
+                break
+        connection.close()
+
+    requests = [random_widgets(rng) for _ in range(NUM_REQUESTS)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(send, [requests[number::4] for number in range(4)]))
+    assert {*statuses} == {200, 400}, statuses
+    models = Path(server.base, "models")
+    listed = {str(path) for folder in ("checkpoints", "diffusion_models") for path in (models / folder).iterdir()}
+    opened = server.get("/opened_files")
+    assert any(path in listed for path in opened)
+    assert {path for path in opened if path.endswith((".safetensors", ".ckpt", "passwd"))} <= listed
+
+
+def test_the_server_answers_others_meanwhile(server):
+    """Requests for the longest preview, all at once: most are refused, and another route is not kept waiting."""
+    with ThreadPoolExecutor(40) as pool:
+        answers = [pool.submit(ask, server, widgets_of("flux.safetensors", vae_device="cpu")) for _ in range(80)]
+        for _ in range(10):
+            server.get("/system_stats")
+            time.sleep(0.01)
+        statuses = {answer.result()[0] for answer in answers}
+    assert statuses <= {200, 429}
+    assert 200 in statuses
