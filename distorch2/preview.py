@@ -83,7 +83,7 @@ def preview_of(path: str, plans: Mapping[str, Plan], memory: Mapping[str, Device
     ]
     planned: dict[str, int] = {}
     for plan in plans.values():
-        for device in {*plan.devices, plan.compute_device}:
+        for device in dict.fromkeys((plan.compute_device, *plan.devices)):
             on_device = plan.compute_bytes if device == plan.compute_device else plan.bytes_on(device)
             planned[device] = planned.get(device, 0) + on_device
     devices = [

@@ -68,8 +68,9 @@ text encoder.
 **To change:** the checkpoint; the ratio; a third device, as in **cuda:0,60%;cuda:1,20%;cpu,20%**.""",
     "two_cards_at_once": """## Two cards at once
 For guidance (CFG above 1): **MultiGPU CFG Split** has each card run the whole model for one of the two prompts. Each \
-keeps **50%** of the diffusion model; what they lack lies once in main memory, and is copied to both. With CFG 1 the \
-node does nothing, and **cuda:1** runs the blocks that it keeps.
+keeps **50%** of the diffusion model; what they lack lies once in main memory, and is copied to both. If the cards \
+wait long for that, the prompts go from card to card from the next run on. With CFG 1 the node does nothing, and \
+**cuda:1** runs the blocks that it keeps.
 
 **To change:** the checkpoint; the ratio, for what each card has room for.""",
     "separate_files": """## Separate files
@@ -89,6 +90,8 @@ SEPARATE_FILES = {
     "vae": "vae.safetensors",
 }
 MARGIN = 24
+PREVIEWS = "**/distorch2/preview*"
+
 _LAY_OUT = """([layout, noteId, title, text, loaderId, isExpert]) => {
     const note = LiteGraph.createNode("MarkdownNote");
     note.id = Number(noteId);
@@ -131,9 +134,11 @@ def make_readme_pictures(front_end: FrontEnd, server: ComfyServer, compute_devic
     _, answer = front_end.queue()
     server.output_files(server.wait(answer["prompt_id"]))
     front_end.page.locator("pre", has_text="DisTorch2: ").wait_for()
+    front_end.page.locator(".distorch2-preview", has_text="streamed").wait_for()
     _take_picture(front_end, IMAGES / "placement.jpg", 480, front_end.rectangle([LOADER]))
 
     front_end.set_widget(LOADER, "unet_expert_mode_allocations", f"{compute_device},2tib;{donor},*")
+    front_end.page.locator(".distorch2-preview", has_text="unknown unit").wait_for()
     front_end.queue()
     front_end.open_error("unet_expert_mode_allocations")
     panel = front_end.page.get_by_test_id("properties-panel").bounding_box()
@@ -191,8 +196,11 @@ def main() -> None:
         server = ComfyServer(Path(os.environ["COMFYUI_PATH"]), base, arguments, pack_folder="distorch2")
         with server, chromium() as browser:
             front_end = FrontEnd(browser, server, width=1500, height=1000, pixels_per_point=2)
+            # This machine may lack the devices of the examples, of which the previews would be about that.
+            front_end.page.route(PREVIEWS, lambda route: route.abort())
             for name in NOTES:
                 make_example(front_end, name)
+            front_end.page.unroute(PREVIEWS)
             make_readme_pictures(front_end, server, compute_device, donor)
 
 

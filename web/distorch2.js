@@ -133,7 +133,18 @@ function deviceLine({ name, total, free, planned }) {
   return line(`${name}: ${gib(planned)}${of}${free === null ? "" : `, ${gib(free)} free now`}`, { opacity: 0.75 });
 }
 
-const warningLine = (text) => line(`! ${text}`, { color: "var(--warning-text, #d68910)" });
+// A long text, in lines of whole words.
+function wrapped(text) {
+  const lines = [""];
+  for (const word of text.split(" ")) {
+    if (lines.at(-1) && lines.at(-1).length + word.length >= COLUMNS - 10) lines.push("  ");
+    lines[lines.length - 1] += lines.at(-1).trim() ? ` ${word}` : word;
+  }
+  return lines;
+}
+
+const warningLines = (text) =>
+  wrapped(`! ${text}`).map((part) => line(part, { color: "var(--warning-text, #d68910)" }, text));
 
 function linesOf({ components, devices, warnings, error, input }) {
   if (error) {
@@ -141,7 +152,7 @@ function linesOf({ components, devices, warnings, error, input }) {
     return named.split("\n").map((text) => line(text, { color: "var(--error-text, #e5484d)" }));
   }
   const present = components.filter(({ bytes }) => bytes);
-  return [...present.flatMap(componentLines), ...devices.map(deviceLine), ...warnings.map(warningLine)];
+  return [...present.flatMap(componentLines), ...devices.map(deviceLine), ...warnings.flatMap(warningLines)];
 }
 
 // --- where it is shown
@@ -203,20 +214,14 @@ function addPreview(node) {
     const numLines = element.children.length - numBars;
     return element.children.length ? numLines * LINE_PX + numBars * (BAR_PX + 4) + 2 * MARGIN_PX : 0;
   };
-  const widget = addDomWidget(node, PREVIEW, element, height);
-  hide(widget, true);
-}
-
-// Where nothing is shown. Nodes 2.0 does not see that a widget is not hidden any more; empty, it takes no room there.
-function hide(widget, isHidden) {
-  widget.hidden = isHidden && !window.LiteGraph?.vueNodesMode;
+  return addDomWidget(node, PREVIEW, element, height);
 }
 
 function showPreview(node, found) {
-  const widget = node.widgets.find((candidate) => candidate.name === PREVIEW);
-  if (!widget) return;
+  const present = node.widgets.find((candidate) => candidate.name === PREVIEW);
+  if (!present && !found) return;
+  const widget = present ?? addPreview(node);
   widget.element.replaceChildren(...(found ? linesOf(found) : []));
-  hide(widget, !found);
   grow(node);
 }
 
@@ -270,7 +275,6 @@ app.registerExtension({
       if (output?.[TABLE]) showTable(this, output[TABLE].join("\n"));
     };
     if (!node.widgets?.some((widget) => /virtual_vram_gb$/.test(widget.name))) return; // everything is whole there
-    addPreview(node);
     previews.set(node, { seen: undefined, asked: undefined, isAsking: false });
     node.onRemoved = function () {
       previews.delete(this);
