@@ -14,7 +14,7 @@ import folder_paths
 
 from .allocation_parser import AllocationError
 from .distorch2 import preview
-from .distorch2.planning.plan import PlanError
+from .distorch2.planning.plan import AUTO, PlanError
 from .distorch2.weights.checkpoint_file import CheckpointError
 from .nodes import request_for
 
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 PATH = "/distorch2/preview"
 _MOST_WAITING = 16
-"""More are refused: a browser asks again with the next change."""
+"""More are refused, and the page asks again."""
 
 _Widgets = Mapping[str, str]
 
 
 class Mistake(ValueError):
-    """`name` is the input that is wrong, "" where it is none of them or more than one."""
+    """`name` is the input that is wrong."""
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(message)
@@ -38,21 +38,23 @@ class Mistake(ValueError):
 def add_routes() -> None:
     """To ComfyUI's server, where there is one: scripts have none."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None:
-        from aiohttp import web
+    if server is None:
+        return
+    from aiohttp import web
 
-        server.routes.get(PATH)(functools.partial(_answer, web, _Previews()))
+    previews = _Previews(server.prompt_queue)
 
-
-async def _answer(web: Any, previews: _Previews, request: Any) -> Any:
-    status, found = await previews.of(dict(request.query.items()))
-    return web.json_response(found, status=status)
+    @server.routes.get(PATH)
+    async def answer(request: web.Request) -> web.Response:
+        status, found = await previews.of(dict(request.query.items()))
+        return web.json_response(found, status=status)
 
 
 class _Previews:
-    """Made in a thread of their own, one after another."""
+    """Made in a thread of their own, one after another. `queue` is ComfyUI's."""
 
-    def __init__(self) -> None:
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
         self._thread = ThreadPoolExecutor(1, "distorch2-preview")
         self._num_waiting = 0
 
@@ -61,8 +63,9 @@ class _Previews:
         if self._num_waiting >= _MOST_WAITING:
             return 429, {"error": "too many previews at a time", "input": ""}
         self._num_waiting += 1
+        make = functools.partial(preview_for, widgets, may_measure=not self._queue.currently_running)
         try:
-            return 200, await asyncio.get_running_loop().run_in_executor(self._thread, preview_for, widgets)
+            return 200, await asyncio.get_running_loop().run_in_executor(self._thread, make)
         except Mistake as mistake:
             return 400, {"error": str(mistake), "input": mistake.name}
         except (CheckpointError, PlanError) as error:
@@ -71,29 +74,29 @@ class _Previews:
             self._num_waiting -= 1
 
 
-def preview_for(widgets: _Widgets) -> dict[str, Any]:
+def preview_for(widgets: _Widgets, may_measure: bool) -> dict[str, Any]:
     """What the settings of a node will do; `widgets` are its inputs by name, as text.
 
-    They have a file's name, `ckpt_name` or `unet_name`, and the inputs of the checkpoint node, or those of a node for
-    one component: with `component`, of one that is given the model; without, of one that loads the file, whose other
-    components lie whole where the diffusion model computes. Raises `Mistake`, `CheckpointError` and `PlanError`.
+    They name a file, as `ckpt_name` or `unet_name`. With `unet_compute_device` they are those of the checkpoint node;
+    with `component` those of a node that splits a loaded model; otherwise those of a loader of one file, whose other
+    components stay whole on its compute device. Raises `Mistake`, `CheckpointError` and `PlanError`.
     """
     is_checkpoint = "ckpt_name" in widgets
     folder, name = ("checkpoints", "ckpt_name") if is_checkpoint else ("diffusion_models", "unet_name")
     path = _path_of(folder, name, widgets)
     if "unet_compute_device" in widgets:
         unet, clip = (_request(widgets, prefix) for prefix in ("unet_", "clip_"))
-        return preview.preview_checkpoint(path, unet, clip, _text(widgets, "vae_device"))
+        return preview.preview_checkpoint(path, unet, clip, _text(widgets, "vae_device"), may_measure)
     request = _request(widgets)
     if "component" in widgets:
         component = widgets["component"]
         if component not in preview.SPLIT_COMPONENTS:
             raise Mistake("component", f"component is {component!r}; use {', '.join(preview.SPLIT_COMPONENTS)}")
-        return preview.preview_component(path, is_checkpoint, component, request)
+        return preview.preview_component(path, is_checkpoint, component, request, may_measure)
     if not is_checkpoint:
-        return preview.preview_diffusion_model(path, request)
+        return preview.preview_diffusion_model(path, request, may_measure)
     whole = request_for(request.compute_device, 0.0, request.compute_device)
-    return preview.preview_checkpoint(path, request, whole, request.compute_device)
+    return preview.preview_checkpoint(path, request, whole, request.compute_device, may_measure)
 
 
 def _path_of(folder: str, name: str, widgets: _Widgets) -> str:
@@ -113,7 +116,8 @@ def _request(widgets: _Widgets, prefix: str = "") -> Any:
             _number(widgets, f"{prefix}virtual_vram_gb"),
             _text(widgets, f"{prefix}donor_device"),
             widgets.get(expert, ""),
-            *(widgets.get(name, "auto") for name in ("donor_mode", "pack_weights")),
+            widgets.get("donor_mode", AUTO),
+            widgets.get("pack_weights", AUTO),
         )
     except AllocationError as error:
         raise Mistake(expert, str(error)) from error

@@ -324,6 +324,17 @@ def reload_component(
     return model if clip is None else clip.patcher
 
 
+def origin_of(patcher: ModelPatcher) -> tuple[str, str] | None:
+    """The component that a patcher has, and the file that it was loaded from, by the pack or by ComfyUI; None where
+    that is not known."""
+    if patcher.cached_patcher_init is None:
+        return None
+    factory, arguments, *_ = patcher.cached_patcher_init
+    if factory is reload_component:
+        return arguments[0], arguments[1]
+    return (TEXT_ENCODER if "clip" in factory.__name__ else DIFFUSION_MODEL), arguments[0]
+
+
 def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str) -> dict[str, Plan]:
     """The plans that `load_checkpoint` would make now, by component.
 

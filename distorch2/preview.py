@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,98 +18,106 @@ from .comfyui.core import mm
 from .comfyui.memory import memory_of
 from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
+from .moving.link import link_bytes_per_second
+from .planning import sizing
 from .planning.plan import ComponentRequest, DeviceMemory, Layer, Plan, size_text
 from .report import rows_of_plan
-from .weights.checkpoint_file import CheckpointError
+from .serving.distribution import Distribution
+from .weights.checkpoint_file import CheckpointError, check_file
 from .weights.devices import CPU, DISK_NAME
 
 SPLIT_COMPONENTS = loading.DIFFUSION_MODEL, loading.TEXT_ENCODER
 _KEPT_FILES = 8
 """Of as many files the layers are kept: a preview is asked for each time that a setting changes."""
 
-_Parts = tuple[Mapping[str, Sequence[Layer]], Mapping[str, str]]
-_kept: OrderedDict[tuple[Any, ...], _Parts] = OrderedDict()
-_lock = threading.Lock()
+_Layers = tuple[Mapping[str, Sequence[Layer]], Mapping[str, str]]
+"""By component: its layers, and the device that it would compute on."""
 
 
 def preview_checkpoint(
-    ckpt_path: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str
+    ckpt_path: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str, may_measure: bool = True
 ) -> dict[str, Any]:
-    """As `preview_of`, for `load_checkpoint`. Raises as `plan_checkpoint`."""
+    """As `_preview_of`, for `load_checkpoint`. Raises as `plan_checkpoint`."""
     memory = memory_of([unet, clip], vae_device)
     devices = unet.compute_device, clip.compute_device, vae_device
-    layers, computing = _parts_of(ckpt_path, loading.layers_of_checkpoint, devices)
-    return preview_of(ckpt_path, loading.make_plans(layers, computing, unet, clip, memory), memory)
+    layers, computing = _layers_of(ckpt_path, loading.layers_of_checkpoint, *devices)
+    return _preview_of(ckpt_path, loading.make_plans(layers, computing, unet, clip, memory), memory, may_measure)
 
 
-def preview_diffusion_model(path: str, request: ComponentRequest) -> dict[str, Any]:
+def preview_diffusion_model(path: str, request: ComponentRequest, may_measure: bool = True) -> dict[str, Any]:
     """The same for `load_diffusion_model`."""
     memory = memory_of([request])
-    layers, computing = _parts_of(path, loading.layers_of_diffusion_model, (request.compute_device,))
-    return preview_of(path, loading.make_plans(layers, computing, request, request, memory), memory)
+    layers, computing = _layers_of(path, loading.layers_of_diffusion_model, request.compute_device)
+    plans = loading.make_plans(layers, computing, request, request, memory)
+    return _preview_of(path, plans, memory, may_measure)
 
 
-def preview_component(path: str, is_checkpoint: bool, component: str, request: ComponentRequest) -> dict[str, Any]:
+def preview_component(
+    path: str, is_checkpoint: bool, component: str, request: ComponentRequest, may_measure: bool = True
+) -> dict[str, Any]:
     """The same for `distribute`, given one of `SPLIT_COMPONENTS` of a file that ComfyUI's loader has loaded for its
     default device. Raises `CheckpointError` also where the file does not have it."""
     memory, device = memory_of([request]), str(mm.get_torch_device())
     if is_checkpoint:
-        layers, _ = _parts_of(path, loading.layers_of_checkpoint, (device,) * 3)
+        layers, _ = _layers_of(path, loading.layers_of_checkpoint, device, device, device)
     else:
-        layers, _ = _parts_of(path, loading.layers_of_diffusion_model, (device,))
+        layers, _ = _layers_of(path, loading.layers_of_diffusion_model, device)
     if component not in layers:
         raise CheckpointError(f"there is no {component} in {path}")
     of_component = {component: layers[component]}
     plans = loading.make_plans(of_component, {component: request.compute_device}, request, request, memory)
-    return preview_of(path, plans, memory)
+    return _preview_of(path, plans, memory, may_measure)
 
 
-def preview_of(path: str, plans: Mapping[str, Plan], memory: Mapping[str, DeviceMemory]) -> dict[str, Any]:
+def _preview_of(
+    path: str, plans: Mapping[str, Plan], memory: Mapping[str, DeviceMemory], may_measure: bool
+) -> dict[str, Any]:
     """Lists of plain values. `components`: `name`, `bytes`, and `parts`, each with a `device`, how it is `served`,
     `layers`, `bytes`; `now`, the same parts as they lie now, None where the component of this file is not loaded;
-    `copied` and `read`, the bytes that are copied from other devices, or read from the disk, each time it runs.
+    `copied` and `read`, the bytes that are copied from other devices, or read from the disk, in each step;
+    `copying_s` and `computing_s`, the seconds that the copies take at the speed of the link, which is measured now if
+    it may be, and that it took to compute when it ran last; None where they are not known.
+
     `devices`: `name`, `total` and `free` bytes, None where that is not known, and `planned`. `warnings` are sentences.
     """
-    placed = _placed_plans(path)
+    placed = _placed(path)
     components = [
         {
             "name": name,
             "bytes": plan.model_bytes,
-            "parts": _parts(name, plan),
-            "now": _parts(name, placed[name]) if name in placed else None,
-            "copied": sum(group.slab_bytes for group in plan.groups if _is_copied(group, plan) and not _on_disk(group)),
-            "read": sum(group.slab_bytes for group in plan.groups if _on_disk(group) and not group.is_table),
+            "parts": _rows(name, plan),
+            "now": _rows(name, placed[name].plan) if name in placed else None,
+            "copied": plan.copied_bytes,
+            "read": plan.read_bytes,
+            "copying_s": _copying_seconds(plan, may_measure),
+            "computing_s": placed[name].computing_seconds if name in placed else None,
         }
         for name, plan in plans.items()
     ]
-    planned: dict[str, int] = {}
+    planned = Counter[str]()
     for plan in plans.values():
-        for device in dict.fromkeys((plan.compute_device, *plan.devices)):
-            on_device = plan.compute_bytes if device == plan.compute_device else plan.bytes_on(device)
-            planned[device] = planned.get(device, 0) + on_device
+        planned[plan.compute_device] += plan.compute_bytes
+        for donor in plan.donors:
+            planned[donor] += plan.bytes_on(donor)
     devices = [
-        {"name": name, "total": _total(name, memory), "free": _free(name), "planned": num_bytes}
+        {"name": name, "total": memory[name].total_bytes or None, "free": _free(name), "planned": num_bytes}
         for name, num_bytes in planned.items()
     ]
     notes = [f"{name}: {note}" for name, plan in plans.items() for note in plan.notes]
     return {"components": components, "devices": devices, "warnings": [*notes, *_warnings(devices)]}
 
 
-def _parts_of(path: str, read: Callable[..., _Parts], devices: Sequence[str]) -> _Parts:
-    """Kept as long as the file is the same. The kind of a device decides what a model is loaded as."""
-    status = os.stat(path) if os.path.exists(path) else None
-    key = path, status and (status.st_mtime_ns, status.st_size), read.__name__, *devices
-    with _lock:
-        if key in _kept:
-            _kept.move_to_end(key)
-            return _kept[key]
+def _layers_of(path: str, read: Callable[..., _Layers], *devices: str) -> _Layers:
+    """Read again when the file has changed. The kind of a device decides what a model is loaded as."""
+    check_file(path)
+    status = os.stat(path)
+    return _read(read, path, (status.st_mtime_ns, status.st_size), devices)
+
+
+@functools.lru_cache(maxsize=_KEPT_FILES)
+def _read(read: Callable[..., _Layers], path: str, version: object, devices: Sequence[str]) -> _Layers:
     with _unlogged():
-        parts = read(path, *devices)
-    with _lock:
-        _kept[key] = parts
-        while len(_kept) > _KEPT_FILES:
-            _kept.popitem(last=False)
-    return parts
+        return read(path, *devices)
 
 
 @contextlib.contextmanager
@@ -126,35 +135,40 @@ def _unlogged() -> Iterator[None]:
         logger.removeFilter(is_kept)
 
 
-def _placed_plans(path: str) -> dict[str, Plan]:
-    """By component, of this file, as far as they are loaded now."""
+def _placed(path: str) -> dict[str, Distribution]:
+    """By component, of this file, as far as they are on their devices now."""
     found = {}
     for loaded in list(mm.current_loaded_models):
         patcher = loaded.model
-        if isinstance(patcher, DistributedPatcher) and patcher.cached_patcher_init is not None:
-            arguments, plan = patcher.cached_patcher_init[1], patcher.placed_plan
-            if plan is not None and path in arguments:
-                found[arguments[0] if arguments[0] in loading.COMPONENTS else loading.DIFFUSION_MODEL] = plan
+        if isinstance(patcher, DistributedPatcher) and patcher.placed is not None:
+            component, file = loading.origin_of(patcher) or ("", "")
+            if file == path:
+                found[component] = patcher.placed
     return found
 
 
-def _parts(name: str, plan: Plan) -> list[dict[str, Any]]:
+def _copying_seconds(plan: Plan, may_measure: bool) -> float | None:
+    """From main memory, at least: half of it may come another way."""
+    device = torch.device(plan.compute_device)
+    if not COMFYUI.can_pin_for(device):
+        return None
+    num_bytes = sum(
+        sizing.packed_bytes(item.layer.num_bytes) if plan.is_streamed_packed(item) else item.layer.num_bytes
+        for item in plan.streamed
+        if item.device == str(CPU)
+    )
+    try:
+        speed = link_bytes_per_second(device, may_measure) if num_bytes else None
+    except RuntimeError:  # there is no memory for it
+        speed = None
+    return num_bytes / speed if speed is not None else None
+
+
+def _rows(name: str, plan: Plan) -> list[dict[str, Any]]:
     return [
         {"device": row.device, "served": row.served, "layers": row.num_layers, "bytes": row.num_bytes}
         for row in rows_of_plan(name, plan)
     ]
-
-
-def _is_copied(group: Any, plan: Plan) -> bool:
-    return group.is_streamed and group.device != plan.compute_device
-
-
-def _on_disk(group: Any) -> bool:
-    return group.device == DISK_NAME
-
-
-def _total(name: str, memory: Mapping[str, DeviceMemory]) -> int | None:
-    return memory[name].total_bytes or None if name in memory else None
 
 
 def _free(name: str) -> int | None:

@@ -66,9 +66,11 @@ def forwards(model):
         patcher.model.diffusion_model.register_forward_hook(functools.partial(count, str(patcher.load_device)))
         for patcher in on_all(model)
     ]
-    yield counts
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def without_guidance(model, clip, cfg=1.0):

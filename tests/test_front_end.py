@@ -170,7 +170,7 @@ def test_the_preview_follows_the_widgets(server, front_end):
     found = preview_on(front_end, re.compile(rf"{DONOR} .* streamed"))
     text = found.inner_text()
     assert "diffusion model  3.0 MiB" in text
-    assert "each run copies" in text
+    assert "each step copies" in text
     front_end.set_widget(LOADER, "unet_expert_mode_allocations", "cpu,2tib;cpu,*")
     text = preview_on(front_end, "unet_expert_mode_allocations:").inner_text()
     assert "unknown unit 'tib'; use b, kb, mb, gb or tb\n    cpu,2tib;cpu,*\n         ~~~^" in text
@@ -273,5 +273,5 @@ def test_saved_nodes_of_the_other_pack_open_and_export_with_their_values(front_e
 def test_no_complaint_in_the_console_is_about_this_pack(front_end):
     # About a node with an error the front end asks a server elsewhere, by name, which this one forbids it.
     ours = [text for text in front_end.complaints if re.search("distorch|multigpu", text, re.IGNORECASE)]
-    expected = ("Content Security Policy", "/distorch2/preview?")  # the second, while a mistake is typed
-    assert [text for text in ours if not any(each in text for each in expected)] == []
+    expected = r"Content Security Policy|status 400: .*/distorch2/preview\?"  # the second, while a mistake is typed
+    assert [text for text in ours if not re.search(expected, text)] == []

@@ -398,7 +398,7 @@ TWELVE_UNITS = [Layer(f"blocks.{index}.{part}", 100, unit=f"blocks.{index}") for
         ("cuda:0,34%;cuda:1,33%;cuda:2,33%", ".12..1122.12"),
     ],
 )
-def test_units_that_run_in_turns(allocation, expected):
+def test_units_that_alternate(allocation, expected):
     layers = [Layer("first", 10), *TWELVE_UNITS, Layer("last", 10)]
     asked = plan(layers, allocation, memory={**MEMORY, "cuda:2": DeviceMemory(24 * GIB)})
     made = plan_alternating(asked, layers)
@@ -408,7 +408,7 @@ def test_units_that_run_in_turns(allocation, expected):
 
 
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=60), st.lists(st.integers(1, 100), min_size=2, max_size=4))
-def test_units_in_turns_take_what_was_asked_of_donors_and_no_more(sizes, weights):
+def test_units_that_alternate_take_what_was_asked_of_donors_and_no_more(sizes, weights):
     layers = [Layer(f"blocks.{index}", size, unit=f"blocks.{index}") for index, size in enumerate(sizes)]
     memory = {f"cuda:{index}": DeviceMemory(GIB) for index in range(len(weights))} | {"cpu": DeviceMemory(GIB)}
     allocation = ";".join(f"cuda:{index},{weight}%" for index, weight in enumerate(weights))
@@ -423,7 +423,7 @@ def test_units_in_turns_take_what_was_asked_of_donors_and_no_more(sizes, weights
     assert excess < len(asked.relays) * max(sizes)
 
 
-def test_what_cannot_run_in_turns():
+def test_what_cannot_alternate():
     for allocation in ("cuda:0,50%;cuda:1,40%;cpu,10%", "cuda:1,*", "cuda:0,*"):
         asked = plan(TWELVE_UNITS, allocation)
         assert plan_alternating(asked, TWELVE_UNITS) is None

@@ -18,7 +18,8 @@ const MOST_LINKS = 50; // that are followed to the node that loads a file
 // --- what is asked
 
 const COMPONENTS = { DistributeModelDisTorch2: "diffusion model", DistributeCLIPDisTorch2: "text encoder" };
-const OWN_FILE = { ckpt_name: /\.(safetensors|sft)$/i, unet_name: /\.(safetensors|sft)$/i };
+const FILE_INPUTS = ["ckpt_name", "unet_name"];
+const READABLE = /\.(safetensors|sft)$/i;
 
 // Values of widgets by name; undefined for one that is linked, which is not known before it runs.
 function valuesOf(node) {
@@ -30,13 +31,13 @@ function valuesOf(node) {
 // The file's input of a node, as {ckpt_name: ...} or {unet_name: ...}, if its header can be read.
 function fileOf(node) {
   const values = valuesOf(node);
-  const name = Object.keys(OWN_FILE).find((each) => OWN_FILE[each].test(values[each] ?? ""));
+  const name = FILE_INPUTS.find((each) => READABLE.test(values[each] ?? ""));
   const listed = node.widgets?.find((widget) => widget.name === name)?.options?.values;
   if (!name || (Array.isArray(listed) && !listed.includes(values[name]))) return null;
   return ["default", undefined].includes(values.weight_dtype) ? { [name]: values[name] } : null; // others are cast
 }
 
-// That of the node from which the model comes, by way of nodes that pass one on.
+// The file of the loader that the node's model comes from, by way of nodes that pass it on.
 function fileBefore(node, type) {
   for (let links = 0; links < MOST_LINKS; links++) {
     const slot = (node.inputs ?? []).findIndex((input) => input.type === type);
@@ -65,22 +66,15 @@ function questionOf(node) {
 
 // --- how it looks
 
-const SERVED = {
-  resident: 1,
-  packed: 0.8,
-  relayed: 1,
-  streamed: 0.45,
-  "streamed, packed": 0.45,
-  "looked up": 0.45,
-}; // opacity: how dear the bytes are
+const opacityOf = (served) => ({ resident: 1, relayed: 1, packed: 0.8 })[served] ?? 0.45; // paler: moved before use
 
 function colorOf(device) {
   const [kind, index] = device.split(":");
-  const hues = { cpu: 35, disk: 0, cuda: 130 };
+  const hues = { cpu: 35, cuda: 130 };
   return kind === "disk" ? "hsl(0 0% 55%)" : `hsl(${((hues[kind] ?? 280) + 75 * Number(index ?? 0)) % 360} 55% 48%)`;
 }
 
-const gib = (bytes) => (bytes >= 2 ** 30 / 10 ? `${(bytes / 2 ** 30).toFixed(2)} GiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`);
+const sizeText = (bytes) => (bytes >= 2 ** 30 / 10 ? `${(bytes / 2 ** 30).toFixed(2)} GiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`);
 
 function line(text, style = {}, title = text) {
   const element = document.createElement("div");
@@ -92,10 +86,11 @@ function line(text, style = {}, title = text) {
 
 function barOf(parts, bytes) {
   const bar = document.createElement("div");
+  bar.className = "distorch2-bar";
   Object.assign(bar.style, { display: "flex", height: `${BAR_PX}px`, margin: "2px 0", borderRadius: "3px", overflow: "hidden" });
   for (const part of parts) {
     const segment = document.createElement("span");
-    const style = { flex: `${part.bytes} 0 0`, background: colorOf(part.device), opacity: SERVED[part.served] };
+    const style = { flex: `${part.bytes} 0 0`, background: colorOf(part.device), opacity: opacityOf(part.served) };
     Object.assign(segment.style, style);
     segment.title = describe(part, bytes);
     bar.append(segment);
@@ -104,33 +99,47 @@ function barOf(parts, bytes) {
 }
 
 const describe = (part, bytes) =>
-  `${part.device}  ${gib(part.bytes)}  ${((100 * part.bytes) / Math.max(1, bytes)).toFixed(0)}%  ${part.served}`;
+  `${part.device}  ${sizeText(part.bytes)}  ${((100 * part.bytes) / Math.max(1, bytes)).toFixed(0)}%  ${part.served}`;
 
 function partLine(part, bytes) {
   const element = line("", {}, describe(part, bytes));
   const mark = document.createElement("span");
   mark.textContent = "■ ";
-  Object.assign(mark.style, { color: colorOf(part.device), opacity: SERVED[part.served] });
+  Object.assign(mark.style, { color: colorOf(part.device), opacity: opacityOf(part.served) });
   element.append(mark, describe(part, bytes));
   return element;
 }
 
-const isSame = (parts, others) => JSON.stringify(parts) === JSON.stringify(others);
+const seconds = (number) => `${number.toPrecision(2)} s`;
 
-function componentLines({ name, bytes, parts, now, copied, read }) {
-  const lines = [line(`${name}  ${gib(bytes)}`, { fontWeight: "bold" }), barOf(parts, bytes)];
+// What the copies of a run cost, as far as it is known.
+function costOf({ copying_s, computing_s }) {
+  if (copying_s === null) return "";
+  if (computing_s === null) return `, ${seconds(copying_s)}, hidden behind computing if that takes longer`;
+  const took = `${seconds(copying_s)}; computing took ${seconds(computing_s)}`;
+  return copying_s <= computing_s
+    ? `, ${took}: hidden`
+    : `, ${took}: about ${(copying_s / computing_s).toFixed(1)} times as long as without`;
+}
+
+function componentLines(component) {
+  const { name, bytes, parts, now, copied, read } = component;
+  const lines = [line(`${name}  ${sizeText(bytes)}`, { fontWeight: "bold" }), barOf(parts, bytes)];
   lines.push(...parts.map((part) => partLine(part, bytes)));
-  if (copied) lines.push(line(`  each run copies ${gib(copied)}`));
-  if (read) lines.push(line(`  each run reads ${gib(read)} from the disk`));
-  if (now && !isSame(now, parts)) {
+  if (copied) {
+    const text = `each step copies ${sizeText(copied)}${costOf(component)}`;
+    lines.push(...wrapped(text).map((part) => line(`  ${part}`, {}, text)));
+  }
+  if (read) lines.push(line(`  each step reads ${sizeText(read)} from the disk`));
+  if (now && JSON.stringify(now) !== JSON.stringify(parts)) {
     lines.push(line("  as it lies now:"), barOf(now, bytes), ...now.map((part) => partLine(part, bytes)));
   }
   return lines;
 }
 
 function deviceLine({ name, total, free, planned }) {
-  const of = total === null ? "" : ` of ${gib(total)}`;
-  return line(`${name}: ${gib(planned)}${of}${free === null ? "" : `, ${gib(free)} free now`}`, { opacity: 0.75 });
+  const of = total === null ? "" : ` of ${sizeText(total)}`;
+  return line(`${name}: ${sizeText(planned)}${of}${free === null ? "" : `, ${sizeText(free)} free now`}`, { opacity: 0.75 });
 }
 
 // A long text, in lines of whole words.
@@ -210,7 +219,7 @@ function addPreview(node) {
     userSelect: "text",
   });
   const height = () => {
-    const numBars = element.querySelectorAll(":scope > div[style*='display: flex']").length;
+    const numBars = element.querySelectorAll(".distorch2-bar").length;
     const numLines = element.children.length - numBars;
     return element.children.length ? numLines * LINE_PX + numBars * (BAR_PX + 4) + 2 * MARGIN_PX : 0;
   };
@@ -227,7 +236,8 @@ function showPreview(node, found) {
 
 // --- when it is asked
 
-const previews = new Map(); // node -> what was asked, what is to be, and whether an answer is on its way
+// Looked at again and again: no event says in both renderers that a value has changed, by undo or by another pack, say.
+const previews = new Map(); // node -> question seen at the last look, question asked last, whether an answer is awaited
 
 async function lookAgain(node, state) {
   const question = questionOf(node);

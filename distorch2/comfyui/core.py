@@ -42,6 +42,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
         "free_memory",
         "get_all_torch_devices",
         "get_free_memory",
+        "get_torch_device",
         "get_total_memory",
         "in_training",
         "is_device_cuda",
@@ -78,6 +79,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
         "load_state_dict_guess_config",
     ),
     "comfy.utils": (
+        "ProgressBar",
         "calculate_parameters",
         "convert_old_quants",
         "load_torch_file",

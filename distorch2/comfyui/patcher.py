@@ -40,8 +40,6 @@ from .sharing import unhook_original, unload
 logger = logging.getLogger(__name__)
 
 
-_AS_PAIR = "as a pair"
-"""Beside the devices of a distribution: what tells that of a relayed pair from others."""
 _OF_ONE_PATCHER = {"object_patches", "attachments", "additional_models", "callbacks", "hook_patches"}
 """Attributes of a patcher that may keep much else alive."""
 
@@ -54,9 +52,10 @@ class DistributedPatcher(WeightPatcher):
     _others: tuple[str, ...] = ()
     """Of a copy for one of several devices: those that run the model at the same time. The first has the copies."""
     pair: RelayedPair | None = None
-    """While the module runs for its copies, too."""
-    _pair_plan: Plan | None = None
-    """With which it does, or has done in the last run."""
+    """During a run in which the module runs for its copies, too."""
+    pair_plan: Plan | None = None
+    """With which it is served then; None where each copy serves its own weights. It stays after the run, for which the
+    weights lie so."""
     _run_by: DistributedPatcher | None = None
     """Of a copy: the patcher whose module runs its inputs, so that it needs no weights."""
     _device_dtype: tuple[torch.dtype | None, bool] | None = None
@@ -99,11 +98,7 @@ class DistributedPatcher(WeightPatcher):
             if isinstance(copy, DistributedPatcher):
                 copy._others = devices_of(each for each in (self, *copies) if each is not copy)
                 copy.parent = copy._stand_in()  # ComfyUI has this one, which is of another module
-                copy._run_by = self if self._pair_plan is not None else None
-
-    def serve_as_pair(self, plan: Plan | None) -> None:
-        """From the next load on, have the module served as in `plan` for its copies, too; None: they serve theirs."""
-        self._pair_plan = plan
+                copy._run_by = self if self.pair_plan is not None else None
 
     def set_device_dtype(self, dtype: torch.dtype | None) -> None:
         """As `set_model_compute_dtype`, for the time that this device computes."""
@@ -158,14 +153,13 @@ class DistributedPatcher(WeightPatcher):
         device, copies = str(self.load_device), self.get_additional_models_with_key(MULTIGPU)
         others = devices_of(copies) if copies else self._others
         distributions = self._shared.distributions.setdefault(self.request, {})
-        kind = (device, *others)
-        if self._pair_plan is not None:
-            kind, others = (*kind, _AS_PAIR), ()
-        found = distributions.get(kind)
+        is_pair = self.pair_plan is not None
+        found = distributions.get((device, others, is_pair))
         if found is None:
-            plan = self._pair_plan or self._plan_for(device, others)
-            shared_slabs = self.request.slabs if others else None
-            found = distributions[kind] = Distribution(self.model, plan, COMFYUI, shared_slabs)
+            plan = self.pair_plan or self._plan_for(device, others)
+            shared_slabs = self.request.slabs if others and not is_pair else None
+            found = Distribution(self.model, plan, COMFYUI, shared_slabs)
+            distributions[(device, others, is_pair)] = found
         return found
 
     def _plan_for(self, device: str, others: Sequence[str]) -> Plan:
@@ -179,11 +173,10 @@ class DistributedPatcher(WeightPatcher):
         return plan_beside(asked, layers, device, others) if others else asked.exchanged(device, layers)
 
     def _log_plan(self, plan: Plan) -> None:
-        """One that was made of what was asked."""
+        """Of one that differs from what was asked."""
         kept = ", ".join(f"{size_text(plan.bytes_on(each))} on {each}" for each in plan.devices)
-        how = ", as a relayed pair" if self._pair_plan is not None else ""
-        if plan.others:
-            how = f", beside {' and '.join(plan.others)}"
+        beside = f", beside {' and '.join(plan.others)}" if plan.others else ""
+        how = ", as a relayed pair" if self.pair_plan is not None else beside
         logger.info("DisTorch2: %s for %s%s: %s", type(self.model).__name__, plan.compute_device, how, kept)
 
     def model_size(self) -> int:
@@ -200,10 +193,10 @@ class DistributedPatcher(WeightPatcher):
         return placed if placed is not None and is_here else self.distribution
 
     @property
-    def placed_plan(self) -> Plan | None:
-        """Where the weights lie now; None while they are not on their devices."""
+    def placed(self) -> Distribution | None:
+        """The one that has the weights on their devices now."""
         placed = self._shared.placed
-        return placed.plan if placed is not None and placed.is_placed else None
+        return placed if placed is not None and placed.is_placed else None
 
     def _left_behind(self) -> Distribution | None:
         """What is placed on another device by a patcher that is gone: ComfyUI turns to its parent, this one perhaps."""
@@ -213,6 +206,12 @@ class DistributedPatcher(WeightPatcher):
         loaded = [each.model for each in mm.current_loaded_models if each.model is not None]
         is_in_use = any(each.model is self.model and each.load_device == placed.device for each in loaded)
         return None if is_in_use else placed
+
+    def _a_pass(self) -> contextlib.AbstractContextManager[None]:
+        """Around each pass. That of a copy is inside the forward that `RelayedPair` has given it."""
+        if self._run_by is not None:
+            return contextlib.nullcontext()
+        return self.distribution.running() if self.pair is None else self.pair.own_pass()
 
     def loaded_size(self) -> int:
         """Bytes that the model has there."""
@@ -503,12 +502,11 @@ def _around_forward(executor: Any, *arguments: Any, **options: Any) -> Any:
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not isinstance(patcher, DistributedPatcher):
         return executor(*arguments, **options)
+    around_pass = patcher._a_pass()
     patcher = patcher._run_by or patcher
-    is_own = patcher.model is executor.class_obj
-    running = patcher.distribution.running() if patcher.pair is None else contextlib.nullcontext()
     try:
         with (
-            patcher.pair.own_pass() if patcher.pair is not None and is_own else running,
+            around_pass,
             contextlib.nullcontext() if patcher.distribution.relay is None else core.without_compiler(),
         ):
             return executor(*arguments, **options)

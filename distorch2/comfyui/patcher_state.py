@@ -43,10 +43,11 @@ class Shared:
 
     layers: Sequence[Layer]
     """As they were before any was patched."""
-    distributions: weakref.WeakKeyDictionary[Request, dict[tuple[str, ...], Distribution]] = field(
+    distributions: weakref.WeakKeyDictionary[Request, dict[tuple[str, tuple[str, ...], bool], Distribution]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    """By compute device and those that run at the same time, for each plan that a patcher still has."""
+    """By compute device, those that run at the same time, and whether it is for a relayed pair; for each plan that a
+    patcher still has."""
     placed: Distribution | None = None
     """The one that has the weights, or had them last."""
     carried: dict[str, list[tuple]] = field(default_factory=dict)

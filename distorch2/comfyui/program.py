@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -57,6 +58,9 @@ class _ComfyUI:
 
     def raise_if_cancelled(self) -> None:
         mm.throw_exception_if_processing_interrupted()
+
+    def progress_of(self, total: int) -> Callable[[], None]:
+        return functools.partial(core.utils.ProgressBar(total).update, 1)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         return is_out_of_memory(error)

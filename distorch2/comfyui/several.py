@@ -21,8 +21,9 @@ from .sharing import unload
 MULTIGPU = "multigpu"
 """The key of a patcher's additional models under which ComfyUI has the copies for other devices."""
 _WAITING_FOR_A_PAIR = 0.35
-"""Of the time. Where copies of the model wait longer for their weights, a relayed pair is faster: its step takes about
-1.5 times as long as the resident one; see `benchmarks/several_gpus.py`."""
+"""Of the time. Where copies of the model wait longer for their weights, a relayed pair is taken to be faster. By the
+forecast (`benchmarks/several_gpus_forecast.py`) it takes 1.2 times as long as whole copies, which would be 0.16; an
+earlier version took 1.7 times as long, 0.40."""
 
 
 def devices_of(patchers: Iterable[core.ModelPatcher]) -> tuple[str, ...]:
@@ -30,17 +31,17 @@ def devices_of(patchers: Iterable[core.ModelPatcher]) -> tuple[str, ...]:
 
 
 def around_sampling(executor: Any, *arguments: Any, **options: Any) -> Any:
-    """A wrapper of a guider's sampling. Where one conditioning is all that runs, the copies are left alone: ComfyUI
-    would load them, and have one of them run it. Otherwise they run as a pair, where they are to."""
+    """A wrapper of a guider's sampling. With one conditioning the copies are hidden from ComfyUI, which would load them
+    and have one of them run it. With more they run at once, or as a pair where there is a plan for it."""
     guider = executor.class_obj
     patcher = guider.model_patcher
     copies = patcher.get_additional_models_with_key(MULTIGPU)
     if not copies:
         return executor(*arguments, **options)
-    patcher.serve_as_pair(None)
+    plan = _plan_of_pair(patcher, copies, guider) if _num_conditionings(guider) > 1 else None
+    patcher.pair_plan = plan
     if _num_conditionings(guider) > 1:
-        plan = _plan_of_pair(patcher, copies, guider)
-        with contextlib.nullcontext() if plan is None else _as_pair(patcher, copies, plan):
+        with contextlib.nullcontext() if plan is None else _as_pair(patcher, copies):
             return executor(*arguments, **options)
     patcher.remove_additional_models(MULTIGPU)
     try:
@@ -50,10 +51,9 @@ def around_sampling(executor: Any, *arguments: Any, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _as_pair(patcher: Any, copies: Sequence[Any], plan: Plan) -> Iterator[None]:
+def _as_pair(patcher: Any, copies: Sequence[Any]) -> Iterator[None]:
     for copy in copies:
         unload(copy.model)
-    patcher.serve_as_pair(plan)
     modules = {copy.load_device: copy.model.diffusion_model for copy in copies}
     pair = RelayedPair(patcher.distribution, patcher.model.diffusion_model, modules)
     with pair.attached():
@@ -71,23 +71,24 @@ def _plan_of_pair(patcher: Any, copies: Sequence[Any], guider: Any) -> Plan | No
         return None
     if str(patcher.load_device) != asked.compute_device or patcher.pair is not None or not _can_be_paired(guider):
         return None
-    if asked.donor_mode != RELAY and not (patcher.request.prefers_pair or _has_waited(patcher, copies)):
-        return None
-    plan = plan_alternating(asked, patcher.layers_of(patcher.model))
-    patcher.request.prefers_pair = plan is not None
-    return plan
+    if asked.donor_mode != RELAY:
+        patcher.request.prefers_pair |= patcher.pair_plan is None and _have_waited([patcher, *copies])
+        if not patcher.request.prefers_pair:
+            return None
+    return plan_alternating(asked, patcher.layers_of(patcher.model))
 
 
-def _has_waited(patcher: Any, copies: Sequence[Any]) -> bool:
-    """Whether one of the copies has, in the last run, as it is to be served: packed, where it can be."""
-    distributions = [each.distribution for each in (patcher, *copies)]
-    waiting = [each.waiting_part for each in distributions if not each.may_start_packing]
-    return any(part is not None and part > _WAITING_FOR_A_PAIR for part in waiting)
+def _have_waited(patchers: Iterable[Any]) -> bool:
+    """Whether one of the devices has waited too long for weights in the last run; not where these are yet to be
+    packed."""
+    distributions = [each.distribution for each in patchers]
+    waiting = [each.waiting_part or 0.0 for each in distributions if not each.may_start_packing]
+    return max(waiting, default=0.0) > _WAITING_FOR_A_PAIR
 
 
 def _can_be_paired(guider: Any) -> bool:
-    """False where ComfyUI has something for each device (hooks, patches, wrappers, injections), which the inputs of a
-    copy would find on the first one's."""
+    """False where ComfyUI has something for each device (hooks, patches, wrappers, injections): the inputs of a copy
+    would meet what is there for the first one's."""
     patcher, options = guider.model_patcher, guider.model_options.get("transformer_options", {})
     for_each_device = [
         *(options.get(name) for name in ("patches", "patches_replace", "optimized_attention_override")),

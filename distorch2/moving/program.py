@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -57,6 +57,9 @@ class Program(Protocol):
         """What the program's memory manager takes for a model on `donor`: the slabs that `owner` keeps there."""
 
     def raise_if_cancelled(self) -> None: ...
+
+    def progress_of(self, total: int) -> Callable[[], None]:
+        """To be called as often as `total` says while something is loaded. It may raise as `raise_if_cancelled`."""
 
     def is_out_of_memory(self, error: BaseException) -> bool: ...
 

@@ -31,7 +31,7 @@ _streams: dict[tuple[torch.device, str], Any] = {}
 
 def stream_for(device: torch.device, purpose: str, priority: int = 0) -> Any:
     """A stream of `device`, on which everything for one purpose goes one after another, whoever asks for it. One with a
-    lower number goes before others, which then have what it leaves of the device.
+    lower `priority`, as it is when the stream is made, is served first.
 
     A GPU has few queues for many streams, and what is on two streams of one queue waits for each other.
     """
@@ -72,9 +72,8 @@ def wait_for(device: torch.device) -> None:
 
 
 class Turns:
-    """A lock for threads with streams of their own: what one gives to devices comes after what the one before it gave.
-
-    A thread that has it may take it again.
+    """A lock that orders devices as well: what its holder gives them begins after what the holder before gave them,
+    though each thread has streams of its own. A thread that has it may take it again.
     """
 
     def __init__(self) -> None:

@@ -277,7 +277,16 @@ class Timing:
         if self.whole is None or not self.whole[1].query():
             return None
         milliseconds = self.whole[0].elapsed_time(self.whole[1])
-        return sum(begin.elapsed_time(end) for begin, end in self._waits) / milliseconds if milliseconds else 0.0
+        return self._waiting_ms() / milliseconds if milliseconds else 0.0
+
+    def computing_seconds(self) -> float | None:
+        """Of the device, beside waiting; None until it has done it."""
+        if self.whole is None or not self.whole[1].query():
+            return None
+        return (self.whole[0].elapsed_time(self.whole[1]) - self._waiting_ms()) / 1000
+
+    def _waiting_ms(self) -> float:
+        return sum(begin.elapsed_time(end) for begin, end in self._waits)
 
 
 class Detour:

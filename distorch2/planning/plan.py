@@ -304,6 +304,16 @@ class Plan:
         """Placements on donors that are copied to the compute device."""
         return tuple(placement for placement in self.placements if self.how_served(placement) == STREAMED)
 
+    @cached_property
+    def copied_bytes(self) -> int:
+        """What comes from other devices in each step, before it is packed."""
+        return sum(item.layer.num_bytes for item in self.streamed if item.device != DISK_NAME)
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """What comes from the disk in each step."""
+        return sum(item.layer.num_bytes for item in self.streamed if item.device == DISK_NAME)
+
     def is_streamed_packed(self, placement: Placement) -> bool:
         """Whether the weights are to be packed from the start, if they become smaller."""
         is_streamed = self.how_served(placement) == STREAMED

@@ -179,8 +179,8 @@ def plan_alternating(asked: Plan, layers: Sequence[Layer]) -> Plan | None:
     """A plan for several inputs to be relayed at the same time: the units of the compute device and of the donors that
     relay alternate, up to `ROUNDS` times, so that one device has work while another has the other input.
 
-    Donors have as many bytes as in the plan that was `asked` for, to a unit. None where all of the model's `layers` is
-    not on the compute device and donors that relay, or where only one of them would have a unit.
+    Donors have as many bytes as in the plan that was `asked` for, to a unit. None unless each of the model's `layers`
+    is on the compute device or a donor that relays, and at least two of them would have a unit.
     """
     home, device_of = asked.compute_device, {item.layer.name: item.device for item in asked.placements}
     if any(device_of.get(layer.name) not in (home, *asked.relays) for layer in layers):

@@ -106,6 +106,11 @@ class Distribution:
         return self._serving.relay
 
     @property
+    def computing_devices(self) -> set[torch.device]:
+        """The compute device, and donors that relay."""
+        return {self.device, *(self.relay.donors if self.relay is not None else ())}
+
+    @property
     def compute_bytes(self) -> int:
         """What is on the compute device: resident layers, those that are packed there, and staging buffers."""
         if self.streamer is None:
@@ -174,8 +179,7 @@ class Distribution:
     def running(self) -> Iterator[None]:
         """Around each pass of the module."""
         self.relieve_host_memory()
-        is_to_be_known = self.may_start_packing or bool(self.plan.others)
-        is_timed = is_to_be_known and self.is_placed and self.transfer.has_streams
+        is_timed = self.is_placed and self.transfer.has_streams
         with self._pace.a_pass() if is_timed else contextlib.nullcontext():
             yield
 
@@ -187,6 +191,11 @@ class Distribution:
     def waiting_part(self) -> float | None:
         """The part of the last run that computing waited for copies, 0 to 1; None where that is not known."""
         return self._pace.waiting_part()
+
+    @property
+    def computing_seconds(self) -> float | None:
+        """What a pass of the last run took, beside waiting for copies; None where that is not known."""
+        return self._pace.computing_seconds()
 
     @property
     def serves_one_at_a_time(self) -> bool:
@@ -208,7 +217,7 @@ class Distribution:
         """Before a plan for the next run is made of `asked`: have what is streamed packed from now on, if computing has
         waited for it, or another copy of the module has it packed."""
         waiting_part, stores = self._pace.begin_run(), self._stores
-        has_waited = waiting_part is not None and waiting_part > MOST_WAITING
+        has_waited = waiting_part is not None and waiting_part > MOST_WAITING and self.plan.is_worth_packing
         others_pack = stores.shared_slabs is not None and stores.shared_slabs.is_packing
         if not stores.packer.can_start or not (has_waited or others_pack):
             return

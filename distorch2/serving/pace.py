@@ -21,12 +21,14 @@ class Pace:
         self._transfer = transfer
         self._num_passes = 0
         self._timings: list[Timing] = []
+        self._computing_seconds: float | None = None
 
     def begin_run(self) -> float | None:
         """Returns the least part of a timed pass before that computing waited for copies, 0 to 1; None where too few
         were timed since it was told last."""
         self._num_passes = 0
         waiting_part = self.waiting_part()
+        self.computing_seconds()  # those of the run before stay
         if waiting_part is not None:
             self._timings = []
         return waiting_part
@@ -35,6 +37,12 @@ class Pace:
         """What `begin_run` would return."""
         parts = [part for timing in self._timings if (part := timing.waiting_part()) is not None]
         return min(parts) if len(parts) >= _PASSES_TIMED else None
+
+    def computing_seconds(self) -> float | None:
+        """What a timed pass took beside waiting; None until one is done."""
+        seconds = [each for timing in self._timings if (each := timing.computing_seconds()) is not None]
+        self._computing_seconds = min(seconds, default=self._computing_seconds)
+        return self._computing_seconds
 
     @contextlib.contextmanager
     def a_pass(self) -> Iterator[None]:

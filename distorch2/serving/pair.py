@@ -2,7 +2,7 @@
 
 A copy's thread brings its inputs to the module's device, runs the module, and takes the result back; the copy's own
 weights are not needed. While one input is in the units of one device, another is in those of another device: all
-devices have work, and all weights lie somewhere once. There may be more than two.
+devices have work, and each weight lies on one device only. A pair may have more than two devices.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -27,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 class RelayedPair:
-    """Runs `module`, which `distribution` serves, for itself, inside `own_pass`, and for its `copies` by device, while
-    it is `attached`.
+    """While it is `attached`, the forwards of the `copies`, by device, run `module`, which `distribution` serves. The
+    module's own passes have to be inside `own_pass`.
 
-    Passes take turns where two at a time would disturb each other: where weights come by way of buffers, and where the
-    module keeps something of a pass in itself, for which the first pass is watched.
+    Passes run one at a time where weights are streamed, or where the module keeps something of a pass in itself: the
+    first one is watched to find out.
     """
 
     def __init__(
@@ -109,15 +108,14 @@ class RelayedPair:
         if self._keeps_something is False and not self._distribution.serves_one_at_a_time:
             yield
             return
-        relay = self._distribution.relay
-        with self._turns.taken({self._distribution.device, *(relay.donors if relay is not None else ())}):
+        with self._turns.taken(self._distribution.computing_devices):
             if self._keeps_something is not None:
                 yield
                 return
             before = _held_by(self._module)
             yield
             after = _held_by(self._module)
-            self._keeps_something = len(before) != len(after) or not all(map(operator.is_, before, after))
+            self._keeps_something = len(before) != len(after) or not all(map(_is_same, before, after))
             if self._keeps_something:
                 logger.info(
                     "DisTorch2: %s keeps something of a pass, and runs one at a time", type(self._module).__name__
@@ -142,13 +140,13 @@ class _Lane:
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         home, relay = self._distribution.device, self._distribution.relay
-        donors = relay.donors if relay is not None else set()
+        computing = self._distribution.computing_devices
         if self._activations is None or self._relay is not relay:
-            self._relay, self._activations = relay, Activations(home, donors, self._name)
+            self._relay, self._activations = relay, Activations(home, computing - {home}, self._name)
         with contextlib.ExitStack() as stack:
             stack.callback(self._activations.forget)
-            for device in {*donors, self._device, home}:
-                # The inputs of a copy bring their own order: for the work of lane 0 they are not to wait.
+            for device in computing | {self._device}:
+                # At home a copy's stream does not wait for lane 0: the copy's inputs come in order as it is.
                 in_order = device != home or self._device == home
                 stack.enter_context(on_stream_for(device, self._name, self._priority, in_order))
             stack.enter_context(on_device(home))
@@ -158,12 +156,16 @@ class _Lane:
 
 
 def _held_by(module: torch.nn.Module) -> list[object]:
-    """What can be reached through the attributes of all modules in it, a few levels deep, and how often the tensors
-    have been written to: to be compared by identity."""
+    """All that the attributes of `module` and those in it hold, up to a few levels deep, and the number of writes to
+    each tensor. Two such lists tell whether a pass has changed something."""
     found: list[object] = []
     for child in module.modules():
         _add_held(vars(child), found)
     return found
+
+
+def _is_same(one: object, other: object) -> bool:
+    return one is other or (type(one) is type(other) is int and one == other)
 
 
 def _add_held(value: object, found: list[object], depth: int = 3) -> None:

@@ -512,6 +512,7 @@ class Stores:
         filling: dict[Group, Future[torch.Tensor | PackedSlab]] = {}
         to_fill_ahead = iter(filled_ahead)
         buffers = self.packer.buffers([made[key] for key in to_pack], _FILLING_THREADS)
+        has_filled = self._program.progress_of(len(made)) if is_cancellable else lambda: None
         with buffers, ThreadPoolExecutor(_FILLING_THREADS) as pool:
             for key, group in made.items():
                 if is_cancellable:
@@ -548,6 +549,7 @@ class Stores:
                 if key not in to_pack:
                     self._pack(group)
                 self._pin(group)
+                has_filled()
 
     def _filled_once(
         self, group: StoredGroup, fill: Callable[[], torch.Tensor | PackedSlab]
