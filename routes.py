@@ -70,6 +70,9 @@ class _Previews:
             return 400, {"error": str(mistake), "input": mistake.name}
         except (CheckpointError, PlanError) as error:
             return 400, {"error": str(error), "input": ""}
+        except Exception as error:  # a model that ComfyUI is unloading just now, say
+            logger.warning("DisTorch2: no preview (%s: %s)", type(error).__name__, error)
+            return 503, {"error": "no preview now", "input": ""}
         finally:
             self._num_waiting -= 1
 

@@ -15,11 +15,10 @@ import torch
 
 from . import loading
 from .comfyui.core import mm
-from .comfyui.memory import memory_of
+from .comfyui.memory import is_started, memory_of
 from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
 from .moving.link import link_bytes_per_second
-from .planning import sizing
 from .planning.plan import ComponentRequest, DeviceMemory, Layer, Plan, size_text
 from .report import rows_of_plan
 from .serving.distribution import Distribution
@@ -38,7 +37,7 @@ def preview_checkpoint(
     ckpt_path: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str, may_measure: bool = True
 ) -> dict[str, Any]:
     """As `_preview_of`, for `load_checkpoint`. Raises as `plan_checkpoint`."""
-    memory = memory_of([unet, clip], vae_device)
+    memory = memory_of([unet, clip], vae_device, may_start=False)
     devices = unet.compute_device, clip.compute_device, vae_device
     layers, computing = _layers_of(ckpt_path, loading.layers_of_checkpoint, *devices)
     return _preview_of(ckpt_path, loading.make_plans(layers, computing, unet, clip, memory), memory, may_measure)
@@ -46,7 +45,7 @@ def preview_checkpoint(
 
 def preview_diffusion_model(path: str, request: ComponentRequest, may_measure: bool = True) -> dict[str, Any]:
     """The same for `load_diffusion_model`."""
-    memory = memory_of([request])
+    memory = memory_of([request], may_start=False)
     layers, computing = _layers_of(path, loading.layers_of_diffusion_model, request.compute_device)
     plans = loading.make_plans(layers, computing, request, request, memory)
     return _preview_of(path, plans, memory, may_measure)
@@ -57,15 +56,16 @@ def preview_component(
 ) -> dict[str, Any]:
     """The same for `distribute`, given one of `SPLIT_COMPONENTS` of a file that ComfyUI's loader has loaded for its
     default device. Raises `CheckpointError` also where the file does not have it."""
-    memory, device = memory_of([request]), str(mm.get_torch_device())
+    memory, device = memory_of([request], may_start=False), str(mm.get_torch_device())
     if is_checkpoint:
-        layers, _ = _layers_of(path, loading.layers_of_checkpoint, device, device, device)
+        layers, computing = _layers_of(path, loading.layers_of_checkpoint, device, request.compute_device, device)
     else:
-        layers, _ = _layers_of(path, loading.layers_of_diffusion_model, device)
+        layers, computing = _layers_of(path, loading.layers_of_diffusion_model, device)
     if component not in layers:
         raise CheckpointError(f"there is no {component} in {path}")
-    of_component = {component: layers[component]}
-    plans = loading.make_plans(of_component, {component: request.compute_device}, request, request, memory)
+    # A text encoder computes on the CPU where the device lacks its dtype.
+    computing = {loading.DIFFUSION_MODEL: request.compute_device, loading.TEXT_ENCODER: computing.get(component, "")}
+    plans = loading.make_plans({component: layers[component]}, computing, request, request, memory)
     return _preview_of(path, plans, memory, may_measure)
 
 
@@ -87,8 +87,8 @@ def _preview_of(
             "bytes": plan.model_bytes,
             "parts": _rows(name, plan),
             "now": _rows(name, placed[name].plan) if name in placed else None,
-            "copied": plan.copied_bytes,
-            "read": plan.read_bytes,
+            "copied": sum(plan.copied_bytes_from(donor) for donor in plan.donors if donor != DISK_NAME),
+            "read": plan.copied_bytes_from(DISK_NAME),
             "copying_s": _copying_seconds(plan, may_measure),
             "computing_s": placed[name].computing_seconds if name in placed else None,
         }
@@ -152,11 +152,7 @@ def _copying_seconds(plan: Plan, may_measure: bool) -> float | None:
     device = torch.device(plan.compute_device)
     if not COMFYUI.can_pin_for(device):
         return None
-    num_bytes = sum(
-        sizing.packed_bytes(item.layer.num_bytes) if plan.is_streamed_packed(item) else item.layer.num_bytes
-        for item in plan.streamed
-        if item.device == str(CPU)
-    )
+    num_bytes = plan.copied_bytes_from(str(CPU))
     try:
         speed = link_bytes_per_second(device, may_measure) if num_bytes else None
     except RuntimeError:  # there is no memory for it
@@ -172,7 +168,8 @@ def _rows(name: str, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _free(name: str) -> int | None:
-    return None if name == DISK_NAME else int(mm.get_free_memory(torch.device(name)))
+    device = torch.device("cpu" if name == DISK_NAME else name)
+    return int(mm.get_free_memory(device)) if name != DISK_NAME and is_started(device) else None
 
 
 def _warnings(devices: Iterable[Mapping[str, Any]]) -> Iterable[str]:

@@ -180,6 +180,54 @@ def test_the_preview_follows_the_widgets(server, front_end):
     assert "preview" not in json.dumps(front_end.save())
 
 
+def test_undo_is_about_what_was_edited_and_the_preview_follows(front_end):
+    name, page = "unet_virtual_vram_gb", front_end.page
+    front_end.load(on_this_machine("exact_bytes"), "undo")
+    value = lambda: front_end.export()[LOADER]["inputs"][name]  # noqa: E731
+    size = lambda: [node["size"] for node in front_end.save()["nodes"] if node["type"] == NODE_ID]  # noqa: E731
+    preview_on(front_end, "resident")
+    first_value, first_size = value(), size()
+    for changed in (3.0, 2.0):
+        front_end.set_widget(LOADER, name, changed)
+        page.wait_for_timeout(1000)  # for the preview of this value
+    track = (
+        "async (what) => { const of = app.extensionManager.workflow.activeWorkflow.changeTracker; await of[what](); }"
+    )
+    page.evaluate(track, "checkState")  # as an event of the mouse does
+    num_edits = page.evaluate("() => app.extensionManager.workflow.activeWorkflow.changeTracker.undoQueue.length")
+    assert 1 <= num_edits <= 2  # Nodes 2.0 takes the two for one
+    for _ in range(num_edits):
+        page.evaluate(track, "undo")
+        page.wait_for_timeout(1000)
+    assert value() == first_value
+    preview_on(front_end, "resident")
+    page.evaluate(track, "redo")
+    assert value() != first_value
+    if not front_end.nodes_2:  # which gives nodes a height of its own, as they are drawn
+        assert size() == first_size
+
+
+def test_a_model_that_is_distributed_is_shown_by_the_file_of_its_loader(front_end, checkpoints):
+    nodes = [
+        {"id": 1, "type": "CheckpointLoaderSimple", "pos": [0, 0], "size": [300, 100], "widgets_values": [CHECKPOINT],
+         "outputs": [{"name": "MODEL", "type": "MODEL", "links": [1]}]},
+        {"id": 2, "type": "ModelSamplingSD3", "pos": [320, 0], "size": [200, 60], "widgets_values": [3.0],
+         "inputs": [{"name": "model", "type": "MODEL", "link": 1}],
+         "outputs": [{"name": "MODEL", "type": "MODEL", "links": [2]}]},
+        {"id": 3, "type": "DistributeModelDisTorch2", "pos": [540, 0], "size": [300, 200],
+         "inputs": [{"name": "model", "type": "MODEL", "link": 2}],
+         "widgets_values": [COMPUTE, 0.002, DONOR, "", True, "auto", "auto"]},
+    ]  # fmt: skip
+    links = [[1, 1, 0, 2, 0, "MODEL"], [2, 2, 0, 3, 0, "MODEL"]]
+    front_end.load({"version": 0.4, "nodes": nodes, "links": links}, "distributed")
+    front_end.show("3")
+    found = front_end.page.locator(".distorch2-preview:visible", has_text=f"{DONOR}  2.0 MiB")
+    found.wait_for()
+    assert found.inner_text().startswith("diffusion model  3.0 MiB")
+    front_end.page.evaluate("() => { app.graph.getNodeById(1).mode = 4 }")  # bypassed: it loads nothing
+    found.wait_for(state="hidden")
+
+
 def test_the_node_shows_its_widgets_and_its_name(server, front_end):
     front_end.load(json.loads(ui_file("exact_bytes")), "exact_bytes")
     front_end.show(LOADER)

@@ -7,6 +7,7 @@ Latents are compared with those of ComfyUI's loader on the CPU, one conditioning
 import gc
 import threading
 import time
+import weakref
 
 import comfy.model_management as mm
 import comfy.multigpu
@@ -24,6 +25,7 @@ from several import one_at_a_time as one_at_a_time
 from distorch2.moving.transfer import Timing
 from distorch2.planning.planner import plan_alternating
 from distorch2.serving.distribution import Distribution
+from distorch2.serving.pair import _held_by, _is_same
 
 SHARES = {2: "sim:0,60%;sim:1,40%", 3: "sim:0,40%;sim:1,30%;sim:2,30%", 4: "sim:0,40%;sim:1,20%;sim:2,20%;sim:3,20%"}
 
@@ -309,3 +311,29 @@ def test_a_thread_that_is_left_behind_is_waited_for(checkpoints, expected, monke
     assert len(ended) == 1
     hook.remove()
     assert same(sample(model, clip), expected["flux"][0])
+
+
+def test_a_pair_goes_with_its_last_patcher(checkpoints):
+    model, clip = load_pair(checkpoints)
+    sample(model, clip)
+    module = weakref.ref(model.model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert module() is None
+        assert not any(sim.used_bytes)
+    finally:
+        gc.enable()
+
+
+def test_numbers_that_are_equal_are_the_same():
+    """Of writes to a tensor, which are other objects each time from 257 on."""
+    with torch.inference_mode(False), torch.no_grad():
+        module = torch.nn.Linear(2, 2)
+        for _ in range(300):
+            module.weight.add_(1)
+        lists = [_held_by(module), _held_by(module)]
+        assert all(map(_is_same, *lists))
+        module.weight.add_(1)
+        assert not all(map(_is_same, lists[0], _held_by(module)))

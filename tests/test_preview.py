@@ -3,6 +3,7 @@
 import http.client
 import json
 import random
+import types
 import urllib.parse
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import pytest
+import torch
 from conftest import ROOT
 from placing import COMPUTE, DONOR, devices_known_to_comfyui, inference_mode  # noqa: F401
 from sampling import core_load
@@ -20,6 +22,7 @@ from serving import ACCELERATOR, DEVICES, NEWEST, prompt_for, start
 
 from allocation_parser import parse_allocation
 from distorch2 import preview
+from distorch2.comfyui import memory
 from distorch2.loading import (
     DIFFUSION_MODEL,
     TEXT_ENCODER,
@@ -29,7 +32,7 @@ from distorch2.loading import (
     load_diffusion_model,
 )
 from distorch2.moving.transfer import Timing
-from distorch2.planning.plan import ComponentRequest, VirtualVram
+from distorch2.planning.plan import GIB, ComponentRequest, VirtualVram
 from distorch2.report import rows_of_plan
 from distorch2.serving.pace import Pace
 from distorch2.weights.checkpoint_file import CheckpointError
@@ -184,6 +187,23 @@ def test_comfyui_is_told_how_far_placing_is(checkpoints, monkeypatch):
     comfy.model_management.load_models_gpu([model])
     assert not told
     model.detach()
+
+
+def test_a_gpu_that_this_process_does_not_use_is_not_asked(monkeypatch):
+    """To ask it would take some hundred MiB of it."""
+
+    def refused(*arguments):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(memory.mm, "get_all_torch_devices", lambda: [torch.device("cuda:1")])
+    monkeypatch.setattr(memory.mm, "get_free_memory", refused)
+    monkeypatch.setattr(memory, "is_started", lambda device: False)
+    properties = types.SimpleNamespace(total_memory=8 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    asked = ComponentRequest("cpu", VirtualVram(1.0, "cuda:1"), "stream")
+    found = memory.memory_of([asked], may_start=False)["cuda:1"]
+    assert found.total_bytes == 8 * GIB
+    assert 7 * GIB < found.free_bytes < 8 * GIB
 
 
 # --- the route, on a real server

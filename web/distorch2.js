@@ -19,6 +19,8 @@ const MOST_LINKS = 50; // that are followed to the node that loads a file
 
 const COMPONENTS = { DistributeModelDisTorch2: "diffusion model", DistributeCLIPDisTorch2: "text encoder" };
 const FILE_INPUTS = ["ckpt_name", "unet_name"];
+const LOADERS = /^(CheckpointLoaderSimple|UNETLoader|CheckpointLoaderAdvanced)(DisTorch2)?(MultiGPU)?$/;
+const ALWAYS = 0; // the mode of a node that is neither muted nor bypassed
 const READABLE = /\.(safetensors|sft)$/i;
 
 // Values of widgets by name; undefined for one that is linked, which is not known before it runs.
@@ -34,7 +36,8 @@ function fileOf(node) {
   const name = FILE_INPUTS.find((each) => READABLE.test(values[each] ?? ""));
   const listed = node.widgets?.find((widget) => widget.name === name)?.options?.values;
   if (!name || (Array.isArray(listed) && !listed.includes(values[name]))) return null;
-  return ["default", undefined].includes(values.weight_dtype) ? { [name]: values[name] } : null; // others are cast
+  const isCast = "weight_dtype" in values && values.weight_dtype !== "default";
+  return isCast ? null : { [name]: values[name] };
 }
 
 // The file of the loader that the node's model comes from, by way of nodes that pass it on.
@@ -43,8 +46,7 @@ function fileBefore(node, type) {
     const slot = (node.inputs ?? []).findIndex((input) => input.type === type);
     node = slot < 0 ? null : node.getInputNode(slot);
     if (!node) return null;
-    const file = /Loader/.test(node.comfyClass ?? "") && fileOf(node);
-    if (file) return file;
+    if (LOADERS.test(node.comfyClass ?? "")) return node.mode === ALWAYS ? fileOf(node) : null;
   }
   return null;
 }
@@ -59,7 +61,7 @@ function questionOf(node) {
   if (component) question.component = component;
   if (!("unet_compute_device" in values)) {
     question.compute_device = values.compute_device ?? values.device;
-    question.donor_device = values.donor_device ?? "cpu";
+    if (!("donor_device" in values)) question.donor_device = "cpu";
   }
   return Object.values(question).includes(undefined) ? null : new URLSearchParams(question).toString();
 }
@@ -177,8 +179,15 @@ function addDomWidget(node, name, element, height) {
   return widget;
 }
 
+const added = new WeakMap(); // node -> [width, height] that it was given for what is shown on it
+
+// Make room for what is shown. What is saved, and what undo compares, is the size without it.
 function grow(node, width = 0) {
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], node.computeSize()[1])]);
+  const [addedWidth, addedHeight] = added.get(node) ?? [0, 0];
+  const own = [node.size[0] - addedWidth, node.size[1] - addedHeight];
+  const needed = [Math.max(own[0], width, node.size[0]), Math.max(own[1], node.computeSize()[1])];
+  added.set(node, [needed[0] - own[0], needed[1] - own[1]]);
+  node.setSize(needed);
   node.setDirtyCanvas?.(true, true);
 }
 
@@ -255,9 +264,9 @@ async function lookAgain(node, state) {
   try {
     const answer = await api.fetchApi(`/distorch2/preview?${question}`);
     if (answer.status === 429) state.asked = undefined;
-    else if (answer.ok || answer.status === 400) showPreview(node, await answer.json());
+    else showPreview(node, answer.ok || answer.status === 400 ? await answer.json() : null);
   } catch {
-    // The server is gone; the front end says so.
+    showPreview(node, null); // no JSON, or the server is gone, which the front end says
   } finally {
     state.isAsking = false;
   }
@@ -279,13 +288,21 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (!NODES.test(node.comfyClass ?? "")) return;
-    const { onExecuted, onRemoved } = node;
+    const { onAdded, onExecuted, onRemoved, onSerialize } = node;
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
       if (output?.[TABLE]) showTable(this, output[TABLE].join("\n"));
     };
+    node.onSerialize = function (saved) {
+      onSerialize?.apply(this, arguments);
+      const [width, height] = added.get(this) ?? [0, 0];
+      if (saved.size) saved.size = [saved.size[0] - width, saved.size[1] - height];
+    };
     if (!node.widgets?.some((widget) => /virtual_vram_gb$/.test(widget.name))) return; // everything is whole there
-    previews.set(node, { seen: undefined, asked: undefined, isAsking: false });
+    node.onAdded = function () {
+      onAdded?.apply(this, arguments);
+      previews.set(this, { seen: undefined, asked: undefined, isAsking: false });
+    };
     node.onRemoved = function () {
       previews.delete(this);
       onRemoved?.apply(this, arguments);

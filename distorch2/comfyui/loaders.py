@@ -140,7 +140,7 @@ def _as_no_checkpoint(path: str) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (*NO_SUCH_FORMAT, IndexError, RuntimeError) as error:
+    except (*NO_SUCH_FORMAT, AssertionError, IndexError, RuntimeError) as error:
         raise _not_a_checkpoint(path) from error
 
 
@@ -154,8 +154,11 @@ def _vae_without_memory(detected: Detected, metadata: dict[str, str] | None, dev
     prefixes = dict.fromkeys(detected.config.vae_key_prefix, "")
     state_dict = core.utils.state_dict_prefix_replace(dict(detected.state_dict), prefixes, filter_keys=True)
     shapes = {name: value.to(_META) for name, value in detected.config.process_vae_state_dict(state_dict).items()}
-    with _META:
-        return core.sd.VAE(sd=shapes, metadata=metadata, device=torch.device(device)).first_stage_model
+    try:
+        with _META:
+            return core.sd.VAE(sd=shapes, metadata=metadata, device=torch.device(device)).first_stage_model
+    except RuntimeError:  # that of ACE-Step and that of Cosmos look at numbers while they are built
+        return None
 
 
 def _text_encoder_without_memory(detected: Detected, clip_device: str) -> tuple[torch.nn.Module | None, str]:

@@ -11,12 +11,16 @@ from ..planning.planner import relaying_donors
 from ..weights.devices import CPU, DISK_NAME
 from .core import mm
 
+_CONTEXT_BYTES = 512 * 1024**2
+"""About what CUDA takes of a GPU for a process that uses it."""
 
-def memory_of(requests: Sequence[ComponentRequest], *others: str) -> dict[str, DeviceMemory]:
+
+def memory_of(requests: Sequence[ComponentRequest], *others: str, may_start: bool = True) -> dict[str, DeviceMemory]:
     """Memory of the devices of these requests and of others that compute, with `cpu` and `disk` always among them.
 
     Of a device that computes, what models hold that ComfyUI can evict counts as free, and the room that it leaves for
-    inference does not. What models hold on a device that only keeps weights does not count as free.
+    inference does not. What models hold on a device that only keeps weights does not count as free. A GPU that this
+    process has not used is asked only if it `may_start` to use it; else it is taken to be free.
     """
     homes = {*others, *(request.compute_device for request in requests)}
     computing = {
@@ -39,13 +43,22 @@ def memory_of(requests: Sequence[ComponentRequest], *others: str) -> dict[str, D
     memory = {"cpu": DeviceMemory(int(mm.get_total_memory(CPU))), DISK_NAME: DeviceMemory(0, can_compute=False)}
     for name in named:
         device = torch.device(name)
-        free_bytes = int(mm.get_free_memory(device))
+        if may_start or is_started(device):
+            total_bytes, free_bytes = int(mm.get_total_memory(device)), int(mm.get_free_memory(device))
+        else:
+            total_bytes = torch.cuda.get_device_properties(device).total_memory
+            free_bytes = total_bytes - _CONTEXT_BYTES
         if name in computing:
             loaded = (item for item in mm.current_loaded_models if item.device == device and item.model is not None)
             free_bytes += int(sum(item.model_loaded_memory() for item in loaded) - mm.minimum_inference_memory())
         can_compute = all(_supports_all_of(name, home) for home in homes)
-        memory[name] = DeviceMemory(int(mm.get_total_memory(device)), max(0, free_bytes), can_compute)
+        memory[name] = DeviceMemory(total_bytes, max(0, free_bytes), can_compute)
     return memory
+
+
+def is_started(device: torch.device) -> bool:
+    """Whether this process uses the device already: to ask a GPU what memory it has takes some hundred MiB of it."""
+    return device.type != "cuda" or torch._C._cuda_hasPrimaryContext(device.index or 0)
 
 
 def _supports_all_of(device: str, other: str) -> bool:

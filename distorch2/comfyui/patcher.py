@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -56,8 +57,8 @@ class DistributedPatcher(WeightPatcher):
     pair_plan: Plan | None = None
     """With which it is served then; None where each copy serves its own weights. It stays after the run, for which the
     weights lie so."""
-    _run_by: DistributedPatcher | None = None
-    """Of a copy: the patcher whose module runs its inputs, so that it needs no weights."""
+    _runner: weakref.ref[DistributedPatcher] | None = None
+    """Of a copy: the patcher whose module runs its inputs, and which holds the copy."""
     _device_dtype: tuple[torch.dtype | None, bool] | None = None
     """A dtype of computation that was set for the device, and whether weights were cast by force before."""
 
@@ -98,7 +99,12 @@ class DistributedPatcher(WeightPatcher):
             if isinstance(copy, DistributedPatcher):
                 copy._others = devices_of(each for each in (self, *copies) if each is not copy)
                 copy.parent = copy._stand_in()  # ComfyUI has this one, which is of another module
-                copy._run_by = self if self.pair_plan is not None else None
+                copy._runner = weakref.ref(self) if self.pair_plan is not None else None
+
+    @property
+    def _run_by(self) -> DistributedPatcher | None:
+        """The patcher whose module runs the inputs of this one, which needs no weights."""
+        return self._runner() if self._runner is not None else None
 
     def set_device_dtype(self, dtype: torch.dtype | None) -> None:
         """As `set_model_compute_dtype`, for the time that this device computes."""
@@ -209,9 +215,10 @@ class DistributedPatcher(WeightPatcher):
 
     def _a_pass(self) -> contextlib.AbstractContextManager[None]:
         """Around each pass. That of a copy is inside the forward that `RelayedPair` has given it."""
+        pair = self.pair
         if self._run_by is not None:
             return contextlib.nullcontext()
-        return self.distribution.running() if self.pair is None else self.pair.own_pass()
+        return self.distribution.running() if pair is None else pair.own_pass()
 
     def loaded_size(self) -> int:
         """Bytes that the model has there."""

@@ -39,7 +39,8 @@ def around_sampling(executor: Any, *arguments: Any, **options: Any) -> Any:
     if not copies:
         return executor(*arguments, **options)
     plan = _plan_of_pair(patcher, copies, guider) if _num_conditionings(guider) > 1 else None
-    patcher.pair_plan = plan
+    if patcher.pair is None:  # else it is sampled inside of sampling
+        patcher.pair_plan = plan
     if _num_conditionings(guider) > 1:
         with contextlib.nullcontext() if plan is None else _as_pair(patcher, copies):
             return executor(*arguments, **options)

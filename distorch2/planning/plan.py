@@ -304,20 +304,16 @@ class Plan:
         """Placements on donors that are copied to the compute device."""
         return tuple(placement for placement in self.placements if self.how_served(placement) == STREAMED)
 
-    @cached_property
-    def copied_bytes(self) -> int:
-        """What comes from other devices in each step, before it is packed."""
-        return sum(item.layer.num_bytes for item in self.streamed if item.device != DISK_NAME)
-
-    @cached_property
-    def read_bytes(self) -> int:
-        """What comes from the disk in each step."""
-        return sum(item.layer.num_bytes for item in self.streamed if item.device == DISK_NAME)
-
     def is_streamed_packed(self, placement: Placement) -> bool:
         """Whether the weights are to be packed from the start, if they become smaller."""
         is_streamed = self.how_served(placement) == STREAMED
         return self.pack_weights in (ON, STREAMED_ONLY) and is_streamed and placement.layer.is_bf16
+
+    def copied_bytes_from(self, donor: str) -> int:
+        """In each step; of what is to be packed, about."""
+        streamed = [item for item in self.streamed if item.device == donor]
+        packed = sum(item.layer.num_bytes for item in streamed if self.is_streamed_packed(item))
+        return sum(item.layer.num_bytes for item in streamed) - packed + sizing.packed_bytes(packed)
 
     def how_served(self, placement: Placement) -> str:
         if placement.device == self.compute_device:

@@ -50,18 +50,25 @@ class RelayedPair:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Ends when no pass is under way: after an error, that of another thread may be."""
+        """Ends when no pass is under way: after an error, that of another thread may be, and devices may be at work."""
         try:
             for number, (device, copy) in enumerate(self._copies.items(), 1):
                 self._forwards.set(copy, functools.partial(self._make_forward, number, device))
             yield
-        finally:
-            with self._passes:
-                self._has_ended = True
-                self._passes.wait_for(lambda: not self._num_running)
-            self._forwards.give_back()
+        except BaseException:
+            self._end()
             for device in {self._distribution.device, *self._copies}:
-                wait_for(device)
+                with contextlib.suppress(RuntimeError):  # where it is lost, it has been said
+                    wait_for(device)
+            raise
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        with self._passes:
+            self._has_ended = True
+            self._passes.wait_for(lambda: not self._num_running)
+        self._forwards.give_back()
 
     @contextlib.contextmanager
     def own_pass(self) -> Iterator[None]:
@@ -77,12 +84,10 @@ class RelayedPair:
 
         def serve(*arguments: Any, **options: Any) -> Any:
             visit = Visit(crossing, home)
-            with lane.entered():
+            with lane.entered(), self._a_pass():
                 try:
                     arguments, options = visit.send((arguments, options))
-                    with self._a_pass():
-                        result = self._module(*arguments, **options)
-                    return visit.bring_home(result)
+                    return visit.bring_home(self._module(*arguments, **options))
                 finally:
                     visit.restore()
                     crossing.forget()
