@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import comfy.controlnet
 import comfy.multigpu
 import comfy.sample
 import comfy.samplers
@@ -89,3 +90,29 @@ def regions(model, clip):
         positive.append([text, {**extra, "area": (8, 4, 0, 2 * number), "strength": 1.0, "set_area_to_bounds": False}])
     negative = conditioning(model, clip, 8)
     return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", positive, negative, latent)
+
+
+class Control(comfy.controlnet.ControlBase):
+    """A ControlNet without a model of its own, for Flux: it adds to the image after each double block."""
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        _, _, height, width = x_noisy.shape
+        added = torch.full((1, height * width // 4, 128), 0.05, device=x_noisy.device)
+        return {"input": [added * number for number in range(1, 13)], "output": [added]}
+
+    def deepclone_multigpu(self, load_device, autoregister=False):
+        copied = Control()
+        self.copy_to(copied)
+        if autoregister:
+            self.multigpu_clones[load_device] = copied
+        return copied
+
+
+def with_control(model, clip):
+    """Latents with such a ControlNet on the positive conditioning."""
+    latent = torch.zeros(1, model.model.latent_format.latent_channels, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, 7)
+    ((text, extra),) = conditioning(model, clip, 7)
+    control = Control().set_cond_hint(torch.zeros(1, 3, 64, 64))
+    positive = [[text, {**extra, "control": control, "control_apply_to_uncond": True}]]
+    return comfy.sample.sample(model, noise, 2, 3.0, "euler", "simple", positive, conditioning(model, clip, 8), latent)

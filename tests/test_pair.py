@@ -16,7 +16,7 @@ import torch
 from computing import INFERENCE_BYTES, MIB, limit, load, same, sim
 from placing import lora_for, with_hook
 from sampling import sample
-from several import DEVICES, forwards, on_all, regions, split, without_guidance
+from several import DEVICES, forwards, on_all, regions, split, with_control, without_guidance
 from several import computing as computing
 from several import expected as expected
 from several import inference_mode as inference_mode
@@ -121,6 +121,20 @@ def test_one_conditioning_is_relayed(checkpoints, expected):
         assert counts == {"sim:0": 2}
         assert same(sample(model, clip), expected["flux"][0])
         assert is_paired(model)
+
+
+@pytest.mark.parametrize("donor_mode", ["stream", "relay"])
+def test_a_control_net(checkpoints, expected, donor_mode):
+    one, clip = load(checkpoints, "flux", "sim:0,*")
+    wanted = with_control(one, clip)
+    assert not same(wanted, expected["flux"][0])
+    mm.unload_all_models()
+    model, clip = load_pair(checkpoints, donor_mode=donor_mode)
+    for _ in range(2):
+        with forwards(model) as counts:
+            assert same(with_control(model, clip), wanted.cpu())
+        assert counts["sim:1"] == 2
+        assert is_paired(model) == (donor_mode == "relay")
 
 
 def test_regions(checkpoints):

@@ -170,19 +170,22 @@ def test_what_comfyui_drops_for_want_of_ram_is_loaded_again(checkpoints, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "text"),
+    ("checkpoint", "text", "donor_mode"),
     [
-        ("sd3", "sim:0,*"),
-        ("sd3", "sim:0,50%;sim:1,50%"),
-        ("sd15_blocks", "sim:0,30%;cpu,70%"),
-        ("sd3_no_clip_weights", "cpu,*"),
+        ("sd3", "sim:0,*", "auto"),
+        ("sd3", "sim:0,50%;sim:1,50%", "auto"),
+        ("sd3", "sim:0,80%;sim:1,20%", "relay"),
+        ("sd15_blocks", "sim:0,60%;sim:1,40%", "relay"),
+        ("sd15_blocks", "sim:0,30%;cpu,70%", "auto"),
+        ("sd3_no_clip_weights", "cpu,*", "auto"),
     ],
 )
-def test_two_devices_run_a_model_at_once(computing_server, checkpoint, text):
+def test_two_devices_run_a_model_at_once(computing_server, checkpoint, text, donor_mode):
     """MultiGPU CFG Split with ComfyUI's loader, a whole copy on each, and with ours."""
     server = computing_server
     computing = dict.fromkeys(("unet_compute_device", "clip_compute_device", "vae_device"), "sim:0")
-    prompt = prompt_for(server, f"{checkpoint}.safetensors", **computing, unet_expert_mode_allocations=text)
+    placed = {"unet_expert_mode_allocations": text, "donor_mode": donor_mode}
+    prompt = prompt_for(server, f"{checkpoint}.safetensors", **computing, **placed)
     prompt["split"] = {"class_type": "MultiGPU_WorkUnits", "inputs": {"model": ["1", 0], "max_gpus": 2}}
     prompt["5"]["inputs"] |= {"model": ["split", 0], "cfg": 4.0}
     expected = latent_of(server, with_core_loader(prompt))
@@ -191,7 +194,8 @@ def test_two_devices_run_a_model_at_once(computing_server, checkpoint, text):
         prompt["5"]["inputs"]["seed"] = seed
         latent = latent_of(server, prompt)
         assert torch.equal(latent, expected) == (seed != 21)
-    assert re.search(r"for sim:1, beside sim:0: ", server.log[before:])
+    how = "for sim:1, beside sim:0: " if donor_mode == "auto" else "for sim:0, as a relayed pair: "
+    assert how in server.log[before:]
     prompt["5"]["inputs"]["cfg"] = 1.0
     forwards = server.get("/simulated_accelerators")["diffusion_forwards"]
     latent_of(server, prompt)

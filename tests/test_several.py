@@ -306,10 +306,11 @@ if sim.NUM_DEVICES == 2:
 
     @pytest.mark.parametrize("number", [3, 4])
     def test_more_devices(number):
-        command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir=.", "-n0", "-q", __file__]
+        files = [__file__, os.path.join(os.path.dirname(__file__), "test_pair.py")]
+        command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir=.", "-n0", "-q", *files]
         environment = {**os.environ, "SIMULATED_DEVICES": str(number)}
         environment.pop("PYTEST_XDIST_WORKER", None)
-        chosen = "bit_identical and (25 or 90) and (flux or wan) or regions or hooks_in_them"
+        chosen = "bit_identical and (25 or 90) and (flux or wan) or regions or hooks_in_them or lie_once and flux or way"
         result = subprocess.run(
             [*command, "-k", chosen], cwd=os.path.dirname(__file__), env=environment, capture_output=True, text=True
         )
