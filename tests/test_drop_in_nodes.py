@@ -283,13 +283,16 @@ def test_where_the_other_pack_is_installed_its_nodes_stay(checkpoints, tmp_path,
 
 
 def test_every_node_has_a_help_page_that_names_its_own_inputs(server):
+    served = server.get("/i18n")
     for name, info in server.get("/object_info").items():
         if "custom_nodes" not in info["python_module"] or not re.search(r"MultiGPU$|DisTorch2$", name):
             continue
-        page = (ROOT / "web" / "docs" / name / "en.md").read_text()
-        assert page.startswith(f"# {info['display_name']}\n"), name
         inputs = [*info["input"].get("optional", ())] or [*info["input"]["required"]]
-        assert [each for each in inputs if f"`{each}`" not in page] == [], name
+        for language in ("en", "zh", "ja"):
+            page = (ROOT / "web" / "docs" / name / f"{language}.md").read_text()
+            named = info if language == "en" else served[language]["nodeDefs"][name]
+            assert page.startswith(f"# {named['display_name']}\n"), (name, language)
+            assert [each for each in inputs if f"`{each}`" not in page] == [], (name, language)
 
 
 def test_the_packs_own_nodes_have_names_and_tooltips_in_three_languages(server):

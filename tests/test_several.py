@@ -310,7 +310,9 @@ if sim.NUM_DEVICES == 2:
         command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir=.", "-n0", "-q", *files]
         environment = {**os.environ, "SIMULATED_DEVICES": str(number)}
         environment.pop("PYTEST_XDIST_WORKER", None)
-        chosen = "bit_identical and (25 or 90) and (flux or wan) or regions or hooks_in_them or lie_once and flux or way"
+        chosen = (
+            "bit_identical and (25 or 90) and (flux or wan) or regions or hooks_in_them or lie_once and flux or way"
+        )
         result = subprocess.run(
             [*command, "-k", chosen], cwd=os.path.dirname(__file__), env=environment, capture_output=True, text=True
         )
