@@ -19,7 +19,7 @@ from .comfyui.memory import is_started, memory_of
 from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
 from .moving.link import link_bytes_per_second
-from .planning.plan import ComponentRequest, DeviceMemory, Layer, Plan, size_text
+from .planning.plan import PACKED, ComponentRequest, DeviceMemory, Layer, Plan, size_text
 from .report import rows_of_plan
 from .serving.distribution import Distribution
 from .weights.checkpoint_file import CheckpointError, check_file
@@ -86,7 +86,7 @@ def _preview_of(
             "name": name,
             "bytes": plan.model_bytes,
             "parts": _rows(name, plan),
-            "now": _rows(name, placed[name].plan) if name in placed else None,
+            "now": _rows(name, placed[name].plan, placed[name].packed_part) if name in placed else None,
             "copied": sum(plan.copied_bytes_from(donor) for donor in plan.donors if donor != DISK_NAME),
             "read": plan.copied_bytes_from(DISK_NAME),
             "copying_s": _copying_seconds(plan, may_measure),
@@ -160,9 +160,15 @@ def _copying_seconds(plan: Plan, may_measure: bool) -> float | None:
     return num_bytes / speed if speed is not None else None
 
 
-def _rows(name: str, plan: Plan) -> list[dict[str, Any]]:
+def _rows(name: str, plan: Plan, packed_part: float | None = None) -> list[dict[str, Any]]:
+    """Those of the report; with what is packed to how much of its size, where that is known."""
     return [
-        {"device": row.device, "served": row.served, "layers": row.num_layers, "bytes": row.num_bytes}
+        {
+            "device": row.device,
+            "served": f"{row.served} to {packed_part:.0%}" if packed_part and PACKED in row.served else row.served,
+            "layers": row.num_layers,
+            "bytes": row.num_bytes,
+        }
         for row in rows_of_plan(name, plan)
     ]
 

@@ -76,6 +76,7 @@ def test_latents_are_bit_identical(checkpoints, expected, text):
         groups = packed(model)
         assert len(groups) > 4
         assert 0.69 < sum(each.source.nbytes for each in groups) / sum(each.slab_bytes for each in groups) < 0.73
+        assert 0.69 < model.distribution.packed_part < 0.73
         # What ComfyUI is told is what there is, but for what the last step left: less than 1 MiB.
         assert 0 <= sim.used_bytes[0] - model.loaded_size() < MIB
         assert model.distribution.bytes_on(CPU) == sum(

@@ -32,8 +32,9 @@ from distorch2.loading import (
     load_diffusion_model,
 )
 from distorch2.moving.transfer import Timing
-from distorch2.planning.plan import GIB, ComponentRequest, VirtualVram
+from distorch2.planning.plan import GIB, ComponentRequest, Plan, VirtualVram
 from distorch2.report import rows_of_plan
+from distorch2.serving.distribution import Distribution
 from distorch2.serving.pace import Pace
 from distorch2.weights.checkpoint_file import CheckpointError
 
@@ -96,6 +97,18 @@ def test_what_lies_where_now_is_shown_while_it_does(checkpoints):
     comfy.model_management.load_models_gpu([distributed.patcher])
     assert (now()[DIFFUSION_MODEL] is None, now()[TEXT_ENCODER] is None) == (True, False)
     distributed.patcher.detach()
+
+
+def test_to_how_much_weights_are_packed_is_shown(checkpoints, monkeypatch):
+    path, asked = checkpoints("flux"), request(50)
+    model, *_ = load_checkpoint(path, asked, request(0), COMPUTE)
+    comfy.model_management.load_models_gpu([model])
+    monkeypatch.setattr(Distribution, "packed_part", 0.714)
+    monkeypatch.setattr(Plan, "is_streamed_packed", lambda self, placement: self.how_served(placement) == "streamed")
+    found = preview.preview_checkpoint(path, asked, request(0), COMPUTE)["components"][0]
+    assert [part["served"] for part in found["now"]] == ["resident", "streamed, packed to 71%"]
+    assert [part["served"] for part in found["parts"]] == ["resident", "streamed, packed"]
+    model.detach()
 
 
 def test_a_replaced_file_is_read_again(checkpoints, tmp_path):

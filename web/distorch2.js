@@ -68,7 +68,8 @@ function questionOf(node) {
 
 // --- how it looks
 
-const opacityOf = (served) => ({ resident: 1, relayed: 1, packed: 0.8 })[served] ?? 0.45; // paler: moved before use
+// Paler: moved before use.
+const opacityOf = (served) => (/^(resident|relayed)/.test(served) ? 1 : /^packed/.test(served) ? 0.8 : 0.45);
 
 function colorOf(device) {
   const [kind, index] = device.split(":");

@@ -356,9 +356,18 @@ class Distribution:
                 "streamed from the host, for want of room" if now else "resident again",
             )
 
-    def _log_packed(self) -> None:
+    @property
+    def packed_part(self) -> float | None:
+        """What packed groups take, of their bytes before; None where none is packed."""
+        num_bytes, of_slabs = self._packed_bytes()
+        return num_bytes / of_slabs if of_slabs else None
+
+    def _packed_bytes(self) -> tuple[int, int]:
         packed = [group for group in self.groups.values() if group.packed is not None]
-        num_bytes, of_slabs = sum(each.source.nbytes for each in packed), sum(each.slab_bytes for each in packed)
+        return sum(each.source.nbytes for each in packed), sum(each.slab_bytes for each in packed)
+
+    def _log_packed(self) -> None:
+        num_bytes, of_slabs = self._packed_bytes()
         if num_bytes and num_bytes != self._logged_packed:
             logger.info(
                 "DisTorch2: %s of %s are packed to %.0f%%",
