@@ -1,6 +1,6 @@
 """Allocation strings: which device keeps how much of a model.
 
-    allocation = entry *( ";" entry ) [ ";" ]
+    allocation = entry *( ";" entry ) [ ";" ] / "auto" [ ";" "keep" "=" number unit ] [ ";" ]
     entry      = device "," amount
     device     = "cpu" / "mps" / "disk" / name [ ":" index ]
     amount     = number "%"             a ratio when every entry has one, else a part of the model
@@ -8,7 +8,8 @@
                / "*"                    whatever remains
                / number                 0 to 1: a fraction of that device's total memory; not for "disk"
 
-Blank around tokens is free and case does not matter. `parse_allocation` turns the text into an `Allocation`; nothing
+`auto` fills the compute device, then others of its kind, and keeps so many bytes of each free. Blank around tokens is
+free and case does not matter. `parse_allocation` turns the text into an `Allocation`; nothing
 behind it sees a string again. Standard library only.
 """
 
@@ -38,6 +39,9 @@ DISK_NAME = "disk"
 """Weights there are read from their files while the model runs."""
 _UNINDEXED_DEVICES = ("cpu", "mps", DISK_NAME)
 
+_AUTO = "auto"
+_AUTO_EXAMPLES = "use auto, or auto;keep=3gb to leave so much of each device free"
+_KEEP = re.compile(r"keep\s*=\s*", re.IGNORECASE)
 _EXAMPLES = "use 50%, 2gb, 2gb*, * or a fraction from 0 to 1"
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 _WORD = re.compile(r"[A-Za-z]+")
@@ -151,7 +155,11 @@ class Allocation:
         return ""
 
     def shares(
-        self, model_bytes: int, compute_device: str, device_total_bytes: Mapping[str, int]
+        self,
+        model_bytes: int,
+        compute_device: str,
+        device_total_bytes: Mapping[str, int],
+        device_free_bytes: Mapping[str, int | None] | None = None,
     ) -> tuple[tuple[str, int], ...]:
         """Bytes asked of each device, in the order of the string; they add up to `model_bytes`.
 
@@ -193,7 +201,46 @@ class Allocation:
         return tuple(shares)
 
 
-def parse_allocation(text: str, devices: Collection[str] | None = None) -> Allocation:
+@dataclass(frozen=True)
+class Automatic:
+    """As much on the compute device as it has free, then on `accelerators` of its kind, those with the most free first,
+    and the rest on `cpu`. `keep_bytes` of each stay free."""
+
+    accelerators: tuple[str, ...]
+    keep_bytes: int = 0
+    note = ""
+
+    def __str__(self) -> str:
+        return f"{_AUTO};keep={Bytes(self.keep_bytes)}" if self.keep_bytes else _AUTO
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return (*self.accelerators, OVERFLOW_DEVICE)
+
+    def shares(
+        self,
+        model_bytes: int,
+        compute_device: str,
+        device_total_bytes: Mapping[str, int],
+        device_free_bytes: Mapping[str, int | None] | None = None,
+    ) -> tuple[tuple[str, int], ...]:
+        """As `Allocation.shares`. A device of which it is not known what is free has room for everything."""
+        kind, free = compute_device.partition(":")[0], device_free_bytes or {}
+        room = {device: free.get(device) for device in (compute_device, *self.accelerators)}
+        of_kind = [each for each in self.accelerators if each.partition(":")[0] == kind and each != compute_device]
+        others = sorted(of_kind, key=lambda device: -(room[device] or 0))
+        asked, left = {compute_device: 0}, model_bytes
+        for device in (compute_device, *others):
+            available = room[device]
+            asked[device] = left if available is None else min(left, max(0, available - self.keep_bytes))
+            left -= asked[device]
+        asked[OVERFLOW_DEVICE] = asked.get(OVERFLOW_DEVICE, 0) + left
+        return tuple(
+            (device, num_bytes) for device, num_bytes in asked.items() if num_bytes or device == compute_device
+        )
+
+
+def parse_allocation(text: str, devices: Collection[str] | None = None) -> Allocation | Automatic:
     """Parse an allocation string in time linear in its length.
 
     `devices`, when given, are the names of the devices that exist; any other is an error.
@@ -205,6 +252,8 @@ def parse_allocation(text: str, devices: Collection[str] | None = None) -> Alloc
         )
     if not text.strip():
         raise AllocationError("the allocation is empty; write device,amount, as in cuda:0,50%;cpu,50%", text, 0)
+    if text.partition(";")[0].strip().lower() == _AUTO:
+        return _parse_automatic(text, devices or ())
     entries: list[Entry] = []
     seen: set[str] = set()
     has_remainder = False
@@ -236,6 +285,21 @@ def parse_allocation(text: str, devices: Collection[str] | None = None) -> Alloc
             "every amount is zero; give at least one device a part", text, *_strip(text, 0, len(text))
         )
     return Allocation(tuple(entries))
+
+
+def _parse_automatic(text: str, devices: Collection[str]) -> Automatic:
+    accelerators = tuple(device for device in devices if device not in ("cpu", DISK_NAME))
+    _, *settings = _entry_spans(text)
+    if not settings:
+        return Automatic(accelerators)
+    start, end = _strip(text, *settings[0])
+    keep = _KEEP.match(text, start, end)
+    if keep is None or len(settings) > 1:
+        raise AllocationError(f"{_quote(text[start:])} cannot follow auto; {_AUTO_EXAMPLES}", text, start, len(text))
+    amount = _parse_amount(text, keep.end(), end)
+    if not isinstance(amount, Bytes):
+        raise AllocationError(f"keep takes bytes, as in 3gb; {_AUTO_EXAMPLES}", text, keep.end(), end)
+    return Automatic(accelerators, amount.count)
 
 
 def _entry_spans(text: str) -> list[tuple[int, int]]:

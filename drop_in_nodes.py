@@ -163,8 +163,8 @@ class _DropIn:
             {
                 "default": "",
                 "multiline": False,
-                "tooltip": "How much each device keeps, as in cuda:0,70%;cuda:1,30% or cuda:0,4gb;cpu,*. When not "
-                "blank it replaces the inputs above, but for the device that computes.",
+                "tooltip": "How much each device keeps, as in cuda:0,70%;cuda:1,30% or cuda:0,4gb;cpu,*; or auto. When "
+                "not blank it replaces the inputs above, but for the device that computes.",
             },
         )
         if not cls.LOADER.can_be_split:

@@ -283,8 +283,8 @@ def _expert_input(prefix: str, component: str) -> io.Input:
         default="",
         optional=True,
         advanced=True,
-        tooltip=f"How much of the {component} each device keeps, as in cuda:0,70%;cuda:1,30% or cuda:0,4gb;cpu,*. "
-        "When not blank it replaces virtual VRAM and donor.",
+        tooltip=f"How much of the {component} each device keeps, as in cuda:0,70%;cuda:1,30% or cuda:0,4gb;cpu,*; or "
+        "auto. When not blank it replaces virtual VRAM and donor.",
     )
 
 

@@ -1,3 +1,4 @@
+import re
 from decimal import Decimal
 
 import pytest
@@ -9,6 +10,7 @@ from allocation_parser import (
     UNITS,
     Allocation,
     AllocationError,
+    Automatic,
     Bytes,
     Entry,
     MemoryFraction,
@@ -219,3 +221,31 @@ def test_a_missing_second_card_on_windows_is_explained(monkeypatch, platform, de
         parse_allocation("cuda:0,50%;cuda:1,*" if len(devices) > 1 else "cuda:1,*", devices)
     explained = "start" in str(raised.value) and "--cuda-device all --disable-pinned-memory" in str(raised.value)
     assert explained == (platform == "win32" and len(devices) > 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "keep_bytes"),
+    [("auto", 0), (" AUTO ; ", 0), ("auto;keep=3gb", 3 * GIB), ("Auto ; Keep = 1.5 GB ;", 3 * GIB // 2)],
+)
+def test_auto(text, keep_bytes):
+    found = parse_allocation(text, ("cpu", "cuda:0", "cuda:1", "disk"))
+    assert found == Automatic(("cuda:0", "cuda:1"), keep_bytes)
+    assert parse_allocation(str(found), ("cpu", "cuda:0", "cuda:1")) == found
+    assert parse_allocation(text) == Automatic((), keep_bytes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "marked"),
+    [
+        ("auto;cuda:0,1gb", "'cuda:0,1gb' cannot follow auto; use auto, or auto;keep=3gb", "cuda:0,1gb"),
+        ("auto;keep=3gb;cpu,*", "'keep=3gb;cpu,*' cannot follow auto", "keep=3gb;cpu,*"),
+        ("auto;keep=50%", "keep takes bytes, as in 3gb", "50%"),
+        ("auto;keep=", "missing amount", ""),
+        ("auto;keep=3q", "unknown unit 'q'", "q"),
+        ("auto,50%", "unknown device 'auto:0'", "auto"),
+    ],
+)
+def test_mistakes_behind_auto(text, message, marked):
+    with pytest.raises(AllocationError, match=re.escape(message)) as raised:
+        parse_allocation(text, ("cpu", "cuda:0"))
+    assert text[raised.value.position : raised.value.end] == marked

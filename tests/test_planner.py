@@ -438,3 +438,34 @@ def test_devices_that_keep_equally_much_to_a_layer_keep_the_same():
     kept = [plan.layers_on(plan.compute_device) for plan in plans]
     assert kept[0] == kept[1]
     assert sum(layer.num_bytes for layer in kept[0]) <= 2390 + 140
+
+
+@pytest.mark.parametrize(
+    ("free", "text", "expected"),
+    [
+        ({"cuda:0": 2000}, "auto", {"cuda:0": 1200}),
+        ({"cuda:0": 500, "cuda:1": 2000}, "auto", {"cuda:0": 500, "cuda:1": 700}),
+        ({"cuda:0": 500, "cuda:1": 300, "cuda:2": 400}, "auto", {"cuda:0": 500, "cuda:2": 400, "cuda:1": 300}),
+        ({"cuda:0": 600, "cuda:1": 300}, "auto;keep=100b", {"cuda:0": 500, "cuda:1": 200, "cpu": 500}),
+        ({"cuda:0": 50, "cuda:1": 0}, "auto;keep=100b", {"cpu": 1200}),
+        ({"cuda:0": 500, "xpu:0": 2000}, "auto", {"cuda:0": 500, "cpu": 700}),  # of another kind
+    ],
+)
+def test_auto_fills_the_compute_device_then_others_of_its_kind(free, text, expected):
+    memory = {device: DeviceMemory(4000, num_bytes) for device, num_bytes in free.items()} | {"cpu": DeviceMemory(GIB)}
+    made = plan(TWELVE, parse_allocation(text, (*memory, "disk")), memory=memory)
+    assert {device: made.bytes_on(device) for device in made.devices if made.bytes_on(device)} == expected
+    assert not made.notes or "cpu" in made.notes[0]
+
+
+@given(_sizes, st.lists(st.integers(0, 20_000), min_size=1, max_size=4), st.integers(0, 5000))
+def test_auto_takes_what_is_free_to_a_layer_and_places_everything(sizes, free, keep):
+    layers = [Layer(f"{index}", size, slab_bytes=size) for index, size in enumerate(sizes)]
+    memory = {f"cuda:{index}": DeviceMemory(10**9, num_bytes) for index, num_bytes in enumerate(free)}
+    memory["cpu"] = DeviceMemory(10**12)
+    made = plan(layers, parse_allocation(f"auto;keep={keep}b", tuple(memory)), memory=memory)
+    assert sum(made.bytes_on(device) for device in memory) == sum(sizes)
+    for device, device_memory in memory.items():
+        if device_memory.free_bytes is not None:
+            assert made.bytes_on(device) <= device_memory.free_bytes
+            assert made.bytes_on(device) <= max(0, device_memory.free_bytes - keep) + max(sizes, default=0)

@@ -323,7 +323,7 @@ NAMES = [*FILES, "x.safetensors", "../checkpoints/sd3.safetensors", "/etc/passwd
 TEXTS = ["", "cpu,*", f"{ACCELERATOR},50%;cpu,*", "cpu,1gb;disk,*", "cpu,2q", ";;", "cuda:9,1%", "a" * 3000, "ü,1%"]
 VALUES = {
     "name": NAMES,
-    "allocations": [*TEXTS, "cpu,*;cpu,*"],
+    "allocations": [*TEXTS, "cpu,*;cpu,*", "auto", "auto;keep=1gb", "auto;keep="],
     "gb": ["0", "4", "-1", "nan", "inf", "1e400", "", "x", "0x10", "9" * 400],
     "device": [*DEVICES, "disk", "cuda:99", "mps", "", "cpu:0", "../x", "%00"],
     "mode": ["auto", "relay", "x"],

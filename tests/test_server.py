@@ -124,6 +124,7 @@ if IS_FETCHED:
         ("sd15_blocks.safetensors", {"unet_expert_mode_allocations": f" {ACCELERATOR.upper()} , 100% ;"}),
         ("flux.safetensors", {"unet_expert_mode_allocations": f"{ACCELERATOR},1gb*", "eject_models": True}),
         ("sd3.safetensors", {"clip_expert_mode_allocations": f"{ACCELERATOR},*"}),
+        ("sd3.safetensors", {"unet_expert_mode_allocations": "auto", "clip_expert_mode_allocations": "auto;keep=1gb"}),
     ],
 )
 @pytest.mark.quick(f"{NEWEST}-sd3.safetensors-widgets0")

@@ -178,6 +178,7 @@ def test_what_comfyui_drops_for_want_of_ram_is_loaded_again(checkpoints, tmp_pat
         ("sd15_blocks", "sim:0,60%;sim:1,40%", "relay"),
         ("sd15_blocks", "sim:0,30%;cpu,70%", "auto"),
         ("sd3_no_clip_weights", "cpu,*", "auto"),
+        ("sd15_blocks", "auto;keep=860mb", "relay"),
     ],
 )
 def test_two_devices_run_a_model_at_once(computing_server, checkpoint, text, donor_mode):

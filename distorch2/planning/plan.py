@@ -42,9 +42,14 @@ class Allocation(Protocol):
         """What a reader may not expect, or an empty string."""
 
     def shares(
-        self, model_bytes: int, compute_device: str, device_total_bytes: Mapping[str, int]
+        self,
+        model_bytes: int,
+        compute_device: str,
+        device_total_bytes: Mapping[str, int],
+        device_free_bytes: Mapping[str, int | None] | None = None,
     ) -> tuple[tuple[str, int], ...]:
-        """(device, bytes) in the order of preference; the bytes add up to `model_bytes`."""
+        """(device, bytes) in the order of preference; the bytes add up to `model_bytes`. Of a device without a number
+        in `device_free_bytes` it is not known, or does not count, what is free."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,11 @@ class VirtualVram:
         return (self.donor_device, *self.more_donors)
 
     def shares(
-        self, model_bytes: int, compute_device: str, device_total_bytes: Mapping[str, int]
+        self,
+        model_bytes: int,
+        compute_device: str,
+        device_total_bytes: Mapping[str, int],
+        device_free_bytes: Mapping[str, int | None] | None = None,
     ) -> tuple[tuple[str, int], ...]:
         if self.donor_device == compute_device:
             return ((compute_device, model_bytes),)

@@ -80,7 +80,8 @@ def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Map
     fixed_bytes = sum(layers[index].num_bytes for index in fixed)
     total_bytes = {device: device_memory.total_bytes for device, device_memory in memory.items()}
     model_bytes = sum(layer.num_bytes for layer in layers)
-    shares = dict(allocation.shares(model_bytes, compute_device, total_bytes))
+    free_bytes_of = {device: device_memory.free_bytes for device, device_memory in memory.items()}
+    shares = dict(allocation.shares(model_bytes, compute_device, total_bytes, free_bytes_of))
     # Layers that cannot move stay on the compute device, whatever was asked.
     excess = max(0, fixed_bytes - shares.get(compute_device, 0))
     asked = _with_excess(shares, compute_device, excess)
@@ -139,7 +140,11 @@ class _Shares:
         return tuple(self.num_bytes)
 
     def shares(
-        self, model_bytes: int, compute_device: str, device_total_bytes: Mapping[str, int]
+        self,
+        model_bytes: int,
+        compute_device: str,
+        device_total_bytes: Mapping[str, int],
+        device_free_bytes: Mapping[str, int | None] | None = None,
     ) -> tuple[tuple[str, int], ...]:
         return tuple(self.num_bytes.items())
 
