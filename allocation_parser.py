@@ -9,8 +9,8 @@
                / number                 0 to 1: a fraction of that device's total memory; not for "disk"
 
 `auto` fills the compute device, then others of its kind, and keeps so many bytes of each free. Blank around tokens is
-free and case does not matter. `parse_allocation` turns the text into an `Allocation`; nothing
-behind it sees a string again. Standard library only.
+free and case does not matter. `parse_allocation` turns the text into an `Allocation`, or `Automatic`; nothing behind it
+sees a string again. Standard library only.
 """
 
 from __future__ import annotations

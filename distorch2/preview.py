@@ -80,7 +80,7 @@ def _preview_of(
 
     `devices`: `name`, `total` and `free` bytes, None where that is not known, and `planned`. `warnings` are sentences.
     """
-    placed = _placed(path)
+    placed = _placed(path, plans)
     components = [
         {
             "name": name,
@@ -109,8 +109,11 @@ def _preview_of(
 
 def _layers_of(path: str, read: Callable[..., _Layers], *devices: str) -> _Layers:
     """Read again when the file has changed. The kind of a device decides what a model is loaded as."""
-    check_file(path)
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:
+        check_file(path)  # which says what to do
+        raise
     return _read(read, path, (status.st_mtime_ns, status.st_size), devices)
 
 
@@ -135,14 +138,15 @@ def _unlogged() -> Iterator[None]:
         logger.removeFilter(is_kept)
 
 
-def _placed(path: str) -> dict[str, Distribution]:
-    """By component, of this file, as far as they are on their devices now."""
+def _placed(path: str, plans: Mapping[str, Plan]) -> dict[str, Distribution]:
+    """By component, of this file, as far as they are on their devices now, and compute where they are planned to: not
+    copies for other devices."""
     found = {}
     for loaded in list(mm.current_loaded_models):
         patcher = loaded.model
         if isinstance(patcher, DistributedPatcher) and patcher.placed is not None:
             component, file = loading.origin_of(patcher) or ("", "")
-            if file == path:
+            if file == path and component in plans and str(patcher.placed.device) == plans[component].compute_device:
                 found[component] = patcher.placed
     return found
 
@@ -174,8 +178,9 @@ def _rows(name: str, plan: Plan, packed_part: float | None = None) -> list[dict[
 
 
 def _free(name: str) -> int | None:
-    device = torch.device("cpu" if name == DISK_NAME else name)
-    return int(mm.get_free_memory(device)) if name != DISK_NAME and is_started(device) else None
+    if name == DISK_NAME or not is_started(device := torch.device(name)):
+        return None
+    return int(mm.get_free_memory(device))
 
 
 def _warnings(devices: Iterable[Mapping[str, Any]]) -> Iterable[str]:

@@ -89,6 +89,8 @@ def test_what_lies_where_now_is_shown_while_it_does(checkpoints):
     found = preview.preview_checkpoint(path, asked, request(0), COMPUTE)["components"][0]
     assert found["now"] == found["parts"]
     assert now()[TEXT_ENCODER] is None
+    elsewhere = replace(asked, compute_device=DONOR)  # as a copy for another device would be, this model is not shown
+    assert preview.preview_checkpoint(path, elsewhere, request(0), COMPUTE)["components"][0]["now"] is None
     comfy.model_management.load_models_gpu([clip.patcher])
     assert now()[TEXT_ENCODER] is not None
     model.detach()

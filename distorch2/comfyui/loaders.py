@@ -81,9 +81,9 @@ class Built(NamedTuple):
     `clip_device`."""
 
     model: torch.nn.Module
-    text_encoder: torch.nn.Module | None = None
-    clip_device: str = ""
-    vae: torch.nn.Module | None = None
+    text_encoder: torch.nn.Module | None
+    clip_device: str
+    vae: torch.nn.Module | None
 
 
 def read_shapes(ckpt_path: str) -> Weights:

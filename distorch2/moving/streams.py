@@ -73,8 +73,7 @@ def wait_for(device: torch.device) -> None:
 
 class Turns:
     """A lock that orders devices as well: what its holder gives them begins after what the holder before gave them,
-    though each thread has streams of its own. A thread that has it may take it again.
-    """
+    though each thread has streams of its own. A thread that has it may take it again."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

@@ -233,8 +233,7 @@ class Plan:
     `relieved` are the reliefs that were taken for want of room, in order. Their groups are `packed_residents` on the
     compute device, or `evicted` from it. On `relays`, donors that compute, the units run all of whose layers lie there.
     `donor_mode` is the one of `DONOR_MODES` that was asked for. `pack_weights` is one of `PACK_MODES`, or
-    `STREAMED_ONLY`. `others` are devices that run the same model at the same
-    time, with plans of their own.
+    `STREAMED_ONLY`. `others` are devices that run the same model at the same time, with plans of their own.
     """
 
     compute_device: str

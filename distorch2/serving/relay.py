@@ -75,7 +75,8 @@ class RelayedUnit:
         """Tensors that cannot be kept on donors (bare parameters, buffers) replaced by copies that are there."""
         if self._others is None or any(tensors.get(name) is not tensor for tensors, name, tensor, _ in self._others):
             self._others = self._copied()
-            wait_for(self.donor)  # other threads use them on other streams
+            if self._others:
+                wait_for(self.donor)  # other threads use them on other streams
         try:
             for tensors, name, _, copy in self._others:
                 tensors[name] = copy
