@@ -159,7 +159,6 @@ class Allocation:
         model_bytes: int,
         compute_device: str,
         device_total_bytes: Mapping[str, int],
-        device_free_bytes: Mapping[str, int | None] | None = None,
     ) -> tuple[tuple[str, int], ...]:
         """Bytes asked of each device, in the order of the string; they add up to `model_bytes`.
 
@@ -203,12 +202,11 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Automatic:
-    """As much on the compute device as it has free, then on `accelerators` of its kind, those with the most free first,
-    and the rest on `cpu`. `keep_bytes` of each stay free."""
+    """Shares are to be chosen, among `accelerators` of the compute device's kind and `cpu`, beside the compute device.
+    `keep_bytes` of each accelerator stay free."""
 
     accelerators: tuple[str, ...]
     keep_bytes: int = 0
-    note = ""
 
     def __str__(self) -> str:
         return f"{_AUTO};keep={Bytes(self.keep_bytes)}" if self.keep_bytes else _AUTO
@@ -216,28 +214,6 @@ class Automatic:
     @property
     def devices(self) -> tuple[str, ...]:
         return (*self.accelerators, OVERFLOW_DEVICE)
-
-    def shares(
-        self,
-        model_bytes: int,
-        compute_device: str,
-        device_total_bytes: Mapping[str, int],
-        device_free_bytes: Mapping[str, int | None] | None = None,
-    ) -> tuple[tuple[str, int], ...]:
-        """As `Allocation.shares`. A device of which it is not known what is free has room for everything."""
-        kind, free = compute_device.partition(":")[0], device_free_bytes or {}
-        room = {device: free.get(device) for device in (compute_device, *self.accelerators)}
-        of_kind = [each for each in self.accelerators if each.partition(":")[0] == kind and each != compute_device]
-        others = sorted(of_kind, key=lambda device: -(room[device] or 0))
-        asked, left = {compute_device: 0}, model_bytes
-        for device in (compute_device, *others):
-            available = room[device]
-            asked[device] = left if available is None else min(left, max(0, available - self.keep_bytes))
-            left -= asked[device]
-        asked[OVERFLOW_DEVICE] = asked.get(OVERFLOW_DEVICE, 0) + left
-        return tuple(
-            (device, num_bytes) for device, num_bytes in asked.items() if num_bytes or device == compute_device
-        )
 
 
 def parse_allocation(text: str, devices: Collection[str] | None = None) -> Allocation | Automatic:

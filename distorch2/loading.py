@@ -27,12 +27,14 @@ from .comfyui.memory import memory_of
 from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
 from .comfyui.sharing import clone_sharing, unload
+from .knowledge import memory_beside_activations, speeds_for
 from .moving.file_reader import bytes_per_second
 from .moving.unpacking import reason_against
 from .planning.plan import AUTO, GIB, OFF, ON, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, size_text
 from .planning.planner import make_plan
 from .report import render_table, rows_of_plan
 from .serving import host_memory
+from .serving.distribution import Distribution
 from .weights.checkpoint_file import CheckpointError, check_file
 from .weights.devices import CPU, DISK_NAME
 from .weights.inventory import list_layers, own_tensors
@@ -116,7 +118,7 @@ def load_components(
         layers = {component: list_layers(patcher.model) for component, patcher in patchers.items()}
         # ComfyUI computes a text encoder on the CPU when the device asked for lacks its dtype.
         devices = {component: str(patcher.load_device) for component, patcher in patchers.items()}
-        plans = make_plans(layers, devices, unet, clip, memory)
+        plans = make_plans(layers, devices, unet, clip, memory, placed_components(ckpt_path, devices))
     except BaseException:
         for patcher in patchers.values():
             unload(patcher.model)
@@ -155,7 +157,9 @@ def distribute(
     memory = memory_of([request])
     _refuse_what_cannot_be_served(patcher)
     taken = patcher if is_new or isinstance(patcher, DistributedPatcher) else clone_sharing(patcher)
-    plan = _plan(DistributedPatcher.layers_of(taken.model), request, memory)
+    component, path = origin_of(patcher) or ("", "")
+    placed = placed_components(path, {component: request.compute_device}).get(component)
+    plan = _plan(DistributedPatcher.layers_of(taken.model), request, memory, placed)
     if isinstance(taken, DistributedPatcher):
         distributed = taken.with_plan(plan, high_precision_loras)
     else:
@@ -335,6 +339,19 @@ def origin_of(patcher: ModelPatcher) -> tuple[str, str] | None:
     return (TEXT_ENCODER if "clip" in factory.__name__ else DIFFUSION_MODEL), arguments[0]
 
 
+def placed_components(path: str, devices: Mapping[str, str]) -> dict[str, Distribution]:
+    """By component, of this file, as far as they are on their devices now, and compute on those `devices`: not copies
+    for others."""
+    found = {}
+    for loaded in list(mm.current_loaded_models):
+        patcher = loaded.model
+        if path and isinstance(patcher, DistributedPatcher) and patcher.placed is not None:
+            component, file = origin_of(patcher) or ("", "")
+            if file == path and str(patcher.placed.device) == devices.get(component):
+                found[component] = patcher.placed
+    return found
+
+
 def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str) -> dict[str, Plan]:
     """The plans that `load_checkpoint` would make now, by component.
 
@@ -344,7 +361,7 @@ def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentReque
     """
     memory = memory_of([unet, clip], vae_device)
     layers, devices = layers_of_checkpoint(ckpt_path, unet.compute_device, clip.compute_device, vae_device)
-    return make_plans(layers, devices, unet, clip, memory)
+    return make_plans(layers, devices, unet, clip, memory, placed_components(ckpt_path, devices))
 
 
 def layers_of_checkpoint(
@@ -372,12 +389,18 @@ def make_plans(
     unet: ComponentRequest,
     clip: ComponentRequest,
     memory: Mapping[str, DeviceMemory],
+    placed: Mapping[str, Distribution],
+    may_measure: bool = True,
 ) -> dict[str, Plan]:
-    """A plan for every component, in the order of the report. What one keeps on donors is not free for the next."""
+    """A plan for every component, in the order of the report. What one keeps on donors is not free for the next.
+
+    `placed` is that of `placed_components`. What `auto` has to know of the machine is measured now if it `may_measure`.
+    """
     plans: dict[str, Plan] = {}
     for component, request in ((DIFFUSION_MODEL, unet), (TEXT_ENCODER, clip)):
         if component in layers:
-            plan = _plan(layers[component], replace(request, compute_device=devices[component]), memory)
+            asked = replace(request, compute_device=devices[component])
+            plan = _plan(layers[component], asked, memory, placed.get(component), may_measure)
             memory = {device: _without_donated(room, plan, device) for device, room in memory.items()}
             plans[component] = plan
     if VAE in layers:
@@ -385,10 +408,18 @@ def make_plans(
     return plans
 
 
-def _plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
+def _plan(
+    layers: Sequence[Layer],
+    request: ComponentRequest,
+    memory: Mapping[str, DeviceMemory],
+    placed: Distribution | None,
+    may_measure: bool = True,
+) -> Plan:
     """A plan that packs nothing where the compute device cannot unpack it."""
     reason = reason_against(torch.device(request.compute_device).type)
-    plan = make_plan(layers, replace(request, pack_weights=OFF) if reason else request, memory)
+    memory = memory_beside_activations(request, memory, placed)
+    speeds = speeds_for(request, sum(layer.num_bytes for layer in layers), memory, placed, may_measure)
+    plan = make_plan(layers, replace(request, pack_weights=OFF) if reason else request, memory, speeds)
     is_missed = request.pack_weights == ON or (request.pack_weights == AUTO and plan.is_worth_packing)
     if reason and is_missed:
         logger.info("DisTorch2: weights are not packed for %s: %s", plan.compute_device, reason)

@@ -16,9 +16,8 @@ import torch
 from . import loading
 from .comfyui.core import mm
 from .comfyui.memory import is_started, memory_of
-from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
-from .moving.link import link_bytes_per_second
+from .knowledge import known_link
 from .planning.plan import PACKED, ComponentRequest, DeviceMemory, Layer, Plan, size_text
 from .report import rows_of_plan
 from .serving.distribution import Distribution
@@ -40,15 +39,14 @@ def preview_checkpoint(
     memory = memory_of([unet, clip], vae_device, may_start=False)
     devices = unet.compute_device, clip.compute_device, vae_device
     layers, computing = _layers_of(ckpt_path, loading.layers_of_checkpoint, *devices)
-    return _preview_of(ckpt_path, loading.make_plans(layers, computing, unet, clip, memory), memory, may_measure)
+    return _preview_of(ckpt_path, layers, computing, unet, clip, memory, may_measure)
 
 
 def preview_diffusion_model(path: str, request: ComponentRequest, may_measure: bool = True) -> dict[str, Any]:
     """The same for `load_diffusion_model`."""
     memory = memory_of([request], may_start=False)
     layers, computing = _layers_of(path, loading.layers_of_diffusion_model, request.compute_device)
-    plans = loading.make_plans(layers, computing, request, request, memory)
-    return _preview_of(path, plans, memory, may_measure)
+    return _preview_of(path, layers, computing, request, request, memory, may_measure)
 
 
 def preview_component(
@@ -65,22 +63,29 @@ def preview_component(
         raise CheckpointError(f"there is no {component} in {path}")
     # A text encoder computes on the CPU where the device lacks its dtype.
     computing = {loading.DIFFUSION_MODEL: request.compute_device, loading.TEXT_ENCODER: computing.get(component, "")}
-    plans = loading.make_plans({component: layers[component]}, computing, request, request, memory)
-    return _preview_of(path, plans, memory, may_measure)
+    return _preview_of(path, {component: layers[component]}, computing, request, request, memory, may_measure)
 
 
 def _preview_of(
-    path: str, plans: Mapping[str, Plan], memory: Mapping[str, DeviceMemory], may_measure: bool
+    path: str,
+    layers: Mapping[str, Sequence[Layer]],
+    computing: Mapping[str, str],
+    unet: ComponentRequest,
+    clip: ComponentRequest,
+    memory: Mapping[str, DeviceMemory],
+    may_measure: bool,
 ) -> dict[str, Any]:
     """Lists of plain values. `components`: `name`, `bytes`, and `parts`, each with a `device`, how it is `served`,
     `layers`, `bytes`; `now`, the same parts as they lie now, None where the component of this file is not loaded;
     `copied` and `read`, the bytes that are copied from other devices, or read from the disk, in each step;
     `copying_s` and `computing_s`, the seconds that the copies take at the speed of the link, which is measured now if
-    it may be, and that it took to compute when it ran last; None where they are not known.
+    it may be, and that it took to compute when it ran last; `hidden`, the bytes that can be copied in that time. None
+    where they are not known.
 
     `devices`: `name`, `total` and `free` bytes, None where that is not known, and `planned`. `warnings` are sentences.
     """
-    placed = _placed(path, plans)
+    placed = loading.placed_components(path, computing)
+    plans = loading.make_plans(layers, computing, unet, clip, memory, placed, may_measure)
     components = [
         {
             "name": name,
@@ -89,8 +94,7 @@ def _preview_of(
             "now": _rows(name, placed[name].plan, placed[name].packed_part) if name in placed else None,
             "copied": sum(plan.copied_bytes_from(donor) for donor in plan.donors if donor != DISK_NAME),
             "read": plan.copied_bytes_from(DISK_NAME),
-            "copying_s": _copying_seconds(plan, may_measure),
-            "computing_s": placed[name].computing_seconds if name in placed else None,
+            **_speed(plan, placed.get(name), may_measure),
         }
         for name, plan in plans.items()
     ]
@@ -138,30 +142,16 @@ def _unlogged() -> Iterator[None]:
         logger.removeFilter(is_kept)
 
 
-def _placed(path: str, plans: Mapping[str, Plan]) -> dict[str, Distribution]:
-    """By component, of this file, as far as they are on their devices now, and compute where they are planned to: not
-    copies for other devices."""
-    found = {}
-    for loaded in list(mm.current_loaded_models):
-        patcher = loaded.model
-        if isinstance(patcher, DistributedPatcher) and patcher.placed is not None:
-            component, file = loading.origin_of(patcher) or ("", "")
-            if file == path and component in plans and str(patcher.placed.device) == plans[component].compute_device:
-                found[component] = patcher.placed
-    return found
-
-
-def _copying_seconds(plan: Plan, may_measure: bool) -> float | None:
-    """From main memory, at least: half of it may come another way."""
-    device = torch.device(plan.compute_device)
-    if not COMFYUI.can_pin_for(device):
-        return None
+def _speed(plan: Plan, placed: Distribution | None, may_measure: bool) -> dict[str, float | None]:
+    """Of copies from main memory, at least: half of it may come another way."""
     num_bytes = plan.copied_bytes_from(str(CPU))
-    try:
-        speed = link_bytes_per_second(device, may_measure) if num_bytes else None
-    except RuntimeError:  # there is no memory for it
-        speed = None
-    return num_bytes / speed if speed is not None else None
+    computing_s = placed.computing_seconds if placed is not None else None
+    link = known_link(torch.device(plan.compute_device), may_measure and num_bytes > 0)
+    return {
+        "copying_s": num_bytes / link if link is not None else None,
+        "computing_s": computing_s,
+        "hidden": computing_s * link if link is not None and computing_s is not None else None,
+    }
 
 
 def _rows(name: str, plan: Plan, packed_part: float | None = None) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from sampling import core_load
 from serving import ACCELERATOR, DEVICES, NEWEST, prompt_for, start
 
 from allocation_parser import parse_allocation
-from distorch2 import preview
+from distorch2 import knowledge, preview
 from distorch2.comfyui import memory
 from distorch2.loading import (
     DIFFUSION_MODEL,
@@ -155,19 +155,19 @@ def test_how_long_copies_take_is_said_where_it_can_be_known(checkpoints, monkeyp
 
     def times(may_measure=True):
         model = preview.preview_checkpoint(path, asked, request(0), COMPUTE, may_measure)["components"][0]
-        return model["copying_s"], model["computing_s"], model["copied"]
+        return model["copying_s"], model["computing_s"], model["copied"], model["hidden"]
 
     assert times()[:2] == (None, None)  # this device's link cannot be measured
     monkeypatch.setattr(type(preview.COMFYUI), "can_pin_for", lambda *arguments: True)
     speeds = {True: 1e6, False: None}
-    monkeypatch.setattr(preview, "link_bytes_per_second", lambda device, may_measure: speeds[may_measure])
-    copying, computing, copied = times()
-    assert (copying, computing) == (pytest.approx(copied / 1e6, rel=0.01), None)
+    monkeypatch.setattr(knowledge, "link_bytes_per_second", lambda device, may_measure: speeds[may_measure])
+    copying, computing, copied, hidden = times()
+    assert (copying, computing, hidden) == (pytest.approx(copied / 1e6, rel=0.01), None, None)
     assert times(may_measure=False)[0] is None
     model, *_ = load_checkpoint(path, asked, request(0), COMPUTE)
     comfy.model_management.load_models_gpu([model])
     monkeypatch.setattr(Pace, "computing_seconds", lambda self: 0.25)
-    assert times()[1] == 0.25
+    assert times()[1::2] == (0.25, 250_000)
     model.detach()
 
 

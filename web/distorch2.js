@@ -116,13 +116,13 @@ function partLine(part, bytes) {
 const seconds = (number) => `${number.toPrecision(2)} s`;
 
 // What the copies of a run cost, as far as it is known.
-function costOf({ copying_s, computing_s }) {
+function costOf({ copying_s, computing_s, hidden }) {
   if (copying_s === null) return "";
-  if (computing_s === null) return `, ${seconds(copying_s)}, hidden behind computing if that takes longer`;
-  const took = `${seconds(copying_s)}; computing took ${seconds(computing_s)}`;
+  if (hidden === null) return `, ${seconds(copying_s)}, hidden behind computing if that takes longer`;
+  const took = `${seconds(copying_s)}; computing took ${seconds(computing_s)}, which hides up to ${sizeText(hidden)}`;
   return copying_s <= computing_s
     ? `, ${took}: hidden`
-    : `, ${took}: about ${(copying_s / computing_s).toFixed(1)} times as long as without`;
+    : `, ${took}: a step takes about ${(copying_s / computing_s).toFixed(1)} times as long as without`;
 }
 
 function componentLines(component) {

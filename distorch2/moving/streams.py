@@ -95,3 +95,23 @@ class Turns:
 def backend_of(device: torch.device) -> Any:
     """torch's module for its streams and events, None where it has none."""
     return getattr(torch, device.type) if device.type not in ("cpu", "mps") else None
+
+
+class PeakMemory:
+    """From here on: what torch has allocated of an accelerator at most. Torch's own count is not reset."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._backend = device, backend_of(device)
+        self._is_counted = hasattr(self._backend, "max_memory_allocated")
+        self._begun, self._peak = self._allocated(), self._most()
+
+    def risen_by(self) -> int | None:
+        """Bytes over what was allocated at the beginning; None where there was more at another time before."""
+        most = self._most()
+        return most - self._begun if most > self._peak else None
+
+    def _allocated(self) -> int:
+        return int(self._backend.memory_allocated(self._device)) if self._is_counted else 0
+
+    def _most(self) -> int:
+        return int(self._backend.max_memory_allocated(self._device)) if self._is_counted else 0

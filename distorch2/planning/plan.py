@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from . import sizing
 from .relief import num_to_relieve, spread
@@ -46,10 +46,38 @@ class Allocation(Protocol):
         model_bytes: int,
         compute_device: str,
         device_total_bytes: Mapping[str, int],
-        device_free_bytes: Mapping[str, int | None] | None = None,
     ) -> tuple[tuple[str, int], ...]:
-        """(device, bytes) in the order of preference; the bytes add up to `model_bytes`. Of a device without a number
-        in `device_free_bytes` it is not known, or does not count, what is free."""
+        """(device, bytes) in the order of preference; the bytes add up to `model_bytes`."""
+
+
+@runtime_checkable
+class Automatic(Protocol):
+    """To be replaced by shares that `automatic.choose` chooses: a parsed `auto`."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Those that may keep something beside the compute device."""
+
+    @property
+    def keep_bytes(self) -> int:
+        """Of each device, to be kept free."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """An `Allocation` of so many bytes for each device, which add up to the model."""
+
+    num_bytes: Mapping[str, int]
+    note = ""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(self.num_bytes)
+
+    def shares(
+        self, model_bytes: int, compute_device: str, device_total_bytes: Mapping[str, int]
+    ) -> tuple[tuple[str, int], ...]:
+        return tuple(self.num_bytes.items())
 
 
 @dataclass(frozen=True)
@@ -77,7 +105,6 @@ class VirtualVram:
         model_bytes: int,
         compute_device: str,
         device_total_bytes: Mapping[str, int],
-        device_free_bytes: Mapping[str, int | None] | None = None,
     ) -> tuple[tuple[str, int], ...]:
         if self.donor_device == compute_device:
             return ((compute_device, model_bytes),)
@@ -109,7 +136,7 @@ class ComponentRequest:
     """
 
     compute_device: str
-    allocation: Allocation
+    allocation: Allocation | Automatic
     donor_mode: str = AUTO
     pack_weights: str = AUTO
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
+from .automatic import UNKNOWN, Speeds, choose
 from .plan import (
     AUTO,
     DISK_NAME,
@@ -23,44 +24,54 @@ from .plan import (
     RELAY,
     SMALL_BYTES,
     STREAM,
+    Automatic,
     ComponentRequest,
     DeviceMemory,
     Layer,
     Placement,
     Plan,
     PlanError,
+    Shares,
     size_text,
 )
 
 _SCALE = 2**32  # for fractions of a byte
 
 
-def make_plan(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
+def make_plan(
+    layers: Sequence[Layer],
+    request: ComponentRequest,
+    memory: Mapping[str, DeviceMemory],
+    speeds: Speeds = UNKNOWN,
+) -> Plan:
     """Place `layers` (in the order in which they were registered) as `request` asks.
 
     `memory` has an entry for every device of the request. A device is never given more than its free memory, and less
     than one layer more or less than asked unless memory ran short. What fits nowhere else goes to `cpu`, with a note.
     If weights are to be packed, the compute device is given what was asked, and `Plan.within` is to make it fit.
-    Raises `PlanError` when a device of the request is not in `memory`.
+    `speeds` are for an allocation that is to be chosen. Raises `PlanError` when a device of the request is not in
+    `memory`.
     """
     if request.pack_weights == ON and request.compute_device in memory and any(layer.is_bf16 for layer in layers):
-        return _plan_to_pack(layers, request, memory)
-    plan = _plan_within(layers, request, memory)
+        return _plan_to_pack(layers, request, memory, speeds)
+    plan = _plan_within(layers, request, memory, speeds)
     compute_memory, reserved = memory[plan.compute_device], 0
     free_bytes = compute_memory.free_bytes
     # Buffers need room beside the resident layers.
     while free_bytes is not None and plan.compute_bytes > free_bytes and reserved < plan.buffer_bytes:
         reserved = plan.buffer_bytes
         less = replace(compute_memory, free_bytes=max(0, free_bytes - reserved))
-        plan = _plan_within(layers, request, {**memory, plan.compute_device: less})
+        plan = _plan_within(layers, request, {**memory, plan.compute_device: less}, speeds)
     return plan
 
 
-def _plan_to_pack(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
+def _plan_to_pack(
+    layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory], speeds: Speeds
+) -> Plan:
     """What the compute device has no room for may have room there when it is packed."""
     compute_memory = memory[request.compute_device]
     unlimited = {**memory, request.compute_device: replace(compute_memory, free_bytes=None)}
-    plan = _plan_within(layers, request, unlimited)
+    plan = _plan_within(layers, request, unlimited, speeds)
     if compute_memory.free_bytes is None or plan.compute_bytes <= compute_memory.free_bytes:
         return plan
     note = (
@@ -70,18 +81,20 @@ def _plan_to_pack(layers: Sequence[Layer], request: ComponentRequest, memory: Ma
     return replace(plan, notes=(*plan.notes, note))
 
 
-def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> Plan:
+def _plan_within(
+    layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory], speeds: Speeds = UNKNOWN
+) -> Plan:
     compute_device, allocation = request.compute_device, request.allocation
     for device in (compute_device, *allocation.devices):
         if device not in memory:
             raise PlanError(f"there is no device {device!r}; this machine has {', '.join(memory)}")
-
     fixed = {index for index, layer in enumerate(layers) if not layer.movable or not layer.num_bytes}
     fixed_bytes = sum(layers[index].num_bytes for index in fixed)
     total_bytes = {device: device_memory.total_bytes for device, device_memory in memory.items()}
     model_bytes = sum(layer.num_bytes for layer in layers)
-    free_bytes_of = {device: device_memory.free_bytes for device, device_memory in memory.items()}
-    shares = dict(allocation.shares(model_bytes, compute_device, total_bytes, free_bytes_of))
+    if isinstance(allocation, Automatic):
+        allocation = choose(model_bytes, request, memory, speeds)
+    shares = dict(allocation.shares(model_bytes, compute_device, total_bytes))
     # Layers that cannot move stay on the compute device, whatever was asked.
     excess = max(0, fixed_bytes - shares.get(compute_device, 0))
     asked = _with_excess(shares, compute_device, excess)
@@ -128,27 +141,6 @@ def _plan_within(layers: Sequence[Layer], request: ComponentRequest, memory: Map
     return replace(plan, notes=tuple(note for note in notes if note))
 
 
-@dataclass(frozen=True)
-class _Shares:
-    """So many bytes on each device: an `Allocation`."""
-
-    num_bytes: Mapping[str, int]
-    note = ""
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        return tuple(self.num_bytes)
-
-    def shares(
-        self,
-        model_bytes: int,
-        compute_device: str,
-        device_total_bytes: Mapping[str, int],
-        device_free_bytes: Mapping[str, int | None] | None = None,
-    ) -> tuple[tuple[str, int], ...]:
-        return tuple(self.num_bytes.items())
-
-
 def plan_beside(asked: Plan, layers: Sequence[Layer], device: str, others: Iterable[str]) -> Plan:
     """A plan for `device` to run a model while `others` run it too, each with inputs of its own.
 
@@ -170,7 +162,7 @@ def plan_beside(asked: Plan, layers: Sequence[Layer], device: str, others: Itera
         shares[each] = min(left, num_bytes)
         left -= shares[each]
     shares[OVERFLOW_DEVICE] = shares.get(OVERFLOW_DEVICE, 0) + left
-    request = ComponentRequest(device, _Shares(shares), STREAM)
+    request = ComponentRequest(device, Shares(shares), STREAM)
     plan = _plan_within(layers, request, dict.fromkeys(shares, DeviceMemory(0)))  # the total is not looked at
     return replace(plan, notes=(), pack_weights=asked.pack_weights_on(device), others=others)
 

@@ -198,6 +198,12 @@ class Distribution:
         return self._pace.computing_seconds()
 
     @property
+    def activation_bytes(self) -> int | None:
+        """What the compute device needed in a run, beside the weights and buffers there; None where that is not
+        known."""
+        return self._pace.activation_bytes
+
+    @property
     def serves_one_at_a_time(self) -> bool:
         """Whether something is streamed or looked up, by way of buffers that belong to one pass."""
         return any(not key.is_relayed or group.device != device_of(key.device) for key, group in self.groups.items())

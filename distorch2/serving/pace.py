@@ -1,10 +1,11 @@
-"""Whether copies keep up with computing, found out while a module runs."""
+"""Whether copies keep up with computing, and what memory that takes, found out while a module runs."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+from ..moving.streams import PeakMemory
 from ..moving.transfer import Timing, Transfer
 
 MOST_WAITING = 0.05
@@ -22,6 +23,8 @@ class Pace:
         self._num_passes = 0
         self._timings: list[Timing] = []
         self._computing_seconds: float | None = None
+        self.activation_bytes: int | None = None
+        """What the compute device needed at most beside what was there before a pass. None until that is known."""
 
     def begin_run(self) -> float | None:
         """Returns the least part of a timed pass before that computing waited for copies, 0 to 1; None where too few
@@ -47,9 +50,13 @@ class Pace:
     @contextlib.contextmanager
     def a_pass(self) -> Iterator[None]:
         self._num_passes += 1
-        if self._num_passes <= _PASSES_BEFORE or len(self._timings) == _PASSES_TIMED:
+        if self._num_passes <= _PASSES_BEFORE:
+            peak = PeakMemory(self._transfer.device)
             yield
-            return
-        with self._transfer.timed() as timing:
+            self.activation_bytes = peak.risen_by() or self.activation_bytes
+        elif len(self._timings) == _PASSES_TIMED:
             yield
-        self._timings.append(timing)
+        else:
+            with self._transfer.timed() as timing:
+                yield
+            self._timings.append(timing)

@@ -13,11 +13,11 @@ SIMULATED_INFERENCE_MB, and SIMULATED_DEFERRED_COPIES=1, see `deferred_copies`.
 from __future__ import annotations
 
 from .comfyui import serve_routes, tell_comfyui
-from .devices import NUM_DEVICES, capacity_bytes, deferred_copies, used_bytes
+from .devices import NUM_DEVICES, capacity_bytes, deferred_copies, peak_bytes, used_bytes
 from .tensor import counters, install
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NUM_DEVICES", "capacity_bytes", "counters", "deferred_copies", "tell_comfyui"]
-__all__ += ["used_bytes"]
+__all__ += ["peak_bytes", "used_bytes"]
 
 install()
 NODE_CLASS_MAPPINGS: dict[str, type] = {}

@@ -25,6 +25,7 @@ def _capacities() -> list[int]:
 
 capacity_bytes = _capacities()
 used_bytes = [0] * NUM_DEVICES
+peak_bytes = [0] * NUM_DEVICES
 defers_copies = os.environ.get("SIMULATED_DEFERRED_COPIES") == "1"
 _threads = threading.local()  # the current device, and the current stream of each device
 
@@ -41,6 +42,7 @@ def take(num_bytes: int, index: int) -> None:
     if num_bytes > free_bytes(index):
         raise torch.OutOfMemoryError(f"sim:{index} out of memory: {num_bytes} bytes asked, {free_bytes(index)} free")
     used_bytes[index] += num_bytes
+    peak_bytes[index] = max(peak_bytes[index], used_bytes[index])
 
 
 def give_back(num_bytes: int, index: int) -> None:
@@ -240,6 +242,7 @@ torch_module = types.SimpleNamespace(
     manual_seed=lambda seed: None,
     manual_seed_all=lambda seed: None,
     mem_get_info=mem_get_info,
+    max_memory_allocated=lambda device=None: peak_bytes[index_of(device)],
     memory_allocated=lambda device=None: used_bytes[index_of(device)],
     memory_reserved=lambda device=None: used_bytes[index_of(device)],
     memory_stats=_memory_stats,

@@ -1,0 +1,101 @@
+"""`auto`: how much of a model each device is to keep, chosen by how long a step would take. Pure: numbers only.
+
+The compute device keeps what it has room for. Of what is left, other accelerators run a part (relay), and the rest is
+copied to the compute device while it computes. Accelerators of the same speed cost nothing but their memory, so they
+are filled; of slower ones so much is used that a step is shortest: each byte there makes computing longer, and copying
+shorter. What crosses over between accelerators is not counted: it is a hundredth of the weights or less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from .plan import OVERFLOW_DEVICE, STREAM, Automatic, ComponentRequest, DeviceMemory, Shares
+
+_TOKENS = 4096
+"""Of an image of 1024 x 1024 pixels: what a step is taken for until one has been timed."""
+_BYTES_OF_A_WEIGHT = 2
+_AS_FAST = 0.1
+"""Devices whose speeds differ by less are taken to be equal: that much of it is noise."""
+_NUM_CHOICES = 64
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What is known of a machine, and of the model on it.
+
+    `link_bytes_per_s` is that of copies from main memory to the compute device, and `multiplications_per_s` what each
+    accelerator does in matrices of the model's kind; `step_s` is what a step took on the compute device alone, without
+    copies. None, or no entry, where that is not known.
+    """
+
+    link_bytes_per_s: float | None = None
+    multiplications_per_s: Mapping[str, float] = field(default_factory=dict)
+    step_s: float | None = None
+
+    def slowness(self, device: str, compute_device: str) -> float:
+        """How many times as long `device` takes for what `compute_device` does."""
+        own, theirs = self.multiplications_per_s.get(compute_device), self.multiplications_per_s.get(device)
+        found = own / theirs if own and theirs else 1.0
+        return 1.0 if abs(found - 1) <= _AS_FAST else found
+
+    def seconds_of_step(self, compute_device: str, model_bytes: int) -> float | None:
+        """As timed, or as a transformer would take for an image of 1024 x 1024 pixels."""
+        own = self.multiplications_per_s.get(compute_device)
+        if self.step_s is not None or not own:
+            return self.step_s
+        return model_bytes / _BYTES_OF_A_WEIGHT * _TOKENS / own
+
+
+UNKNOWN = Speeds()
+
+
+def choose(
+    model_bytes: int, request: ComponentRequest, memory: Mapping[str, DeviceMemory], speeds: Speeds = UNKNOWN
+) -> Shares:
+    """The shares of a request whose allocation is `Automatic`. A device has room for what is free there without the
+    bytes that are to be kept free, and for everything where it is not known what is."""
+    allocation, home = request.allocation, request.compute_device
+    assert isinstance(allocation, Automatic)
+
+    def room(device: str) -> int:
+        free_bytes = memory[device].free_bytes
+        return model_bytes if free_bytes is None else max(0, free_bytes - allocation.keep_bytes)
+
+    def slowness(device: str) -> float:
+        return speeds.slowness(device, home)
+
+    kept = min(model_bytes, room(home))
+    left = model_bytes - kept
+    is_kind = [each for each in allocation.devices if each.partition(":")[0] == home.partition(":")[0] and each != home]
+    donors = sorted(
+        (each for each in is_kind if memory[each].can_compute or request.donor_mode == STREAM),
+        key=lambda device: (slowness(device), -room(device)),
+    )
+
+    def filled(num_bytes: int) -> dict[str, int]:
+        found = {}
+        for device in donors:
+            found[device] = min(num_bytes, room(device))
+            num_bytes -= found[device]
+        return found
+
+    most = sum(filled(left).values())
+    step_s, link = speeds.seconds_of_step(home, model_bytes), speeds.link_bytes_per_s
+    if most and step_s is not None and link is not None and request.donor_mode != STREAM:
+
+        def step_of(num_bytes: int) -> float:
+            computing_s = step_s * computing_part(filled(num_bytes), model_bytes, slowness)
+            return max(computing_s, (left - num_bytes) / link)
+
+        # The first of those that take the least: of the same, the one that copies less.
+        most = min((most * number // _NUM_CHOICES for number in range(_NUM_CHOICES, -1, -1)), key=step_of)
+    shares = {home: kept, **{device: num_bytes for device, num_bytes in filled(most).items() if num_bytes}}
+    shares[OVERFLOW_DEVICE] = shares.get(OVERFLOW_DEVICE, 0) + left - most
+    return Shares(shares)
+
+
+def computing_part(relayed: Mapping[str, int], model_bytes: int, slowness: Callable[[str], float]) -> float:
+    """How many times as long computing takes when other devices do what belongs to so many bytes."""
+    return 1 + sum(num_bytes * (slowness(device) - 1) for device, num_bytes in relayed.items()) / max(1, model_bytes)

@@ -1,0 +1,89 @@
+"""`auto`: which shares are chosen, from numbers alone, and what is learnt from a run on simulated accelerators."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allocation_parser import parse_allocation
+from distorch2.planning.automatic import UNKNOWN, Speeds, choose
+from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory
+
+pytestmark = pytest.mark.quick
+HOME, PEER, THIRD = "cuda:0", "cuda:1", "cuda:2"
+
+
+def chosen(model_bytes, free, speeds=UNKNOWN, text="auto", donor_mode="auto"):
+    memory = {device: DeviceMemory(100 * GIB, num_bytes) for device, num_bytes in free.items()}
+    request = ComponentRequest(HOME, parse_allocation(text, (*memory, "cpu")), donor_mode)
+    return dict(choose(model_bytes, request, memory | {"cpu": DeviceMemory(100 * GIB)}, speeds).num_bytes)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        (UNKNOWN, {HOME: 10, PEER: 10}),
+        (Speeds(1.0, {}, 1.0), {HOME: 10, PEER: 10}),  # no slower, as far as is known
+        (Speeds(1.0, {HOME: 100.0, PEER: 95.0}, 1.0), {HOME: 10, PEER: 10}),
+        # A step of ten seconds hides all copies, which a card that is half as fast would make longer.
+        (Speeds(1.0, {HOME: 100.0, PEER: 50.0}, 10.0), {HOME: 10, "cpu": 10}),
+        # One of a second hides one byte of ten: rather half as fast.
+        (Speeds(1.0, {HOME: 100.0, PEER: 50.0}, 1.0), {HOME: 10, PEER: 9, "cpu": 1}),
+        (Speeds(1.0, {HOME: 50.0, PEER: 100.0}, 10.0), {HOME: 10, PEER: 10}),
+    ],
+)
+def test_a_slower_card_is_used_for_as_much_as_makes_a_step_shorter(speeds, expected):
+    found = chosen(2000, {HOME: 1000, PEER: 1000}, _of_hundreds(speeds))
+    assert {device: round(num_bytes / 100) for device, num_bytes in found.items() if num_bytes} == expected
+
+
+def _of_hundreds(speeds):
+    link = speeds.link_bytes_per_s
+    return Speeds(link and 100 * link, speeds.multiplications_per_s, speeds.step_s)
+
+
+def test_what_is_not_timed_is_taken_for_a_large_image():
+    model_bytes, free = 20 * GIB, {HOME: 10 * GIB, PEER: 10 * GIB}
+    fast_link = Speeds(50e9, {HOME: 1e14, PEER: 2e13})
+    assert PEER not in chosen(model_bytes, free, fast_link)  # 0.44 s, in which 20 GiB are copied
+    assert chosen(model_bytes, free, Speeds(1e9, fast_link.multiplications_per_s))[PEER] > 5 * GIB
+
+
+def test_what_is_kept_free_and_what_only_keeps():
+    free = {HOME: 1000, PEER: 1000, "xpu:0": 5000}
+    assert chosen(3000, free, text="auto;keep=200b") == {HOME: 800, PEER: 800, "cpu": 1400}
+    slow = Speeds(1e9, {HOME: 1.0, PEER: 0.01}, 1.0)
+    assert chosen(3000, free, slow) == {HOME: 1000, "cpu": 2000}
+    assert chosen(3000, free, slow, donor_mode="stream") == {HOME: 1000, PEER: 1000, "cpu": 1000}
+
+
+@given(
+    st.integers(1, 10_000),
+    st.lists(st.integers(0, 5_000), min_size=3, max_size=3),
+    st.lists(st.sampled_from([1.0, 1.5, 2.0, 5.0]), min_size=2, max_size=2),
+    st.floats(0.01, 100),
+    st.floats(1.0, 10_000),
+)
+def test_no_other_split_beside_a_full_compute_device_is_forecast_to_be_faster(
+    model_bytes, free, slowness, step_s, link
+):
+    devices = [HOME, PEER, THIRD]
+    speeds = Speeds(link, {HOME: 1.0, PEER: 1 / slowness[0], THIRD: 1 / slowness[1]}, step_s)
+    found = chosen(model_bytes, dict(zip(devices, free)), speeds)
+    kept = min(model_bytes, free[0])
+    assert found[HOME] == kept
+    assert sum(found.values()) == model_bytes
+    assert all(num_bytes <= free[devices.index(device)] for device, num_bytes in found.items() if device != "cpu")
+
+    def seconds(on_peer, on_third):
+        computing = step_s * (1 + (on_peer * (slowness[0] - 1) + on_third * (slowness[1] - 1)) / model_bytes)
+        return max(computing, (model_bytes - kept - on_peer - on_third) / link)
+
+    others = [
+        seconds(int(free[1] * one), int(free[2] * other))
+        for one, other in itertools.product([0, 0.25, 0.5, 0.75, 1], repeat=2)
+        if int(free[1] * one) + int(free[2] * other) <= model_bytes - kept
+    ]
+    ours = seconds(found.get(PEER, 0), found.get(THIRD, 0))
+    assert ours <= min(others) + step_s * 4 / 64 + 2 / link  # a choice is one of 64

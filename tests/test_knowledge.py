@@ -1,0 +1,102 @@
+"""What `auto` learns of the machine and of a model's last run: simulated accelerators."""
+
+import comfy.model_management as mm
+import pytest
+import torch
+from computing import INFERENCE_BYTES, MIB, load, same, sim
+from computing import computing as computing
+from computing import expected as expected
+from computing import inference_mode as inference_mode
+from sampling import sample
+
+from allocation_parser import parse_allocation
+from distorch2 import knowledge
+from distorch2.loading import DIFFUSION_MODEL, placed_components, plan_checkpoint
+from distorch2.moving import speed
+from distorch2.planning.plan import ComponentRequest
+from distorch2.serving.distribution import Distribution
+
+pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
+KINDS = ("flux",)
+DEVICES = ("cpu", "sim:0", "sim:1", "disk")
+AUTO = ComponentRequest("sim:0", parse_allocation("auto", DEVICES))
+
+
+def planned(path):
+    return plan_checkpoint(path, AUTO, AUTO, "sim:0")[DIFFUSION_MODEL]
+
+
+def test_what_a_run_needed_beside_weights_stays_free(checkpoints, expected, monkeypatch):
+    path = checkpoints("flux")
+    model, clip = load(checkpoints, "flux", "sim:0,*")
+    assert model.distribution.activation_bytes is None
+    mm.load_models_gpu([model])
+    assert same(sample(model, clip), expected["flux"])
+    # The peak is of this run; weights and buffers do not count.
+    needed = placed_components(path, {DIFFUSION_MODEL: "sim:0"})[DIFFUSION_MODEL].activation_bytes
+    assert 64 * 1024 < needed < sim.peak_bytes[0] - model.distribution.plan.compute_bytes + 64 * 1024
+    assert placed_components(path, {DIFFUSION_MODEL: "sim:1"}) == {}
+    monkeypatch.setattr(sim, "capacity_bytes", [int(0.7 * model.model_size()) + INFERENCE_BYTES, 1024 * MIB])
+    before = planned(path).bytes_on("sim:0")
+    monkeypatch.setattr(Distribution, "activation_bytes", INFERENCE_BYTES + 10 * MIB)
+    less = before - planned(path).bytes_on("sim:0")
+    assert abs(less - 10 * MIB) < 2 * max(layer.num_bytes for layer in model.layers_of(model.model))
+    monkeypatch.setattr(Distribution, "activation_bytes", INFERENCE_BYTES // 2)  # which ComfyUI leaves in any case
+    assert planned(path).bytes_on("sim:0") == before
+
+
+def test_cards_that_differ_are_measured_if_both_are_needed(checkpoints, monkeypatch):
+    path, measured = checkpoints("flux"), []
+    speeds = {"sim:0": 4e12, "sim:1": 4e12}
+
+    def multiplications(device, may_measure):
+        measured.append(str(device))
+        return speeds[str(device)]
+
+    monkeypatch.setattr(knowledge, "multiplications_per_second", multiplications)
+    model_bytes = planned(path).model_bytes
+    assert measured == []  # there is room on the compute device
+    monkeypatch.setattr(sim, "capacity_bytes", [model_bytes // 2 + INFERENCE_BYTES, 1024 * MIB])
+    assert planned(path).devices == ("sim:0", "sim:1")
+    assert set(measured) == {"sim:0", "sim:1"}
+    monkeypatch.setattr(type(knowledge.COMFYUI), "can_pin_for", lambda *arguments: True)
+    monkeypatch.setattr(knowledge, "link_bytes_per_second", lambda *arguments: 1e12)
+    speeds["sim:1"] = 4e11  # and copies are hidden
+    assert planned(path).devices == ("sim:0", "cpu")
+    measured.clear()
+    monkeypatch.setattr(torch.sim, "get_device_name", lambda device=None: "the same")
+    assert planned(path).devices == ("sim:0", "sim:1")
+    assert measured == []
+
+
+def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, monkeypatch):
+    path = checkpoints("flux")
+    model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%", "auto")
+    sample(model, clip)
+    placed = placed_components(path, {DIFFUSION_MODEL: "sim:0"})[DIFFUSION_MODEL]
+    monkeypatch.setattr(Distribution, "computing_seconds", 2.0)
+    monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, _: {"sim:0": 3e9}.get(str(device), 1e9))
+    memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
+    found = knowledge.speeds_for(AUTO, placed.plan.model_bytes, memory, placed, True)
+    # Half of it took three times as long.
+    assert found.step_s == pytest.approx(1.0, rel=0.05)
+
+
+def test_what_cannot_be_measured_is_not_known(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(knowledge, "multiplications_per_second", fail)
+    memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
+    assert knowledge.speeds_for(AUTO, 10**6, memory, None, True) == knowledge.UNKNOWN
+
+
+def test_measuring_is_done_once_and_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(speed, "_products", {})
+    device = torch.device("sim:0")
+    assert speed.multiplications_per_second(device, may_measure=False) is None
+    found = speed.multiplications_per_second(device)
+    assert found > 0
+    assert sim.used_bytes == [0, 0]
+    monkeypatch.setattr(speed, "_seconds", None)
+    assert speed.multiplications_per_second(device) == found
