@@ -26,7 +26,14 @@ def workflow(name):
 
 
 def test_every_example_is_there_in_both_formats_and_as_a_picture():
-    assert NAMES == ["exact_bytes", "one_small_card", "separate_files", "two_cards_at_once", "two_cards_by_ratio"]
+    assert NAMES == [
+        "automatic",
+        "exact_bytes",
+        "one_small_card",
+        "separate_files",
+        "two_cards_at_once",
+        "two_cards_by_ratio",
+    ]
     assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_file()) == sorted(
         f"{name}.{kind}" for name in NAMES for kind in ("json", "jpg")
     )
@@ -64,6 +71,7 @@ def test_what_each_example_shows():
         "one_small_card": "",
         "two_cards_at_once": "cuda:0,50%;cuda:1,50%",
         "two_cards_by_ratio": "cuda:0,70%;cuda:1,30%",
+        "automatic": "auto",
         "exact_bytes": "cuda:0,6gb;cpu,*",
     }
 

@@ -79,6 +79,11 @@ any loader made, GGUF loaders too. 4 GB of the diffusion model and 2 GB of the t
 
 **To change:** the files and the type of the text encoder; the shift of **ModelSamplingAuraFlow**, which is \
 Qwen-Image's; more GB when the card runs out of memory.""",
+    "automatic": """## Automatic
+With **auto** the compute device keeps as much of each model as it has free; then come other cards of its kind, and \
+what is left stays in main memory. The bars on the node show it before the run.
+
+**To change:** the checkpoint; **auto;keep=3gb** leaves 3 GB of each card free, for larger images and videos.""",
     "exact_bytes": """## Exact bytes
 The card keeps **6gb** of the diffusion model and **2gb** of the text encoder. **cpu,\\*** takes whatever remains.
 
