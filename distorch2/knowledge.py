@@ -1,80 +1,114 @@
-"""What is known of the machine, and of a model that has run, for plans that are to be chosen (`auto`)."""
+"""What is known of the machine, and of models that have run, for plans that are to be chosen (`auto`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from .comfyui.core import mm
+from .comfyui.memory import is_started
 from .comfyui.program import COMFYUI
 from .moving.speed import link_bytes_per_second, multiplications_per_second
-from .planning.automatic import UNKNOWN, Speeds, computing_part
-from .planning.plan import Automatic, ComponentRequest, DeviceMemory
+from .planning.automatic import UNKNOWN, Speeds, computing_part, of_its_kind
+from .planning.plan import STREAM, Automatic, ComponentRequest, DeviceMemory
 from .serving.distribution import Distribution
 
 
+@dataclass(frozen=True)
+class Run:
+    """How a model ran last: what it needed beside weights, the most that was seen, and what a step took, without
+    waiting for copies, while `relayed` bytes of its `model_bytes` were on these donors. None where it is not known."""
+
+    activation_bytes: int | None
+    computing_seconds: float | None
+    relayed: Mapping[str, int]
+    model_bytes: int
+
+
+_runs: dict[tuple[str, str, str], Run] = {}
+"""By file, component and compute device: kept when the model is unloaded."""
+
+
+def note_run(path: str, component: str, placed: Distribution) -> None:
+    """Note what is known of a model's last run, if anything is."""
+    if placed.activation_bytes is None and placed.computing_seconds is None:
+        return
+    relayed = Counter[str]()
+    for item in placed.plan.placements:
+        if placed.plan.is_relayed(item):
+            relayed[item.device] += item.layer.num_bytes
+    run = Run(placed.activation_bytes, placed.computing_seconds, relayed, placed.plan.model_bytes)
+    _runs[path, component, str(placed.device)] = run
+
+
+def last_run(path: str, component: str, device: str) -> Run | None:
+    return _runs.get((path, component, device))
+
+
 def known_link(device: torch.device, may_measure: bool) -> float | None:
-    """Bytes per second from page-locked memory; None where there is none, or no memory to measure it."""
-    if not COMFYUI.can_pin_for(device):
-        return None
+    """Bytes per second from page-locked memory; None where there is none, or it cannot be measured."""
+    return _measured(link_bytes_per_second, device, may_measure) if COMFYUI.can_pin_for(device) else None
+
+
+def _measured(
+    measure: Callable[[torch.device, bool], float | None], device: torch.device, may_measure: bool
+) -> float | None:
     try:
-        return link_bytes_per_second(device, may_measure)
-    except RuntimeError:
+        return measure(device, may_measure)
+    except RuntimeError:  # there is no memory for it, or torch lacks kernels for this device
         return None
 
 
 def memory_beside_activations(
-    request: ComponentRequest, memory: Mapping[str, DeviceMemory], placed: Distribution | None
+    request: ComponentRequest, memory: Mapping[str, DeviceMemory], run: Run | None
 ) -> Mapping[str, DeviceMemory]:
-    """What the model needed when it ran, where that is more than ComfyUI leaves free for any, is not free for weights
-    that are placed automatically."""
-    home = request.compute_device
-    needed = placed.activation_bytes if placed is not None else None
-    free_bytes = memory[home].free_bytes
-    if needed is None or free_bytes is None or not isinstance(request.allocation, Automatic):
+    """For weights that are placed automatically: what the model needed when it ran, where that is more than ComfyUI
+    leaves free for any model, is not free on devices that compute."""
+    if run is None or run.activation_bytes is None or not isinstance(request.allocation, Automatic):
         return memory
-    less = max(0, needed - int(mm.minimum_inference_memory()))
-    return {**memory, home: replace(memory[home], free_bytes=max(0, free_bytes - less))}
+    less = max(0, run.activation_bytes - int(mm.minimum_inference_memory()))
+    computing = [request.compute_device, *of_its_kind(request)]
+    free = {device: free_bytes for device in computing if (free_bytes := memory[device].free_bytes) is not None}
+    return {
+        **memory,
+        **{device: replace(memory[device], free_bytes=max(0, free[device] - less)) for device in free},
+    }
 
 
 def speeds_for(
     request: ComponentRequest,
     model_bytes: int,
     memory: Mapping[str, DeviceMemory],
-    placed: Distribution | None,
+    run: Run | None,
+    is_preview: bool,
     may_measure: bool,
 ) -> Speeds:
-    """Unknown where they would make no difference: there is room on the compute device, or no other accelerator of its
-    kind, or all are the same. Only what is not known is measured."""
-    home = torch.device(request.compute_device)
-    free_bytes = memory[str(home)].free_bytes
-    if not isinstance(request.allocation, Automatic) or free_bytes is None:
+    """Unknown where they would make no difference: there is room on the compute device, or no other that could relay,
+    or all are the same. What is not known is measured; for a preview only on devices that are in use already."""
+    if not isinstance(request.allocation, Automatic) or request.donor_mode == STREAM:
         return UNKNOWN
-    others = [torch.device(name) for name in request.allocation.devices if torch.device(name).type == home.type]
-    devices = list(dict.fromkeys([home, *others]))
-    if free_bytes - request.allocation.keep_bytes >= model_bytes or home.type == "cpu" or not _differ(devices):
+    home, free_bytes = request.compute_device, memory[request.compute_device].free_bytes
+    names = [home, *(name for name in of_its_kind(request) if memory[name].can_compute)]
+    has_room = free_bytes is None or free_bytes - request.allocation.keep_bytes >= model_bytes
+    devices = [torch.device(name) for name in names]
+    if has_room or not _differ(devices):
         return UNKNOWN
-    try:
-        found = {str(device): multiplications_per_second(device, may_measure) for device in devices}
-    except RuntimeError:  # there is no memory for it
-        found = {}
-    speeds = Speeds(known_link(home, may_measure), {name: each for name, each in found.items() if each is not None})
-    return replace(speeds, step_s=_alone(placed, speeds))
-
-
-def _differ(devices: Sequence[torch.device]) -> bool:
-    backend = getattr(torch, devices[0].type)
-    return len(devices) > 1 and len({backend.get_device_name(device) for device in devices}) > 1
-
-
-def _alone(placed: Distribution | None, speeds: Speeds) -> float | None:
-    """What the last step would have taken without the devices that relayed."""
-    if placed is None or placed.computing_seconds is None:
-        return None
-    plan = placed.plan
-    relayed = {device: plan.bytes_on(device) for device in plan.relays}
-    return placed.computing_seconds / computing_part(
-        relayed, plan.model_bytes, lambda device: speeds.slowness(device, plan.compute_device)
+    may_measure = may_measure and not (is_preview and not all(map(is_started, devices)))
+    found = {str(device): _measured(multiplications_per_second, device, may_measure) for device in devices}
+    speeds = Speeds(
+        known_link(devices[0], may_measure), {name: each for name, each in found.items() if each is not None}
     )
+    if run is None or run.computing_seconds is None:
+        return speeds
+    part = computing_part(run.relayed, run.model_bytes, lambda device: speeds.slowness(device, home))
+    return replace(speeds, step_s=run.computing_seconds / part)
+
+
+def _differ(devices: list[torch.device]) -> bool:
+    if len(devices) < 2:
+        return False
+    backend = getattr(torch, devices[0].type)
+    return len({backend.get_device_name(device) for device in devices}) > 1

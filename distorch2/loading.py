@@ -27,7 +27,7 @@ from .comfyui.memory import memory_of
 from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
 from .comfyui.sharing import clone_sharing, unload
-from .knowledge import memory_beside_activations, speeds_for
+from .knowledge import Run, last_run, memory_beside_activations, note_run, speeds_for
 from .moving.file_reader import bytes_per_second
 from .moving.unpacking import reason_against
 from .planning.plan import AUTO, GIB, OFF, ON, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, size_text
@@ -100,6 +100,7 @@ def load_components(
     """As `load_checkpoint`, together with the report, which is logged as well."""
     memory = memory_of([unet, clip], vae_device)
     check_file(ckpt_path)
+    note_runs()
     if eject_models:
         eject(unet.compute_device)
     weights = read(ckpt_path)
@@ -118,7 +119,7 @@ def load_components(
         layers = {component: list_layers(patcher.model) for component, patcher in patchers.items()}
         # ComfyUI computes a text encoder on the CPU when the device asked for lacks its dtype.
         devices = {component: str(patcher.load_device) for component, patcher in patchers.items()}
-        plans = make_plans(layers, devices, unet, clip, memory, placed_components(ckpt_path, devices))
+        plans = make_plans(layers, devices, unet, clip, memory, ckpt_path)
     except BaseException:
         for patcher in patchers.values():
             unload(patcher.model)
@@ -158,8 +159,9 @@ def distribute(
     _refuse_what_cannot_be_served(patcher)
     taken = patcher if is_new or isinstance(patcher, DistributedPatcher) else clone_sharing(patcher)
     component, path = origin_of(patcher) or ("", "")
-    placed = placed_components(path, {component: request.compute_device}).get(component)
-    plan = _plan(DistributedPatcher.layers_of(taken.model), request, memory, placed)
+    note_runs()
+    run = last_run(path, component, request.compute_device)
+    plan = _plan(DistributedPatcher.layers_of(taken.model), request, memory, run)
     if isinstance(taken, DistributedPatcher):
         distributed = taken.with_plan(plan, high_precision_loras)
     else:
@@ -330,38 +332,52 @@ def reload_component(
 
 def origin_of(patcher: ModelPatcher) -> tuple[str, str] | None:
     """The component that a patcher has, and the file that it was loaded from, by the pack or by ComfyUI; None where
-    that is not known."""
+    that is not known, or there are several."""
     if patcher.cached_patcher_init is None:
         return None
     factory, arguments, *_ = patcher.cached_patcher_init
     if factory is reload_component:
         return arguments[0], arguments[1]
-    return (TEXT_ENCODER if "clip" in factory.__name__ else DIFFUSION_MODEL), arguments[0]
+    path, name = (arguments or [None])[0], getattr(factory, "__name__", "")
+    return (TEXT_ENCODER if "clip" in name else DIFFUSION_MODEL, path) if isinstance(path, str) else None
 
 
 def placed_components(path: str, devices: Mapping[str, str]) -> dict[str, Distribution]:
     """By component, of this file, as far as they are on their devices now, and compute on those `devices`: not copies
     for others."""
-    found = {}
+    found: dict[str, Distribution] = {}
+    for component, file, placed in _placed():
+        if file == path and str(placed.device) == devices.get(component):
+            found.setdefault(component, placed)
+    return found
+
+
+def note_runs() -> None:
+    """Note how what is on its devices now has run, for plans that are to be chosen."""
+    for component, path, placed in _placed():
+        note_run(path, component, placed)
+
+
+def _placed() -> Iterator[tuple[str, str, Distribution]]:
+    """Component, file, and where its weights lie now; the newest first."""
     for loaded in list(mm.current_loaded_models):
         patcher = loaded.model
-        if path and isinstance(patcher, DistributedPatcher) and patcher.placed is not None:
-            component, file = origin_of(patcher) or ("", "")
-            if file == path and str(patcher.placed.device) == devices.get(component):
-                found[component] = patcher.placed
-    return found
+        placed = patcher.placed if isinstance(patcher, DistributedPatcher) else None
+        if placed is not None and (origin := origin_of(patcher)) is not None:
+            yield *origin, placed
 
 
 def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str) -> dict[str, Plan]:
     """The plans that `load_checkpoint` would make now, by component.
 
-    Of a safetensors file only the header is read, and nothing is loaded: it takes about a tenth of a second. Raises as
-    `load_checkpoint`, and `CheckpointError` also for a file in another format, or in which ComfyUI detects no more than
-    a diffusion model.
+    Of a safetensors file only the header is read, and nothing is loaded: it takes about a tenth of a second, and a
+    little more the first time that `auto` is planned for cards that differ. Raises as `load_checkpoint`, and
+    `CheckpointError` also for a file in another format, or in which ComfyUI detects no more than a diffusion model.
     """
     memory = memory_of([unet, clip], vae_device)
+    note_runs()
     layers, devices = layers_of_checkpoint(ckpt_path, unet.compute_device, clip.compute_device, vae_device)
-    return make_plans(layers, devices, unet, clip, memory, placed_components(ckpt_path, devices))
+    return make_plans(layers, devices, unet, clip, memory, ckpt_path)
 
 
 def layers_of_checkpoint(
@@ -389,18 +405,21 @@ def make_plans(
     unet: ComponentRequest,
     clip: ComponentRequest,
     memory: Mapping[str, DeviceMemory],
-    placed: Mapping[str, Distribution],
+    path: str,
+    is_preview: bool = False,
     may_measure: bool = True,
 ) -> dict[str, Plan]:
     """A plan for every component, in the order of the report. What one keeps on donors is not free for the next.
 
-    `placed` is that of `placed_components`. What `auto` has to know of the machine is measured now if it `may_measure`.
+    `auto` takes into account how the components of the file at `path` ran last, and what it has to know of the machine
+    is measured now if it `may_measure`.
     """
     plans: dict[str, Plan] = {}
     for component, request in ((DIFFUSION_MODEL, unet), (TEXT_ENCODER, clip)):
         if component in layers:
             asked = replace(request, compute_device=devices[component])
-            plan = _plan(layers[component], asked, memory, placed.get(component), may_measure)
+            run = last_run(path, component, asked.compute_device)
+            plan = _plan(layers[component], asked, memory, run, is_preview, may_measure)
             memory = {device: _without_donated(room, plan, device) for device, room in memory.items()}
             plans[component] = plan
     if VAE in layers:
@@ -412,13 +431,15 @@ def _plan(
     layers: Sequence[Layer],
     request: ComponentRequest,
     memory: Mapping[str, DeviceMemory],
-    placed: Distribution | None,
+    run: Run | None,
+    is_preview: bool = False,
     may_measure: bool = True,
 ) -> Plan:
     """A plan that packs nothing where the compute device cannot unpack it."""
     reason = reason_against(torch.device(request.compute_device).type)
-    memory = memory_beside_activations(request, memory, placed)
-    speeds = speeds_for(request, sum(layer.num_bytes for layer in layers), memory, placed, may_measure)
+    memory = memory_beside_activations(request, memory, run)
+    model_bytes = sum(layer.num_bytes for layer in layers)
+    speeds = speeds_for(request, model_bytes, memory, run, is_preview, may_measure)
     plan = make_plan(layers, replace(request, pack_weights=OFF) if reason else request, memory, speeds)
     is_missed = request.pack_weights == ON or (request.pack_weights == AUTO and plan.is_worth_packing)
     if reason and is_missed:

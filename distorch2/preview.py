@@ -84,8 +84,9 @@ def _preview_of(
 
     `devices`: `name`, `total` and `free` bytes, None where that is not known, and `planned`. `warnings` are sentences.
     """
+    loading.note_runs()
     placed = loading.placed_components(path, computing)
-    plans = loading.make_plans(layers, computing, unet, clip, memory, placed, may_measure)
+    plans = loading.make_plans(layers, computing, unet, clip, memory, path, True, may_measure)
     components = [
         {
             "name": name,
@@ -146,7 +147,7 @@ def _speed(plan: Plan, placed: Distribution | None, may_measure: bool) -> dict[s
     """Of copies from main memory, at least: half of it may come another way."""
     num_bytes = plan.copied_bytes_from(str(CPU))
     computing_s = placed.computing_seconds if placed is not None else None
-    link = known_link(torch.device(plan.compute_device), may_measure and num_bytes > 0)
+    link = known_link(torch.device(plan.compute_device), may_measure) if num_bytes else None
     return {
         "copying_s": num_bytes / link if link is not None else None,
         "computing_s": computing_s,

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.quick
 HOME, PEER, THIRD = "cuda:0", "cuda:1", "cuda:2"
 
 
-def chosen(model_bytes, free, speeds=UNKNOWN, text="auto", donor_mode="auto"):
-    memory = {device: DeviceMemory(100 * GIB, num_bytes) for device, num_bytes in free.items()}
+def chosen(model_bytes, free, speeds=UNKNOWN, text="auto", donor_mode="auto", older=()):
+    memory = {device: DeviceMemory(100 * GIB, num_bytes, device not in older) for device, num_bytes in free.items()}
     request = ComponentRequest(HOME, parse_allocation(text, (*memory, "cpu")), donor_mode)
     return dict(choose(model_bytes, request, memory | {"cpu": DeviceMemory(100 * GIB)}, speeds).num_bytes)
 
@@ -56,6 +56,10 @@ def test_what_is_kept_free_and_what_only_keeps():
     slow = Speeds(1e9, {HOME: 1.0, PEER: 0.01}, 1.0)
     assert chosen(3000, free, slow) == {HOME: 1000, "cpu": 2000}
     assert chosen(3000, free, slow, donor_mode="stream") == {HOME: 1000, PEER: 1000, "cpu": 1000}
+    # A card of an older generation keeps what those that can compute have no room for.
+    assert chosen(3000, free, older={PEER}) == {HOME: 1000, PEER: 1000, "cpu": 1000}
+    free[THIRD] = 1500
+    assert chosen(3000, free, older={THIRD}) == {HOME: 1000, PEER: 1000, THIRD: 1000, "cpu": 0}
 
 
 @given(

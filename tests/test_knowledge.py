@@ -1,5 +1,7 @@
 """What `auto` learns of the machine and of a model's last run: simulated accelerators."""
 
+from dataclasses import replace
+
 import comfy.model_management as mm
 import pytest
 import torch
@@ -11,7 +13,7 @@ from sampling import sample
 
 from allocation_parser import parse_allocation
 from distorch2 import knowledge
-from distorch2.loading import DIFFUSION_MODEL, placed_components, plan_checkpoint
+from distorch2.loading import DIFFUSION_MODEL, note_runs, placed_components, plan_checkpoint
 from distorch2.moving import speed
 from distorch2.planning.plan import ComponentRequest
 from distorch2.serving.distribution import Distribution
@@ -31,18 +33,32 @@ def test_what_a_run_needed_beside_weights_stays_free(checkpoints, expected, monk
     model, clip = load(checkpoints, "flux", "sim:0,*")
     assert model.distribution.activation_bytes is None
     mm.load_models_gpu([model])
+    sim.peak_bytes[:] = sim.used_bytes  # of tests before
     assert same(sample(model, clip), expected["flux"])
     # The peak is of this run; weights and buffers do not count.
-    needed = placed_components(path, {DIFFUSION_MODEL: "sim:0"})[DIFFUSION_MODEL].activation_bytes
+    needed = model.distribution.activation_bytes
     assert 64 * 1024 < needed < sim.peak_bytes[0] - model.distribution.plan.compute_bytes + 64 * 1024
     assert placed_components(path, {DIFFUSION_MODEL: "sim:1"}) == {}
-    monkeypatch.setattr(sim, "capacity_bytes", [int(0.7 * model.model_size()) + INFERENCE_BYTES, 1024 * MIB])
-    before = planned(path).bytes_on("sim:0")
+    monkeypatch.setattr(sim, "capacity_bytes", [int(0.7 * model.model_size()) + INFERENCE_BYTES, 40 * MIB])
+    layers = model.layers_of(model.model)
+    before = planned(path)
     monkeypatch.setattr(Distribution, "activation_bytes", INFERENCE_BYTES + 10 * MIB)
-    less = before - planned(path).bytes_on("sim:0")
-    assert abs(less - 10 * MIB) < 2 * max(layer.num_bytes for layer in model.layers_of(model.model))
-    monkeypatch.setattr(Distribution, "activation_bytes", INFERENCE_BYTES // 2)  # which ComfyUI leaves in any case
-    assert planned(path).bytes_on("sim:0") == before
+    planned(path)  # which notes that
+    model.detach()
+    del model, clip
+    mm.unload_all_models()
+    after = planned(path)  # and it is still known
+    largest = max(layer.num_bytes for layer in layers)
+    for device in ("sim:0", "sim:1"):  # the other one computes, too
+        most = sim.capacity_bytes[int(device[-1])] - INFERENCE_BYTES - 10 * MIB
+        assert after.bytes_on(device) <= most < before.bytes_on(device) + 2 * largest
+    assert after.bytes_on("cpu") > before.bytes_on("cpu") + 5 * MIB
+
+
+def test_what_comfyui_leaves_free_in_any_case_is_not_left_twice():
+    memory = {device: knowledge.DeviceMemory(10**9, 10**8) for device in DEVICES}
+    run = knowledge.Run(INFERENCE_BYTES // 2, None, {}, 10**6)
+    assert knowledge.memory_beside_activations(AUTO, memory, run) == memory
 
 
 def test_cards_that_differ_are_measured_if_both_are_needed(checkpoints, monkeypatch):
@@ -73,22 +89,45 @@ def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, mon
     path = checkpoints("flux")
     model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%", "auto")
     sample(model, clip)
-    placed = placed_components(path, {DIFFUSION_MODEL: "sim:0"})[DIFFUSION_MODEL]
     monkeypatch.setattr(Distribution, "computing_seconds", 2.0)
-    monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, _: {"sim:0": 3e9}.get(str(device), 1e9))
+    note_runs()
+    run = knowledge.last_run(path, DIFFUSION_MODEL, "sim:0")
+    measured = {"sim:0": 3e9, "sim:1": 1e9}
+    monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, _: measured[str(device)])
     memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
-    found = knowledge.speeds_for(AUTO, placed.plan.model_bytes, memory, placed, True)
+    found = knowledge.speeds_for(AUTO, run.model_bytes, memory, run, False, True)
     # Half of it took three times as long.
     assert found.step_s == pytest.approx(1.0, rel=0.05)
 
 
-def test_what_cannot_be_measured_is_not_known(monkeypatch):
-    def fail(*arguments):
-        raise RuntimeError("out of memory")
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(knowledge, "_runs", {})
+
+
+def test_what_cannot_or_need_not_be_measured_is_not_known(monkeypatch):
+    def fail(device, _):
+        if device.index:
+            raise RuntimeError("no kernel image is available")
+        return 5.0
 
     monkeypatch.setattr(knowledge, "multiplications_per_second", fail)
     memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
-    assert knowledge.speeds_for(AUTO, 10**6, memory, None, True) == knowledge.UNKNOWN
+    found = knowledge.speeds_for(AUTO, 10**6, memory, None, False, True)
+    assert found.multiplications_per_s == {"sim:0": 5.0}
+    asked = []
+    monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, may_measure: asked.append(may_measure))
+    monkeypatch.setattr(knowledge, "is_started", lambda device: False)
+    knowledge.speeds_for(AUTO, 10**6, memory, None, True, True)
+    assert asked == [False, False]  # a preview does not begin to use a card
+    knowledge.speeds_for(AUTO, 10**6, memory, None, False, True)
+    assert asked[2:] == [True, True]
+    monkeypatch.setattr(knowledge, "multiplications_per_second", None)
+    assert (
+        knowledge.speeds_for(replace(AUTO, donor_mode="stream"), 10**6, memory, None, False, True) == knowledge.UNKNOWN
+    )
+    memory["sim:1"] = replace(memory["sim:1"], can_compute=False)
+    assert knowledge.speeds_for(AUTO, 10**6, memory, None, False, True) == knowledge.UNKNOWN
 
 
 def test_measuring_is_done_once_and_leaves_nothing(monkeypatch):

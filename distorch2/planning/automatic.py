@@ -8,7 +8,7 @@ shorter. What crosses over between accelerators is not counted: it is a hundredt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .plan import OVERFLOW_DEVICE, STREAM, Automatic, ComponentRequest, DeviceMemory, Shares
@@ -55,45 +55,60 @@ def choose(
     model_bytes: int, request: ComponentRequest, memory: Mapping[str, DeviceMemory], speeds: Speeds = UNKNOWN
 ) -> Shares:
     """The shares of a request whose allocation is `Automatic`. A device has room for what is free there without the
-    bytes that are to be kept free, and for everything where it is not known what is."""
+    bytes that are to be kept free, and for everything where it is not known what is.
+
+    Accelerators that cannot run what the compute device runs, or are not to, keep what is left before `cpu` does.
+    """
     allocation, home = request.allocation, request.compute_device
     assert isinstance(allocation, Automatic)
-
-    def room(device: str) -> int:
-        free_bytes = memory[device].free_bytes
-        return model_bytes if free_bytes is None else max(0, free_bytes - allocation.keep_bytes)
+    room = {
+        device: model_bytes if free_bytes is None else max(0, free_bytes - allocation.keep_bytes)
+        for device in (home, *of_its_kind(request))
+        for free_bytes in [memory[device].free_bytes]
+    }
 
     def slowness(device: str) -> float:
         return speeds.slowness(device, home)
 
-    kept = min(model_bytes, room(home))
+    relaying = [each for each in of_its_kind(request) if memory[each].can_compute and request.donor_mode != STREAM]
+    relaying.sort(key=lambda device: (slowness(device), -room[device]))
+    keeping = sorted(set(of_its_kind(request)) - set(relaying), key=lambda device: (-room[device], device))
+    kept = min(model_bytes, room[home])
     left = model_bytes - kept
-    is_kind = [each for each in allocation.devices if each.partition(":")[0] == home.partition(":")[0] and each != home]
-    donors = sorted(
-        (each for each in is_kind if memory[each].can_compute or request.donor_mode == STREAM),
-        key=lambda device: (slowness(device), -room(device)),
-    )
-
-    def filled(num_bytes: int) -> dict[str, int]:
-        found = {}
-        for device in donors:
-            found[device] = min(num_bytes, room(device))
-            num_bytes -= found[device]
-        return found
-
-    most = sum(filled(left).values())
+    relayed = _filled(left, relaying, room)
     step_s, link = speeds.seconds_of_step(home, model_bytes), speeds.link_bytes_per_s
-    if most and step_s is not None and link is not None and request.donor_mode != STREAM:
+    if relayed and step_s is not None and link is not None:
 
-        def step_of(num_bytes: int) -> float:
-            computing_s = step_s * computing_part(filled(num_bytes), model_bytes, slowness)
-            return max(computing_s, (left - num_bytes) / link)
+        def step_of(relayed: Mapping[str, int]) -> float:
+            computing_s = step_s * computing_part(relayed, model_bytes, slowness)
+            return max(computing_s, (left - sum(relayed.values())) / link)
 
+        most = sum(relayed.values())
+        choices = [most * number // _NUM_CHOICES for number in range(_NUM_CHOICES, -1, -1)]
         # The first of those that take the least: of the same, the one that copies less.
-        most = min((most * number // _NUM_CHOICES for number in range(_NUM_CHOICES, -1, -1)), key=step_of)
-    shares = {home: kept, **{device: num_bytes for device, num_bytes in filled(most).items() if num_bytes}}
-    shares[OVERFLOW_DEVICE] = shares.get(OVERFLOW_DEVICE, 0) + left - most
+        relayed = min((_filled(num_bytes, relaying, room) for num_bytes in choices), key=step_of)
+    left -= sum(relayed.values())
+    stored = _filled(left, keeping, room)
+    shares = {home: kept, **relayed, **stored}
+    shares[OVERFLOW_DEVICE] = shares.get(OVERFLOW_DEVICE, 0) + left - sum(stored.values())
     return Shares(shares)
+
+
+def of_its_kind(request: ComponentRequest) -> list[str]:
+    """The other devices of the allocation that are of the compute device's kind."""
+    home = request.compute_device
+    kind = home.partition(":")[0]
+    return [each for each in request.allocation.devices if each.partition(":")[0] == kind and each != home]
+
+
+def _filled(num_bytes: int, devices: Iterable[str], room: Mapping[str, int]) -> dict[str, int]:
+    """So many bytes on these devices, each filled before the next, as far as there is room."""
+    found = {}
+    for device in devices:
+        if taken := min(num_bytes, room[device]):
+            found[device] = taken
+            num_bytes -= taken
+    return found
 
 
 def computing_part(relayed: Mapping[str, int], model_bytes: int, slowness: Callable[[str], float]) -> float:

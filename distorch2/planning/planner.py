@@ -82,7 +82,7 @@ def _plan_to_pack(
 
 
 def _plan_within(
-    layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory], speeds: Speeds = UNKNOWN
+    layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory], speeds: Speeds
 ) -> Plan:
     compute_device, allocation = request.compute_device, request.allocation
     for device in (compute_device, *allocation.devices):
@@ -163,7 +163,7 @@ def plan_beside(asked: Plan, layers: Sequence[Layer], device: str, others: Itera
         left -= shares[each]
     shares[OVERFLOW_DEVICE] = shares.get(OVERFLOW_DEVICE, 0) + left
     request = ComponentRequest(device, Shares(shares), STREAM)
-    plan = _plan_within(layers, request, dict.fromkeys(shares, DeviceMemory(0)))  # the total is not looked at
+    plan = _plan_within(layers, request, dict.fromkeys(shares, DeviceMemory(0)), UNKNOWN)  # the total is not looked at
     return replace(plan, notes=(), pack_weights=asked.pack_weights_on(device), others=others)
 
 
