@@ -21,7 +21,19 @@ from distorch2.serving.distribution import Distribution
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
 KINDS = ("flux",)
 DEVICES = ("cpu", "sim:0", "sim:1", "disk")
+
+
 AUTO = ComponentRequest("sim:0", parse_allocation("auto", DEVICES))
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(knowledge, "_runs", {})
+
+
+@pytest.fixture
+def cards_differ(monkeypatch):
+    monkeypatch.setattr(torch.sim, "get_device_name", lambda device: f"simulated accelerator {device}")
 
 
 def planned(path):
@@ -61,7 +73,7 @@ def test_what_comfyui_leaves_free_in_any_case_is_not_left_twice():
     assert knowledge.memory_beside_activations(AUTO, memory, run) == memory
 
 
-def test_cards_that_differ_are_measured_if_both_are_needed(checkpoints, monkeypatch):
+def test_cards_that_differ_are_measured_if_both_are_needed(checkpoints, monkeypatch, cards_differ):
     path, measured = checkpoints("flux"), []
     speeds = {"sim:0": 4e12, "sim:1": 4e12}
 
@@ -80,12 +92,12 @@ def test_cards_that_differ_are_measured_if_both_are_needed(checkpoints, monkeypa
     speeds["sim:1"] = 4e11  # and copies are hidden
     assert planned(path).devices == ("sim:0", "cpu")
     measured.clear()
-    monkeypatch.setattr(torch.sim, "get_device_name", lambda device=None: "the same")
+    monkeypatch.setattr(torch.sim, "get_device_name", lambda device: "the same")
     assert planned(path).devices == ("sim:0", "sim:1")
     assert measured == []
 
 
-def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, monkeypatch):
+def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, monkeypatch, cards_differ):
     path = checkpoints("flux")
     model, clip = load(checkpoints, "flux", "sim:0,50%;sim:1,50%", "auto")
     sample(model, clip)
@@ -100,12 +112,7 @@ def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, mon
     assert found.step_s == pytest.approx(1.0, rel=0.05)
 
 
-@pytest.fixture(autouse=True)
-def nothing_known(monkeypatch):
-    monkeypatch.setattr(knowledge, "_runs", {})
-
-
-def test_what_cannot_or_need_not_be_measured_is_not_known(monkeypatch):
+def test_what_cannot_or_need_not_be_measured_is_not_known(monkeypatch, cards_differ):
     def fail(device, _):
         if device.index:
             raise RuntimeError("no kernel image is available")
@@ -132,6 +139,7 @@ def test_what_cannot_or_need_not_be_measured_is_not_known(monkeypatch):
 
 def test_measuring_is_done_once_and_leaves_nothing(monkeypatch):
     monkeypatch.setattr(speed, "_products", {})
+    monkeypatch.setattr(speed, "_SIDE", 16)  # of these devices, which the host computes for
     device = torch.device("sim:0")
     assert speed.multiplications_per_second(device, may_measure=False) is None
     found = speed.multiplications_per_second(device)

@@ -19,6 +19,8 @@ _TIMES = 4
 """The first time, there may be buffers to set up."""
 _WARM_UP_S = 0.1
 """Of work that is not timed: a GPU that was idle does not run at its speed at once."""
+_LONGEST_S = 0.5
+"""After that one timing is enough."""
 _TICK_MS = 0.0005
 """Of an event's clock, in CUDA."""
 
@@ -56,7 +58,7 @@ def _seconds(device: torch.device, work: Callable[[], Any], warm_up_s: float = 0
     """The least that it took, of a few times."""
     backend, milliseconds, begun = backend_of(device), list[float](), time.perf_counter()
     with backend.device(device):
-        while len(milliseconds) < _TIMES:
+        while not milliseconds or (len(milliseconds) < _TIMES and time.perf_counter() - begun < _LONGEST_S):
             begin, end = (backend.Event(enable_timing=True) for _ in range(2))
             begin.record()
             work()

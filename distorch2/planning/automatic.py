@@ -90,7 +90,8 @@ def choose(
     left -= sum(relayed.values())
     stored = _filled(left, keeping, room)
     shares = {home: kept, **relayed, **stored}
-    shares[OVERFLOW_DEVICE] = shares.get(OVERFLOW_DEVICE, 0) + left - sum(stored.values())
+    if left := left - sum(stored.values()):
+        shares[OVERFLOW_DEVICE] = shares.get(OVERFLOW_DEVICE, 0) + left
     return Shares(shares)
 
 

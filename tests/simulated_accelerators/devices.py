@@ -236,7 +236,7 @@ torch_module = types.SimpleNamespace(
     device_count=lambda: NUM_DEVICES,
     empty_cache=lambda: None,
     get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
-    get_device_name=lambda device=None: f"simulated accelerator {index_of(device)}",
+    get_device_name=lambda device=None: "simulated accelerator",
     is_available=lambda: True,
     is_initialized=lambda: True,
     manual_seed=lambda seed: None,
