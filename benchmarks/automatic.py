@@ -8,8 +8,8 @@ away until so much is free on each GPU as `ROOMS` says. Then the model is loaded
 the CPU. Packing is left to itself. A way is run once before it is timed, as packing begins with a second run.
 
 Milliseconds are medians of `STEPS` steps of 1024 x 1024 pixels. `auto` and the best by hand are timed once more, one
-after the other, and these two are compared. Outputs are compared, bit by bit, with the model's on
-the GPU alone. Without a second GPU the rooms for two are left out.
+after the other, and these two are compared. Outputs are compared, bit by bit, with the model's on the GPU alone.
+Without a second GPU the rooms for two are left out.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import require_gpus, resident_model, saved_model, start_comfyui, steps_ms, warmed_up
-from record import printed_by, write_results
+from harness import record_models, require_gpus, resident_model, start_comfyui, steps_ms, warmed_up
 
 GIB = 1024**3
 CASE = "1024 px"
@@ -122,18 +121,10 @@ def measure(name: str, path: str) -> None:
             drop()
 
 
-def main(folder: Path, names: list[str]) -> None:
-    require_gpus(1)
-    found: dict[str, Any] = {}
-    for name in names:
-        with saved_model(name, folder) as path:
-            for of_model in printed_by([sys.executable, __file__, "--measure", name, path]):
-                found[name] = of_model
-                write_results("automatic", found)
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         measure(*sys.argv[2:])
     else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"), sys.argv[2:] or list(ROOMS))
+        require_gpus(1)
+        folder = Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm")
+        record_models("automatic", __file__, folder, sys.argv[2:] or list(ROOMS))

@@ -8,10 +8,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from record import ROOT
+from record import ROOT, printed_by, write_results
 
 _WARM_UP_STEPS = 2
 _TURNS = 2
@@ -82,6 +83,16 @@ def saved_model(name: str, folder: Path) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+def record_models(benchmark: str, script: str, folder: Path, names: Sequence[str]) -> None:
+    """Write what `script --measure MODEL FILE` prints for each model, each time it prints, by model."""
+    found: dict[str, Any] = {}
+    for name in names:
+        with saved_model(name, folder) as path:
+            for of_model in printed_by([sys.executable, script, "--measure", name, path]):
+                found[name] = of_model
+                write_results(benchmark, found)
 
 
 def resident_model(model, path: str):

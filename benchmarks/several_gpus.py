@@ -21,8 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import link_gb_per_second, mark, require_gpus, saved_model, start_comfyui
-from record import printed_by, write_results
+from harness import link_gb_per_second, mark, record_models, require_gpus, start_comfyui
 
 GIB = 1024**3
 STEPS = 9
@@ -205,18 +204,10 @@ def forecasts(model: Any, path: str, measured_link: float) -> list[dict[str, Any
     return rows
 
 
-def main(folder: Path, names: list[str]) -> None:
-    require_gpus(2)
-    found: dict[str, Any] = {}
-    for name in names:
-        with saved_model(name, folder) as path:
-            for of_model in printed_by([sys.executable, __file__, "--measure", name, path]):
-                found[name] = of_model
-                write_results("several_gpus", found)
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         measure(*sys.argv[2:])
     else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm"), sys.argv[2:] or list(WAYS))
+        require_gpus(2)
+        folder = Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm")
+        record_models("several_gpus", __file__, folder, sys.argv[2:] or list(WAYS))

@@ -12,6 +12,7 @@ from .comfyui.core import mm
 from .comfyui.memory import is_started
 from .comfyui.program import COMFYUI
 from .moving.speed import link_bytes_per_second, multiplications_per_second
+from .moving.streams import backend_of
 from .planning.automatic import UNKNOWN, Speeds, computing_part, of_its_kind
 from .planning.plan import STREAM, Automatic, ComponentRequest, DeviceMemory
 from .serving.distribution import Distribution
@@ -70,12 +71,11 @@ def memory_beside_activations(
     if run is None or run.activation_bytes is None or not isinstance(request.allocation, Automatic):
         return memory
     less = max(0, run.activation_bytes - int(mm.minimum_inference_memory()))
-    computing = [request.compute_device, *of_its_kind(request)]
-    free = {device: free_bytes for device in computing if (free_bytes := memory[device].free_bytes) is not None}
-    return {
-        **memory,
-        **{device: replace(memory[device], free_bytes=max(0, free[device] - less)) for device in free},
-    }
+    found = dict(memory)
+    for device in (request.compute_device, *of_its_kind(request)):
+        if (free_bytes := memory[device].free_bytes) is not None:
+            found[device] = replace(memory[device], free_bytes=max(0, free_bytes - less))
+    return found
 
 
 def speeds_for(
@@ -108,7 +108,4 @@ def speeds_for(
 
 
 def _differ(devices: list[torch.device]) -> bool:
-    if len(devices) < 2:
-        return False
-    backend = getattr(torch, devices[0].type)
-    return len({backend.get_device_name(device) for device in devices}) > 1
+    return len(devices) > 1 and len({backend_of(device).get_device_name(device) for device in devices}) > 1

@@ -375,7 +375,6 @@ def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentReque
     `CheckpointError` also for a file in another format, or in which ComfyUI detects no more than a diffusion model.
     """
     memory = memory_of([unet, clip], vae_device)
-    note_runs()
     layers, devices = layers_of_checkpoint(ckpt_path, unet.compute_device, clip.compute_device, vae_device)
     return make_plans(layers, devices, unet, clip, memory, ckpt_path)
 
@@ -414,6 +413,7 @@ def make_plans(
     `auto` takes into account how the components of the file at `path` ran last, and what it has to know of the machine
     is measured now if it `may_measure`.
     """
+    note_runs()
     plans: dict[str, Plan] = {}
     for component, request in ((DIFFUSION_MODEL, unet), (TEXT_ENCODER, clip)):
         if component in layers:

@@ -39,14 +39,16 @@ def preview_checkpoint(
     memory = memory_of([unet, clip], vae_device, may_start=False)
     devices = unet.compute_device, clip.compute_device, vae_device
     layers, computing = _layers_of(ckpt_path, loading.layers_of_checkpoint, *devices)
-    return _preview_of(ckpt_path, layers, computing, unet, clip, memory, may_measure)
+    plans = loading.make_plans(layers, computing, unet, clip, memory, ckpt_path, True, may_measure)
+    return _preview_of(ckpt_path, plans, memory, may_measure)
 
 
 def preview_diffusion_model(path: str, request: ComponentRequest, may_measure: bool = True) -> dict[str, Any]:
     """The same for `load_diffusion_model`."""
     memory = memory_of([request], may_start=False)
     layers, computing = _layers_of(path, loading.layers_of_diffusion_model, request.compute_device)
-    return _preview_of(path, layers, computing, request, request, memory, may_measure)
+    plans = loading.make_plans(layers, computing, request, request, memory, path, True, may_measure)
+    return _preview_of(path, plans, memory, may_measure)
 
 
 def preview_component(
@@ -63,17 +65,13 @@ def preview_component(
         raise CheckpointError(f"there is no {component} in {path}")
     # A text encoder computes on the CPU where the device lacks its dtype.
     computing = {loading.DIFFUSION_MODEL: request.compute_device, loading.TEXT_ENCODER: computing.get(component, "")}
-    return _preview_of(path, {component: layers[component]}, computing, request, request, memory, may_measure)
+    layers = {component: layers[component]}
+    plans = loading.make_plans(layers, computing, request, request, memory, path, True, may_measure)
+    return _preview_of(path, plans, memory, may_measure)
 
 
 def _preview_of(
-    path: str,
-    layers: Mapping[str, Sequence[Layer]],
-    computing: Mapping[str, str],
-    unet: ComponentRequest,
-    clip: ComponentRequest,
-    memory: Mapping[str, DeviceMemory],
-    may_measure: bool,
+    path: str, plans: Mapping[str, Plan], memory: Mapping[str, DeviceMemory], may_measure: bool
 ) -> dict[str, Any]:
     """Lists of plain values. `components`: `name`, `bytes`, and `parts`, each with a `device`, how it is `served`,
     `layers`, `bytes`; `now`, the same parts as they lie now, None where the component of this file is not loaded;
@@ -84,9 +82,7 @@ def _preview_of(
 
     `devices`: `name`, `total` and `free` bytes, None where that is not known, and `planned`. `warnings` are sentences.
     """
-    loading.note_runs()
-    placed = loading.placed_components(path, computing)
-    plans = loading.make_plans(layers, computing, unet, clip, memory, path, True, may_measure)
+    placed = loading.placed_components(path, {name: plan.compute_device for name, plan in plans.items()})
     components = [
         {
             "name": name,

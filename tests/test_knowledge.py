@@ -21,8 +21,6 @@ from distorch2.serving.distribution import Distribution
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")
 KINDS = ("flux",)
 DEVICES = ("cpu", "sim:0", "sim:1", "disk")
-
-
 AUTO = ComponentRequest("sim:0", parse_allocation("auto", DEVICES))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .plan import OVERFLOW_DEVICE, STREAM, Automatic, ComponentRequest, DeviceMemory, Shares
+from .plan import OVERFLOW_DEVICE, STREAM, Automatic, ComponentRequest, DeviceMemory, Shares, kind_of
 
 _TOKENS = 4096
 """Of an image of 1024 x 1024 pixels: what a step is taken for until one has been timed."""
@@ -61,27 +61,26 @@ def choose(
     """
     allocation, home = request.allocation, request.compute_device
     assert isinstance(allocation, Automatic)
-    room = {
-        device: model_bytes if free_bytes is None else max(0, free_bytes - allocation.keep_bytes)
-        for device in (home, *of_its_kind(request))
-        for free_bytes in [memory[device].free_bytes]
-    }
+    others, room = of_its_kind(request), dict[str, int]()
+    for device in (home, *others):
+        free_bytes = memory[device].free_bytes
+        room[device] = model_bytes if free_bytes is None else max(0, free_bytes - allocation.keep_bytes)
 
     def slowness(device: str) -> float:
         return speeds.slowness(device, home)
 
-    relaying = [each for each in of_its_kind(request) if memory[each].can_compute and request.donor_mode != STREAM]
+    relaying = [each for each in others if memory[each].can_compute and request.donor_mode != STREAM]
     relaying.sort(key=lambda device: (slowness(device), -room[device]))
-    keeping = sorted(set(of_its_kind(request)) - set(relaying), key=lambda device: (-room[device], device))
+    keeping = sorted(set(others) - set(relaying), key=lambda device: (-room[device], device))
     kept = min(model_bytes, room[home])
     left = model_bytes - kept
     relayed = _filled(left, relaying, room)
     step_s, link = speeds.seconds_of_step(home, model_bytes), speeds.link_bytes_per_s
     if relayed and step_s is not None and link is not None:
 
-        def step_of(relayed: Mapping[str, int]) -> float:
-            computing_s = step_s * computing_part(relayed, model_bytes, slowness)
-            return max(computing_s, (left - sum(relayed.values())) / link)
+        def step_of(choice: Mapping[str, int]) -> float:
+            computing_s = step_s * computing_part(choice, model_bytes, slowness)
+            return max(computing_s, (left - sum(choice.values())) / link)
 
         most = sum(relayed.values())
         choices = [most * number // _NUM_CHOICES for number in range(_NUM_CHOICES, -1, -1)]
@@ -98,8 +97,7 @@ def choose(
 def of_its_kind(request: ComponentRequest) -> list[str]:
     """The other devices of the allocation that are of the compute device's kind."""
     home = request.compute_device
-    kind = home.partition(":")[0]
-    return [each for each in request.allocation.devices if each.partition(":")[0] == kind and each != home]
+    return [each for each in request.allocation.devices if kind_of(each) == kind_of(home) and each != home]
 
 
 def _filled(num_bytes: int, devices: Iterable[str], room: Mapping[str, int]) -> dict[str, int]:

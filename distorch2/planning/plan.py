@@ -24,6 +24,11 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 1024**2:.1f} MiB"
 
 
+def kind_of(device: str) -> str:
+    """`cuda` of `cuda:1`."""
+    return device.partition(":")[0]
+
+
 class PlanError(ValueError):
     """A request that cannot be planned; the message says what would be accepted."""
 
@@ -292,8 +297,7 @@ class Plan:
 
     def pack_weights_on(self, device: str) -> str:
         """The mode for another compute device, which may not be able to unpack weights."""
-        is_same_kind = device.partition(":")[0] == self.compute_device.partition(":")[0]
-        return self.pack_weights if is_same_kind else OFF
+        return self.pack_weights if kind_of(device) == kind_of(self.compute_device) else OFF
 
     @cached_property
     def evicted(self) -> tuple[Group, ...]:

@@ -32,6 +32,7 @@ from .plan import (
     Plan,
     PlanError,
     Shares,
+    kind_of,
     size_text,
 )
 
@@ -88,6 +89,7 @@ def _plan_within(
     for device in (compute_device, *allocation.devices):
         if device not in memory:
             raise PlanError(f"there is no device {device!r}; this machine has {', '.join(memory)}")
+
     fixed = {index for index, layer in enumerate(layers) if not layer.movable or not layer.num_bytes}
     fixed_bytes = sum(layers[index].num_bytes for index in fixed)
     total_bytes = {device: device_memory.total_bytes for device, device_memory in memory.items()}
@@ -245,8 +247,7 @@ def relaying_donors(request: ComponentRequest, devices: Iterable[str]) -> tuple[
     donors = [device for device in devices if device != request.compute_device]
     if request.donor_mode == RELAY:
         return tuple(donors)
-    kind = request.compute_device.partition(":")[0]
-    is_same_kind = [device for device in donors if device.partition(":")[0] == kind]
+    is_same_kind = [device for device in donors if kind_of(device) == kind_of(request.compute_device)]
     return tuple(is_same_kind) if request.donor_mode == AUTO else ()
 
 
