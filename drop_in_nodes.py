@@ -40,7 +40,7 @@ _FOLDERS = {
     "control_net_name": "controlnet",
 }
 """Inputs that name files -> ComfyUI's name of the folder; those of text encoders are told apart by what is loaded."""
-_TEXT_ENCODER_FILES = ("clip_name", "clip_name1", "clip_name2", "clip_name3", "clip_name4")
+TEXT_ENCODER_FILES = ("clip_name", "clip_name1", "clip_name2", "clip_name3", "clip_name4")
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _check_files(loader: _Loader, inputs: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` for a damaged file: before others are unloaded for it, and in the place of the loader."""
     of_clip = "clip_vision" if loader.outputs == ("CLIP_VISION",) else "text_encoders"
     for name, file in inputs.items():
-        folder = of_clip if name in _TEXT_ENCODER_FILES else _FOLDERS.get(name)
+        folder = of_clip if name in TEXT_ENCODER_FILES else _FOLDERS.get(name)
         path = folder_paths.get_full_path(folder, file) if folder else None  # some names stand for more than a file
         if path is not None:
             check_file(path)
@@ -219,7 +219,7 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
         return _loaded_checkpoint(
             inputs["ckpt_name"], request, _resident(request.compute_device), request.compute_device
         )
-    if loader.outputs == ("CLIP",) and not loader.is_of_gguf and {*inputs} <= {*_TEXT_ENCODER_FILES, "type"}:
+    if loader.outputs == ("CLIP",) and not loader.is_of_gguf and {*inputs} <= {*TEXT_ENCODER_FILES, "type"}:
         return _loaded_text_encoder(inputs, request)
     if (
         loader.name == "UNETLoader"
@@ -258,17 +258,26 @@ def _loaded_checkpoint(name: str, unet: ComponentRequest, clip: ComponentRequest
 
 
 def _loaded_text_encoder(inputs: Mapping[str, Any], request: ComponentRequest) -> dict[str, Any]:
-    names = [inputs[name] for name in _TEXT_ENCODER_FILES if name in inputs]
-    clip_type = inputs.get("type", "")
-    if clip_type.upper() not in comfy.sd.CLIPType.__members__:  # as ComfyUI's loaders take it: sdxl has no type
-        clip_type = "stable_diffusion"
+    names = [inputs[name] for name in TEXT_ENCODER_FILES if name in inputs]
     clip = loading.load_text_encoder(
         [folder_paths.get_full_path_or_raise("text_encoders", name) for name in names],
-        clip_type,
+        clip_type_of(inputs.get("type", "")),
         request,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
     )
     return {"ui": placement_of({loading.TEXT_ENCODER: clip.patcher}), "result": (clip,)}
+
+
+def clip_type_of(name: str) -> str:
+    """The type as ComfyUI's loaders take it: `sdxl`, say, has none of its own, and some loaders have no such input."""
+    return name if name.upper() in comfy.sd.CLIPType.__members__ else "stable_diffusion"
+
+
+def gguf_pack() -> Any | None:
+    """The module of ComfyUI-GGUF that has its loaders; None where it is not installed, or is another one."""
+    node = comfyui_nodes.NODE_CLASS_MAPPINGS.get("UnetLoaderGGUF")
+    module = sys.modules.get(node.__module__) if node is not None else None
+    return module if hasattr(module, "gguf_sd_loader") and hasattr(module, "GGMLOps") else None
 
 
 def _resident(device: str) -> ComponentRequest:

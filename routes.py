@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import folder_paths
+import torch
 
 from .allocation_parser import AllocationError
 from .distorch2 import preview
 from .distorch2.planning.plan import AUTO, PlanError
 from .distorch2.weights.checkpoint_file import CheckpointError
+from .drop_in_nodes import TEXT_ENCODER_FILES, clip_type_of, gguf_pack
 from .nodes import request_for
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,16 @@ logger = logging.getLogger(__name__)
 PATH = "/distorch2/preview"
 _MOST_WAITING = 16
 """More are refused, and the page asks again."""
+
+_GGUF_FOLDER = "unet_gguf"
+"""ComfyUI-GGUF's list of diffusion models."""
+_DTYPES = {
+    "default": None,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e4m3fn_fast": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""By the names of ComfyUI's loader."""
 
 _Widgets = Mapping[str, str]
 
@@ -80,32 +92,49 @@ class _Previews:
 def preview_for(widgets: _Widgets, may_measure: bool) -> dict[str, Any]:
     """What the settings of a node will do; `widgets` are its inputs by name, as text.
 
-    They name a file, as `ckpt_name` or `unet_name`. With `unet_compute_device` they are those of the checkpoint node;
-    with `component` those of a node that splits a loaded model; otherwise those of a loader of one file, whose other
-    components stay whole on its compute device. Raises `Mistake`, `CheckpointError` and `PlanError`.
+    They name files, as `ckpt_name`, `unet_name` or those of a text encoder. With `unet_compute_device` they are those
+    of the checkpoint node; with `component` those of a node that splits a loaded model; otherwise those of a loader of
+    one component, or of a checkpoint whose other components stay whole on its compute device. Raises `Mistake`,
+    `CheckpointError` and `PlanError`.
     """
-    is_checkpoint = "ckpt_name" in widgets
-    folder, name = ("checkpoints", "ckpt_name") if is_checkpoint else ("diffusion_models", "unet_name")
-    path = _path_of(folder, name, widgets)
+    source = _source(widgets)
     if "unet_compute_device" in widgets:
         unet, clip = (_request(widgets, prefix) for prefix in ("unet_", "clip_"))
-        return preview.preview_checkpoint(path, unet, clip, _text(widgets, "vae_device"), may_measure)
+        return preview.preview_loader(source, unet, clip, _text(widgets, "vae_device"), may_measure)
     request = _request(widgets)
     if "component" in widgets:
         component = widgets["component"]
         if component not in preview.SPLIT_COMPONENTS:
             raise Mistake("component", f"component is {component!r}; use {', '.join(preview.SPLIT_COMPONENTS)}")
-        return preview.preview_component(path, is_checkpoint, component, request, may_measure)
-    if not is_checkpoint:
-        return preview.preview_diffusion_model(path, request, may_measure)
+        return preview.preview_component(source, component, request, may_measure)
     whole = request_for(request.compute_device, 0.0, request.compute_device)
-    return preview.preview_checkpoint(path, request, whole, request.compute_device, may_measure)
+    of_clip = whole if "ckpt_name" in widgets else request
+    return preview.preview_loader(source, request, of_clip, request.compute_device, may_measure)
+
+
+def _source(widgets: _Widgets) -> preview.Source:
+    if "ckpt_name" in widgets:
+        return preview.checkpoint(_path_of("checkpoints", "ckpt_name", widgets))
+    names = [name for name in TEXT_ENCODER_FILES if name in widgets]
+    if names:
+        paths = tuple(_path_of("text_encoders", name, widgets) for name in names)
+        return preview.text_encoder(paths, clip_type_of(widgets.get("type", "")))
+    if _text(widgets, "unet_name").lower().endswith(".gguf"):
+        path, pack = _path_of(_GGUF_FOLDER, "unet_name", widgets), gguf_pack()
+        if pack is None:
+            raise Mistake("unet_name", "what is in a file of this kind is not known before it is loaded")
+        return preview.gguf_diffusion_model(path, pack)
+    dtype = widgets.get("weight_dtype", "default")
+    if dtype not in _DTYPES:
+        raise Mistake("weight_dtype", f"weight_dtype is {dtype!r}; use {', '.join(_DTYPES)}")
+    return preview.diffusion_model(_path_of("diffusion_models", "unet_name", widgets), _DTYPES[dtype])
 
 
 def _path_of(folder: str, name: str, widgets: _Widgets) -> str:
     """Of a file in ComfyUI's lists, and no other."""
     file = _text(widgets, name)
-    path = folder_paths.get_full_path(folder, file) if file in folder_paths.get_filename_list(folder) else None
+    listed = folder_paths.get_filename_list(folder) if folder in folder_paths.folder_names_and_paths else []
+    path = folder_paths.get_full_path(folder, file) if file in listed else None
     if path is None:
         raise Mistake(name, f"there is no {file!r} in the list of {folder}")
     return path

@@ -9,7 +9,7 @@ the CPU. Packing is left to itself. A way is run once before it is timed, as pac
 
 Milliseconds are medians of `STEPS` steps of 1024 x 1024 pixels. `auto` and the best by hand are timed once more, one
 after the other, and these two are compared. Outputs are compared, bit by bit, with the model's on the GPU alone.
-Without a second GPU the rooms for two are left out.
+On one GPU the rooms are those of one, and with a second one those of two: `auto` uses all that there are.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def measure(name: str, path: str) -> None:
         drop()
         found["rooms"] = []
         for rooms in ROOMS[name]:
-            if len(rooms) > torch.cuda.device_count():
+            if len(rooms) != torch.cuda.device_count():
                 continue
             ballast = []
             for index, room in enumerate(rooms):
@@ -106,6 +106,7 @@ def measure(name: str, path: str) -> None:
                 ballast.append(torch.empty(taken, dtype=torch.uint8, device=f"cuda:{index}"))
             for_weights = tuple(max(0.5, room - needed_gib - 0.7) for room in rooms)
             of_room: dict[str, Any] = {"GiB free": rooms, "auto": timed("auto", "auto", expected), "by hand": []}
+            print(json.dumps(of_room["auto"]), file=sys.stderr, flush=True)
             for text, donor_mode in splits(for_weights):
                 of_room["by hand"].append(timed(text, donor_mode, expected))
                 print(json.dumps(of_room["by hand"][-1]), file=sys.stderr, flush=True)
@@ -126,5 +127,10 @@ if __name__ == "__main__":
         measure(*sys.argv[2:])
     else:
         require_gpus(1)
+        import torch
+
+        number = torch.cuda.device_count()
+        names = [name for name, rooms in ROOMS.items() if any(len(each) == number for each in rooms)]
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm")
-        record_models("automatic", __file__, folder, sys.argv[2:] or list(ROOMS))
+        benchmark = "automatic" if number == 1 else "automatic_two_gpus"
+        record_models(benchmark, __file__, folder, sys.argv[2:] or names)

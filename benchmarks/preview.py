@@ -49,8 +49,8 @@ def main() -> None:
     import torch
 
     from allocation_parser import parse_allocation
+    from distorch2 import preview
     from distorch2.planning.plan import ComponentRequest
-    from distorch2.preview import preview_checkpoint
 
     config = {**models.FLUX.config, "dtype": torch.bfloat16, "device": "meta"}
     shapes = models.FLUX.module_class(**config, operations=comfy.ops.disable_weight_init).state_dict()
@@ -62,7 +62,7 @@ def main() -> None:
             for turn in range(1 + REPEATED):
                 request = ComponentRequest("cpu", parse_allocation(f"cpu,{10 + turn}%;disk,*"))  # as it is edited
                 started = time.perf_counter()
-                preview_checkpoint(str(path), request, request, "cpu")
+                preview.preview_loader(preview.checkpoint(str(path)), request, request, "cpu")
                 (repeated if turn else first).append(1000 * (time.perf_counter() - started))
     results = {
         "GB of the file": round(num_bytes / 1e9, 1),

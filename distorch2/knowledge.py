@@ -17,6 +17,9 @@ from .planning.automatic import UNKNOWN, Speeds, computing_part, of_its_kind
 from .planning.plan import STREAM, Automatic, ComponentRequest, DeviceMemory
 from .serving.distribution import Distribution
 
+Files = tuple[str, ...]
+"""The paths of the file, or the files, that a model is loaded from."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -29,11 +32,11 @@ class Run:
     model_bytes: int
 
 
-_runs: dict[tuple[str, str, str], Run] = {}
-"""By file, component and compute device: kept when the model is unloaded."""
+_runs: dict[tuple[Files, str, str], Run] = {}
+"""By files, component and compute device: kept when the model is unloaded."""
 
 
-def note_run(path: str, component: str, placed: Distribution) -> None:
+def note_run(files: Files, component: str, placed: Distribution) -> None:
     """Note what is known of a model's last run, if anything is."""
     if placed.activation_bytes is None and placed.computing_seconds is None:
         return
@@ -42,11 +45,11 @@ def note_run(path: str, component: str, placed: Distribution) -> None:
         if placed.plan.is_relayed(item):
             relayed[item.device] += item.layer.num_bytes
     run = Run(placed.activation_bytes, placed.computing_seconds, relayed, placed.plan.model_bytes)
-    _runs[path, component, str(placed.device)] = run
+    _runs[files, component, str(placed.device)] = run
 
 
-def last_run(path: str, component: str, device: str) -> Run | None:
-    return _runs.get((path, component, device))
+def last_run(files: Files, component: str, device: str) -> Run | None:
+    return _runs.get((files, component, device))
 
 
 def known_link(device: torch.device, may_measure: bool) -> float | None:

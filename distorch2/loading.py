@@ -15,11 +15,14 @@ from .comfyui.core import ModelPatcher, mm
 from .comfyui.loaders import (
     NO_SUCH_FORMAT,
     build_diffusion_model_without_memory,
+    build_gguf_diffusion_model,
     build_of_file,
+    build_text_encoder_without_memory,
     build_without_memory,
     load_diffusion_model_only,
     load_model_and_clip,
     load_vae,
+    no_text_encoder,
     read,
     read_shapes,
 )
@@ -27,7 +30,7 @@ from .comfyui.memory import memory_of
 from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
 from .comfyui.sharing import clone_sharing, unload
-from .knowledge import Run, last_run, memory_beside_activations, note_run, speeds_for
+from .knowledge import Files, Run, last_run, memory_beside_activations, note_run, speeds_for
 from .moving.file_reader import bytes_per_second
 from .moving.unpacking import reason_against
 from .planning.plan import AUTO, GIB, OFF, ON, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, size_text
@@ -35,7 +38,7 @@ from .planning.planner import make_plan
 from .report import render_table, rows_of_plan
 from .serving import host_memory
 from .serving.distribution import Distribution
-from .weights.checkpoint_file import CheckpointError, check_file
+from .weights.checkpoint_file import check_file
 from .weights.devices import CPU, DISK_NAME
 from .weights.inventory import list_layers, own_tensors
 from .weights.quantised import can_be_taken_apart
@@ -119,7 +122,7 @@ def load_components(
         layers = {component: list_layers(patcher.model) for component, patcher in patchers.items()}
         # ComfyUI computes a text encoder on the CPU when the device asked for lacks its dtype.
         devices = {component: str(patcher.load_device) for component, patcher in patchers.items()}
-        plans = make_plans(layers, devices, unet, clip, memory, ckpt_path)
+        plans = make_plans(layers, devices, unet, clip, memory, (ckpt_path,))
     except BaseException:
         for patcher in patchers.values():
             unload(patcher.model)
@@ -158,9 +161,9 @@ def distribute(
     memory = memory_of([request])
     _refuse_what_cannot_be_served(patcher)
     taken = patcher if is_new or isinstance(patcher, DistributedPatcher) else clone_sharing(patcher)
-    component, path = origin_of(patcher) or ("", "")
+    component, files = origin_of(patcher) or ("", ())
     note_runs()
-    run = last_run(path, component, request.compute_device)
+    run = last_run(files, component, request.compute_device)
     plan = _plan(DistributedPatcher.layers_of(taken.model), request, memory, run)
     if isinstance(taken, DistributedPatcher):
         distributed = taken.with_plan(plan, high_precision_loras)
@@ -241,22 +244,25 @@ def load_text_encoder(
     check_devices(request)
     for path in paths:
         check_file(path)
-    types = core.sd.CLIPType.__members__
-    if clip_type.upper() not in types:
-        raise ValueError(f"there is no text encoder type {clip_type!r}; use {', '.join(map(str.lower, types))}")
+    type_of_clip = _clip_type_of(clip_type)
     devices = {"load_device": torch.device(request.compute_device), "offload_device": CPU, "initial_device": CPU}
     try:
         clip = core.sd.load_clip(
             list(paths),
             embedding_directory=embedding_directory,
-            clip_type=types[clip_type.upper()],
+            clip_type=type_of_clip,
             model_options=devices,
         )
     except NO_SUCH_FORMAT as error:
-        raise CheckpointError(
-            f"{', '.join(paths)}: no text encoder that ComfyUI {core.version} knows ({error})"
-        ) from error
+        raise no_text_encoder(paths, error) from error
     return distribute_clip(clip, request, high_precision_loras, is_new=True)
+
+
+def _clip_type_of(name: str) -> Any:
+    types = core.sd.CLIPType.__members__
+    if name.upper() not in types:
+        raise ValueError(f"there is no text encoder type {name!r}; use {', '.join(map(str.lower, types))}")
+    return types[name.upper()]
 
 
 def check_devices(request: ComponentRequest) -> None:
@@ -330,36 +336,37 @@ def reload_component(
     return model if clip is None else clip.patcher
 
 
-def origin_of(patcher: ModelPatcher) -> tuple[str, str] | None:
-    """The component that a patcher has, and the file that it was loaded from, by the pack or by ComfyUI; None where
-    that is not known, or there are several."""
+def origin_of(patcher: ModelPatcher) -> tuple[str, Files] | None:
+    """The component that a patcher has, and the files that it was loaded from, by the pack or by ComfyUI; None where
+    that is not known."""
     if patcher.cached_patcher_init is None:
         return None
     factory, arguments, *_ = patcher.cached_patcher_init
     if factory is reload_component:
-        return arguments[0], arguments[1]
-    path, name = (arguments or [None])[0], getattr(factory, "__name__", "")
-    return (TEXT_ENCODER if "clip" in name else DIFFUSION_MODEL, path) if isinstance(path, str) else None
+        return arguments[0], (arguments[1],)
+    paths, name = (arguments or [None])[0], getattr(factory, "__name__", "")
+    files = (paths,) if isinstance(paths, str) else tuple(paths or ())
+    return (TEXT_ENCODER if "clip" in name else DIFFUSION_MODEL, files) if files else None
 
 
-def placed_components(path: str, devices: Mapping[str, str]) -> dict[str, Distribution]:
-    """By component, of this file, as far as they are on their devices now, and compute on those `devices`: not copies
+def placed_components(files: Files, devices: Mapping[str, str]) -> dict[str, Distribution]:
+    """By component, of these files, as far as they are on their devices now, and compute on those `devices`: not copies
     for others."""
     found: dict[str, Distribution] = {}
-    for component, file, placed in _placed():
-        if file == path and str(placed.device) == devices.get(component):
+    for component, origin, placed in _placed():
+        if origin == files and str(placed.device) == devices.get(component):
             found.setdefault(component, placed)
     return found
 
 
 def note_runs() -> None:
     """Note how what is on its devices now has run, for plans that are to be chosen."""
-    for component, path, placed in _placed():
-        note_run(path, component, placed)
+    for component, files, placed in _placed():
+        note_run(files, component, placed)
 
 
-def _placed() -> Iterator[tuple[str, str, Distribution]]:
-    """Component, file, and where its weights lie now; the newest first."""
+def _placed() -> Iterator[tuple[str, Files, Distribution]]:
+    """Component, files, and where its weights lie now; the newest first."""
     for loaded in list(mm.current_loaded_models):
         patcher = loaded.model
         placed = patcher.placed if isinstance(patcher, DistributedPatcher) else None
@@ -376,7 +383,7 @@ def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentReque
     """
     memory = memory_of([unet, clip], vae_device)
     layers, devices = layers_of_checkpoint(ckpt_path, unet.compute_device, clip.compute_device, vae_device)
-    return make_plans(layers, devices, unet, clip, memory, ckpt_path)
+    return make_plans(layers, devices, unet, clip, memory, (ckpt_path,))
 
 
 def layers_of_checkpoint(
@@ -392,10 +399,28 @@ def layers_of_checkpoint(
     return layers, {component: devices[component] for component in layers}
 
 
-def layers_of_diffusion_model(path: str, device: str) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
-    """The same of a file that holds a diffusion model alone."""
-    module = build_diffusion_model_without_memory(read_shapes(path), device)
+def layers_of_diffusion_model(
+    path: str, dtype: torch.dtype | None, device: str
+) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
+    """The same of a file that holds a diffusion model alone, in `dtype` where that is asked for."""
+    module = build_diffusion_model_without_memory(read_shapes(path), device, dtype)
     return {DIFFUSION_MODEL: list_layers(module)}, {DIFFUSION_MODEL: device}
+
+
+def layers_of_gguf_diffusion_model(
+    path: str, pack: Any, device: str
+) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
+    """The same of a GGUF file. `pack` is the module of ComfyUI-GGUF that has its loaders."""
+    return {DIFFUSION_MODEL: list_layers(build_gguf_diffusion_model(path, pack, device))}, {DIFFUSION_MODEL: device}
+
+
+def layers_of_text_encoder(
+    paths: Sequence[str], clip_type: str, device: str
+) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
+    """The same of the files of a text encoder. `clip_type` is as for `load_text_encoder`."""
+    files = [read_shapes(path) for path in paths]
+    module, device = build_text_encoder_without_memory(files, _clip_type_of(clip_type), device)
+    return {TEXT_ENCODER: list_layers(module)}, {TEXT_ENCODER: device}
 
 
 def make_plans(
@@ -404,13 +429,13 @@ def make_plans(
     unet: ComponentRequest,
     clip: ComponentRequest,
     memory: Mapping[str, DeviceMemory],
-    path: str,
+    files: Files,
     is_preview: bool = False,
     may_measure: bool = True,
 ) -> dict[str, Plan]:
     """A plan for every component, in the order of the report. What one keeps on donors is not free for the next.
 
-    `auto` takes into account how the components of the file at `path` ran last, and what it has to know of the machine
+    `auto` takes into account how the components of these files ran last, and what it has to know of the machine
     is measured now if it `may_measure`.
     """
     note_runs()
@@ -418,7 +443,7 @@ def make_plans(
     for component, request in ((DIFFUSION_MODEL, unet), (TEXT_ENCODER, clip)):
         if component in layers:
             asked = replace(request, compute_device=devices[component])
-            run = last_run(path, component, asked.compute_device)
+            run = last_run(files, component, asked.compute_device)
             plan = _plan(layers[component], asked, memory, run, is_preview, may_measure)
             memory = {device: _without_donated(room, plan, device) for device, room in memory.items()}
             plans[component] = plan

@@ -9,6 +9,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from . import loading
 from .comfyui.core import mm
 from .comfyui.memory import is_started, memory_of
 from .comfyui.program import COMFYUI
-from .knowledge import known_link
+from .knowledge import Files, known_link
 from .planning.plan import PACKED, ComponentRequest, DeviceMemory, Layer, Plan, size_text
 from .report import rows_of_plan
 from .serving.distribution import Distribution
@@ -32,49 +33,75 @@ _Layers = tuple[Mapping[str, Sequence[Layer]], Mapping[str, str]]
 """By component: its layers, and the device that it would compute on."""
 
 
-def preview_checkpoint(
-    ckpt_path: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str, may_measure: bool = True
+@dataclass(frozen=True)
+class Source:
+    """What one loader loads. `read` takes `arguments`, and a device for each of `components`."""
+
+    files: Files
+    components: tuple[str, ...]
+    read: Callable[..., _Layers]
+    arguments: tuple[Any, ...]
+
+    def layers_on(self, devices: Mapping[str, str]) -> _Layers:
+        """By component, on devices by component, whose kind decides what it is loaded as. Read again when a file has
+        changed."""
+        return _read(self, tuple(map(_version_of, self.files)), tuple(devices[name] for name in self.components))
+
+
+def checkpoint(path: str) -> Source:
+    return Source((path,), loading.COMPONENTS, loading.layers_of_checkpoint, (path,))
+
+
+def diffusion_model(path: str, dtype: torch.dtype | None = None) -> Source:
+    """A file that holds nothing else, to be loaded in `dtype`."""
+    return Source((path,), (loading.DIFFUSION_MODEL,), loading.layers_of_diffusion_model, (path, dtype))
+
+
+def gguf_diffusion_model(path: str, pack: Any) -> Source:
+    """`pack` is the module of ComfyUI-GGUF that has its loaders."""
+    return Source((path,), (loading.DIFFUSION_MODEL,), loading.layers_of_gguf_diffusion_model, (path, pack))
+
+
+def text_encoder(paths: Files, clip_type: str) -> Source:
+    """Files that hold nothing else. `clip_type` is as for `load_text_encoder`."""
+    return Source(paths, (loading.TEXT_ENCODER,), loading.layers_of_text_encoder, (paths, clip_type))
+
+
+def preview_loader(
+    source: Source, unet: ComponentRequest, clip: ComponentRequest, vae_device: str, may_measure: bool = True
 ) -> dict[str, Any]:
-    """As `_preview_of`, for `load_checkpoint`. Raises as `plan_checkpoint`."""
+    """As `_preview_of`, for a loader with these settings. What it does not load is ignored. Raises as
+    `plan_checkpoint`."""
     memory = memory_of([unet, clip], vae_device, may_start=False)
-    devices = unet.compute_device, clip.compute_device, vae_device
-    layers, computing = _layers_of(ckpt_path, loading.layers_of_checkpoint, *devices)
-    plans = loading.make_plans(layers, computing, unet, clip, memory, ckpt_path, True, may_measure)
-    return _preview_of(ckpt_path, plans, memory, may_measure)
-
-
-def preview_diffusion_model(path: str, request: ComponentRequest, may_measure: bool = True) -> dict[str, Any]:
-    """The same for `load_diffusion_model`."""
-    memory = memory_of([request], may_start=False)
-    layers, computing = _layers_of(path, loading.layers_of_diffusion_model, request.compute_device)
-    plans = loading.make_plans(layers, computing, request, request, memory, path, True, may_measure)
-    return _preview_of(path, plans, memory, may_measure)
+    devices = dict(zip(loading.COMPONENTS, (unet.compute_device, clip.compute_device, vae_device), strict=True))
+    layers, computing = source.layers_on(devices)
+    plans = loading.make_plans(layers, computing, unet, clip, memory, source.files, True, may_measure)
+    return _preview_of(source.files, plans, memory, may_measure)
 
 
 def preview_component(
-    path: str, is_checkpoint: bool, component: str, request: ComponentRequest, may_measure: bool = True
+    source: Source, component: str, request: ComponentRequest, may_measure: bool = True
 ) -> dict[str, Any]:
-    """The same for `distribute`, given one of `SPLIT_COMPONENTS` of a file that ComfyUI's loader has loaded for its
-    default device. Raises `CheckpointError` also where the file does not have it."""
+    """The same for `distribute`, given one of `SPLIT_COMPONENTS` of what ComfyUI's loader has loaded for its default
+    device. Raises `CheckpointError` also where the files do not have it."""
     memory, device = memory_of([request], may_start=False), str(mm.get_torch_device())
-    if is_checkpoint:
-        layers, computing = _layers_of(path, loading.layers_of_checkpoint, device, request.compute_device, device)
-    else:
-        layers, computing = _layers_of(path, loading.layers_of_diffusion_model, device)
+    layers, computing = source.layers_on(
+        {**dict.fromkeys(loading.COMPONENTS, device), loading.TEXT_ENCODER: request.compute_device}
+    )
     if component not in layers:
-        raise CheckpointError(f"there is no {component} in {path}")
+        raise CheckpointError(f"there is no {component} in {', '.join(source.files)}")
     # A text encoder computes on the CPU where the device lacks its dtype.
     computing = {loading.DIFFUSION_MODEL: request.compute_device, loading.TEXT_ENCODER: computing.get(component, "")}
     layers = {component: layers[component]}
-    plans = loading.make_plans(layers, computing, request, request, memory, path, True, may_measure)
-    return _preview_of(path, plans, memory, may_measure)
+    plans = loading.make_plans(layers, computing, request, request, memory, source.files, True, may_measure)
+    return _preview_of(source.files, plans, memory, may_measure)
 
 
 def _preview_of(
-    path: str, plans: Mapping[str, Plan], memory: Mapping[str, DeviceMemory], may_measure: bool
+    files: Files, plans: Mapping[str, Plan], memory: Mapping[str, DeviceMemory], may_measure: bool
 ) -> dict[str, Any]:
     """Lists of plain values. `components`: `name`, `bytes`, and `parts`, each with a `device`, how it is `served`,
-    `layers`, `bytes`; `now`, the same parts as they lie now, None where the component of this file is not loaded;
+    `layers`, `bytes`; `now`, the same parts as they lie now, None where the component of these files is not loaded;
     `copied` and `read`, the bytes that are copied from other devices, or read from the disk, in each step;
     `copying_s` and `computing_s`, the seconds that the copies take at the speed of the link, which is measured now if
     it may be, and that it took to compute when it ran last; `hidden`, the bytes that can be copied in that time. None
@@ -82,7 +109,7 @@ def _preview_of(
 
     `devices`: `name`, `total` and `free` bytes, None where that is not known, and `planned`. `warnings` are sentences.
     """
-    placed = loading.placed_components(path, {name: plan.compute_device for name, plan in plans.items()})
+    placed = loading.placed_components(files, {name: plan.compute_device for name, plan in plans.items()})
     components = [
         {
             "name": name,
@@ -108,20 +135,19 @@ def _preview_of(
     return {"components": components, "devices": devices, "warnings": [*notes, *_warnings(devices)]}
 
 
-def _layers_of(path: str, read: Callable[..., _Layers], *devices: str) -> _Layers:
-    """Read again when the file has changed. The kind of a device decides what a model is loaded as."""
+def _version_of(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError:
         check_file(path)  # which says what to do
         raise
-    return _read(read, path, (status.st_mtime_ns, status.st_size), devices)
+    return status.st_mtime_ns, status.st_size
 
 
 @functools.lru_cache(maxsize=_KEPT_FILES)
-def _read(read: Callable[..., _Layers], path: str, version: object, devices: Sequence[str]) -> _Layers:
+def _read(source: Source, versions: tuple[object, ...], devices: tuple[str, ...]) -> _Layers:
     with _unlogged():
-        return read(path, *devices)
+        return source.read(*source.arguments, *devices)
 
 
 @contextlib.contextmanager

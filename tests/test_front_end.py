@@ -32,6 +32,8 @@ def server(request, checkpoints, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     (base / "models" / "checkpoints").mkdir(parents=True)
     (base / "models" / "checkpoints" / CHECKPOINT).symlink_to(checkpoints("sd3_no_clip_weights"))
+    (base / "models" / "text_encoders").mkdir()
+    (base / "models" / "text_encoders" / "clip_l.safetensors").symlink_to(checkpoints("clip_l"))
     arguments = ["--cache-none"]
     if request.param == "newest":
         arguments += newest_front_end()
@@ -226,6 +228,26 @@ def test_a_model_that_is_distributed_is_shown_by_the_file_of_its_loader(front_en
     assert found.inner_text().startswith("diffusion model  3.0 MiB")
     front_end.page.evaluate("() => { app.graph.getNodeById(1).mode = 4 }")  # bypassed: it loads nothing
     found.wait_for(state="hidden")
+
+
+def test_a_text_encoder_of_a_file_of_its_own_is_shown(front_end):
+    files = ["clip_l.safetensors", "sd3"]
+    nodes = [
+        {"id": 1, "type": "CLIPLoader", "pos": [0, 0], "size": [300, 100], "widgets_values": [*files, "default"],
+         "outputs": [{"name": "CLIP", "type": "CLIP", "links": [1]}]},
+        {"id": 2, "type": "DistributeCLIPDisTorch2", "pos": [0, 300], "size": [300, 200],
+         "inputs": [{"name": "clip", "type": "CLIP", "link": 1}],
+         "widgets_values": [COMPUTE, 0.1, DONOR, "", True, "auto", "auto"]},
+        {"id": 3, "type": "CLIPLoaderDisTorch2MultiGPU", "pos": [500, 0], "size": [300, 200],
+         "widgets_values": [*files, COMPUTE, 0.1, DONOR, "", False]},
+        {"id": 4, "type": "CLIPVisionLoaderDisTorch2MultiGPU", "pos": [500, 500], "size": [300, 200],
+         "widgets_values": ["clip_l.safetensors", COMPUTE, 0.1, DONOR, "", False]},
+    ]  # fmt: skip
+    front_end.load({"version": 0.4, "nodes": nodes, "links": [[1, 1, 0, 2, 0, "CLIP"]]}, "text_encoders")
+    front_end.show("2", scale=0.6)
+    found = front_end.page.locator(".distorch2-preview:visible", has_text=f"{DONOR}  ")
+    found.nth(1).wait_for()
+    assert [each.startswith("text encoder  ") for each in found.all_inner_texts()] == [True, True]
 
 
 def test_the_node_shows_its_widgets_and_its_name(server, front_end):

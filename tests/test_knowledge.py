@@ -48,7 +48,7 @@ def test_what_a_run_needed_beside_weights_stays_free(checkpoints, expected, monk
     # The peak is of this run; weights and buffers do not count.
     needed = model.distribution.activation_bytes
     assert 64 * 1024 < needed < sim.peak_bytes[0] - model.distribution.plan.compute_bytes + 64 * 1024
-    assert placed_components(path, {DIFFUSION_MODEL: "sim:1"}) == {}
+    assert placed_components((path,), {DIFFUSION_MODEL: "sim:1"}) == {}
     monkeypatch.setattr(sim, "capacity_bytes", [int(0.7 * model.model_size()) + INFERENCE_BYTES, 40 * MIB])
     layers = model.layers_of(model.model)
     before = planned(path)
@@ -101,7 +101,7 @@ def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, mon
     sample(model, clip)
     monkeypatch.setattr(Distribution, "computing_seconds", 2.0)
     note_runs()
-    run = knowledge.last_run(path, DIFFUSION_MODEL, "sim:0")
+    run = knowledge.last_run((path,), DIFFUSION_MODEL, "sim:0")
     measured = {"sim:0": 3e9, "sim:1": 1e9}
     monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, _: measured[str(device)])
     memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}

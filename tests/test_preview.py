@@ -13,10 +13,12 @@ from pathlib import Path
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import gguf_files
 import pytest
 import torch
 from conftest import ROOT
 from placing import COMPUTE, DONOR, devices_known_to_comfyui, inference_mode  # noqa: F401
+from safetensors.torch import save_file
 from sampling import core_load
 from serving import ACCELERATOR, DEVICES, NEWEST, prompt_for, start
 
@@ -30,6 +32,7 @@ from distorch2.loading import (
     distribute_clip,
     load_checkpoint,
     load_diffusion_model,
+    load_text_encoder,
 )
 from distorch2.moving.transfer import Timing
 from distorch2.planning.plan import GIB, ComponentRequest, Plan, VirtualVram
@@ -46,6 +49,14 @@ def request(percent):
     return ComponentRequest(COMPUTE, parse_allocation(text))
 
 
+def shown(source, asked):
+    return preview.preview_loader(source, asked, asked, COMPUTE)
+
+
+def of_checkpoint(path, *settings):
+    return preview.preview_loader(preview.checkpoint(path), *settings)
+
+
 def parts_of(found, name):
     (component,) = (each for each in found["components"] if each["name"] == name)
     return [(part["device"], part["served"], part["layers"], part["bytes"]) for part in component["parts"]]
@@ -58,8 +69,48 @@ def parts_of_plan(plan):
 @pytest.mark.parametrize("percent", [0, 25, 50, 90, 100])
 def test_a_diffusion_model_lies_as_shown(checkpoints, percent):
     path = checkpoints("diffusion_only")
-    found = preview.preview_diffusion_model(path, request(percent))
+    found = shown(preview.diffusion_model(path), request(percent))
     model = load_diffusion_model(path, request(percent))
+    assert parts_of(found, DIFFUSION_MODEL) == parts_of_plan(model.distribution.asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_diffusion_model_in_another_dtype_lies_as_shown(checkpoints, dtype):
+    path = checkpoints("diffusion_only")
+    found = shown(preview.diffusion_model(path, dtype), request(50))
+    model = load_diffusion_model(path, request(50), model_options={"dtype": dtype})
+    assert parts_of(found, DIFFUSION_MODEL) == parts_of_plan(model.distribution.asked)
+    assert found["components"][0]["bytes"] < shown(preview.diffusion_model(path), request(50))["components"][0]["bytes"]
+
+
+@pytest.mark.parametrize("percent", [0, 50, 100])
+@pytest.mark.parametrize(("num_files", "clip_type"), [(1, "stable_diffusion"), (1, "sd3"), (2, "sd3")])
+def test_a_text_encoder_of_files_of_its_own_lies_as_shown(checkpoints, num_files, clip_type, percent):
+    files = (checkpoints("clip_l"),) * num_files
+    found = shown(preview.text_encoder(files, clip_type), request(percent))
+    clip = load_text_encoder(files, clip_type, request(percent))
+    assert parts_of(found, TEXT_ENCODER) == parts_of_plan(clip.patcher.distribution.asked)
+    comfy.model_management.load_models_gpu([clip.patcher])
+    now = shown(preview.text_encoder(files, clip_type), request(percent))["components"][0]["now"]
+    assert now == found["components"][0]["parts"]
+    clip.patcher.detach()
+
+
+def test_a_file_that_is_no_text_encoder_is_said(tmp_path):
+    path = tmp_path / "t5.safetensors"
+    save_file({"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(10240, 2)}, path)
+    with pytest.raises(CheckpointError, match="no text encoder that ComfyUI"):
+        shown(preview.text_encoder((str(path),), "flux"), request(0))
+
+
+@pytest.mark.parametrize("percent", [0, 50, 100])
+def test_a_gguf_file_lies_as_shown(tmp_path, percent):
+    path = gguf_files.write_flux(tmp_path / "flux.gguf", "Q8_0")
+    loaders = types.ModuleType("loaders")
+    loaders.gguf_sd_loader, loaders.GGMLOps = gguf_files.read, lambda: gguf_files.Layers
+    found = shown(preview.gguf_diffusion_model(path, loaders), request(percent))
+    options = {"custom_operations": gguf_files.Layers}
+    model = distribute(comfy.sd.load_diffusion_model_state_dict(gguf_files.read(path), options), request(percent))
     assert parts_of(found, DIFFUSION_MODEL) == parts_of_plan(model.distribution.asked)
 
 
@@ -71,7 +122,7 @@ def test_what_is_distributed_lies_as_shown(checkpoints, percent):
         (DIFFUSION_MODEL, distribute(model, asked)),
         (TEXT_ENCODER, distribute_clip(clip, asked).patcher),
     ):
-        found = preview.preview_component(path, True, component, asked)
+        found = preview.preview_component(preview.checkpoint(path), component, asked)
         assert parts_of(found, component) == parts_of_plan(patcher.distribution.asked)
 
 
@@ -79,18 +130,18 @@ def test_what_lies_where_now_is_shown_while_it_does(checkpoints):
     path, asked = checkpoints("sd3"), request(50)
 
     def now():
-        found = preview.preview_checkpoint(path, asked, request(0), COMPUTE)
+        found = of_checkpoint(path, asked, request(0), COMPUTE)
         return {component["name"]: component["now"] for component in found["components"]}
 
     assert {*now().values()} == {None}
     model, clip, _ = load_checkpoint(path, asked, request(0), COMPUTE)
     assert {*now().values()} == {None}  # nothing is on its devices before it runs
     comfy.model_management.load_models_gpu([model])
-    found = preview.preview_checkpoint(path, asked, request(0), COMPUTE)["components"][0]
+    found = of_checkpoint(path, asked, request(0), COMPUTE)["components"][0]
     assert found["now"] == found["parts"]
     assert now()[TEXT_ENCODER] is None
     elsewhere = replace(asked, compute_device=DONOR)  # as a copy for another device would be, this model is not shown
-    assert preview.preview_checkpoint(path, elsewhere, request(0), COMPUTE)["components"][0]["now"] is None
+    assert of_checkpoint(path, elsewhere, request(0), COMPUTE)["components"][0]["now"] is None
     comfy.model_management.load_models_gpu([clip.patcher])
     assert now()[TEXT_ENCODER] is not None
     model.detach()
@@ -107,7 +158,7 @@ def test_to_how_much_weights_are_packed_is_shown(checkpoints, monkeypatch):
     comfy.model_management.load_models_gpu([model])
     monkeypatch.setattr(Distribution, "packed_part", 0.714)
     monkeypatch.setattr(Plan, "is_streamed_packed", lambda self, placement: self.how_served(placement) == "streamed")
-    found = preview.preview_checkpoint(path, asked, request(0), COMPUTE)["components"][0]
+    found = of_checkpoint(path, asked, request(0), COMPUTE)["components"][0]
     assert [part["served"] for part in found["now"]] == ["resident", "streamed, packed to 71%"]
     assert [part["served"] for part in found["parts"]] == ["resident", "streamed, packed"]
     model.detach()
@@ -119,7 +170,7 @@ def test_a_replaced_file_is_read_again(checkpoints, tmp_path):
     for kind in ("sd3_no_clip_weights", "flux"):
         path.unlink(missing_ok=True)
         path.symlink_to(checkpoints(kind))
-        found.append(preview.preview_checkpoint(str(path), request(0), request(0), COMPUTE)["components"][0]["bytes"])
+        found.append(of_checkpoint(str(path), request(0), request(0), COMPUTE)["components"][0]["bytes"])
     assert found[0] != found[1]
 
 
@@ -127,25 +178,25 @@ def test_layers_of_a_few_files_are_kept(checkpoints, tmp_path):
     for number in range(3 * preview._KEPT_FILES):
         path = tmp_path / f"{number}.safetensors"
         path.symlink_to(checkpoints("sd3_no_clip_weights"))
-        preview.preview_checkpoint(str(path), request(50), request(0), COMPUTE)
+        of_checkpoint(str(path), request(50), request(0), COMPUTE)
     assert preview._read.cache_info().currsize == preview._KEPT_FILES
 
 
 def test_a_component_that_is_not_there_is_said(checkpoints):
     with pytest.raises(CheckpointError, match="there is no text encoder in"):
-        preview.preview_component(checkpoints("flux"), True, TEXT_ENCODER, request(0))
+        preview.preview_component(preview.checkpoint(checkpoints("flux")), TEXT_ENCODER, request(0))
 
 
 def test_what_is_copied_and_read_and_does_not_fit_is_said(checkpoints, monkeypatch):
     whole = ComponentRequest(COMPUTE, VirtualVram(0.0, DONOR))
     asked = ComponentRequest(COMPUTE, parse_allocation(f"{COMPUTE},20%;{DONOR},30%;disk,50%"), "stream")
-    found = preview.preview_checkpoint(checkpoints("flux"), asked, whole, COMPUTE)
+    found = of_checkpoint(checkpoints("flux"), asked, whole, COMPUTE)
     model = found["components"][0]
     assert 0.25 * model["bytes"] < model["copied"] < 0.35 * model["bytes"]
     assert 0.45 * model["bytes"] < model["read"] < 0.55 * model["bytes"]
     monkeypatch.setattr("distorch2.comfyui.core.spare_host_memory", lambda: 2**20)
     asked = ComponentRequest(DONOR, parse_allocation(f"{DONOR},20%;cpu,*"))
-    found = preview.preview_checkpoint(checkpoints("flux"), asked, whole, COMPUTE)
+    found = of_checkpoint(checkpoints("flux"), asked, whole, COMPUTE)
     assert any("main memory has room for 1.0 MiB" in warning for warning in found["warnings"])
 
 
@@ -154,7 +205,7 @@ def test_how_long_copies_take_is_said_where_it_can_be_known(checkpoints, monkeyp
     asked = replace(asked, compute_device=DONOR)
 
     def times(may_measure=True):
-        model = preview.preview_checkpoint(path, asked, request(0), COMPUTE, may_measure)["components"][0]
+        model = of_checkpoint(path, asked, request(0), COMPUTE, may_measure)["components"][0]
         return model["copying_s"], model["computing_s"], model["copied"], model["hidden"]
 
     assert times()[:2] == (None, None)  # this device's link cannot be measured

@@ -18,10 +18,11 @@ const MOST_LINKS = 50; // that are followed to the node that loads a file
 // --- what is asked
 
 const COMPONENTS = { DistributeModelDisTorch2: "diffusion model", DistributeCLIPDisTorch2: "text encoder" };
-const FILE_INPUTS = ["ckpt_name", "unet_name"];
-const LOADERS = /^(CheckpointLoaderSimple|UNETLoader|CheckpointLoaderAdvanced)(DisTorch2)?(MultiGPU)?$/;
+const FILE_INPUTS = /^(ckpt_name|unet_name|clip_name[1-4]?)$/;
+const READ_AS = ["type", "weight_dtype"]; // what else decides what is in a file
+const LOADERS =
+  /^(CheckpointLoader(Simple|Advanced)|UNETLoader|UnetLoaderGGUF(Advanced)?|(Dual|Triple|Quadruple)?CLIPLoader)(DisTorch2?)?(MultiGPU)?$/;
 const ALWAYS = 0; // the mode of a node that is neither muted nor bypassed
-const READABLE = /\.(safetensors|sft)$/i;
 
 // Values of widgets by name; undefined for one that is linked, which is not known before it runs.
 function valuesOf(node) {
@@ -30,23 +31,30 @@ function valuesOf(node) {
   return Object.fromEntries(widgets.map((widget) => [widget.name, linked.has(widget.name) ? undefined : widget.value]));
 }
 
-// The file's input of a node, as {ckpt_name: ...} or {unet_name: ...}, if its header can be read.
-function fileOf(node) {
-  const values = valuesOf(node);
-  const name = FILE_INPUTS.find((each) => READABLE.test(values[each] ?? ""));
-  const listed = node.widgets?.find((widget) => widget.name === name)?.options?.values;
-  if (!name || (Array.isArray(listed) && !listed.includes(values[name]))) return null;
-  const isCast = "weight_dtype" in values && values.weight_dtype !== "default";
-  return isCast ? null : { [name]: values[name] };
+function isListed(node, name, value) {
+  const listed = node.widgets.find((widget) => widget.name === name).options?.values;
+  return !Array.isArray(listed) || listed.includes(value);
 }
 
-// The file of the loader that the node's model comes from, by way of nodes that pass it on.
-function fileBefore(node, type) {
+// What a loader reads, as {ckpt_name: ...}, say; null where that is not known from the headers of its files.
+function filesOf(node) {
+  if (!LOADERS.test(node.comfyClass ?? "")) return null;
+  const files = Object.entries(valuesOf(node)).filter(([name]) => FILE_INPUTS.test(name) || READ_AS.includes(name));
+  const isOfGguf = /GGUF/.test(node.comfyClass);
+  const readable = isOfGguf ? /\.gguf$/i : /\.(safetensors|sft)$/i;
+  const names = files.filter(([name]) => FILE_INPUTS.test(name));
+  const isKnown = ([name, value]) =>
+    readable.test(value ?? "") && isListed(node, name, value) && !(isOfGguf && name.startsWith("clip"));
+  return names.length && names.every(isKnown) ? Object.fromEntries(files) : null;
+}
+
+// The files of the loader that the node's model comes from, by way of nodes that pass it on.
+function filesBefore(node, type) {
   for (let links = 0; links < MOST_LINKS; links++) {
     const slot = (node.inputs ?? []).findIndex((input) => input.type === type);
     node = slot < 0 ? null : node.getInputNode(slot);
     if (!node) return null;
-    if (LOADERS.test(node.comfyClass ?? "")) return node.mode === ALWAYS ? fileOf(node) : null;
+    if (LOADERS.test(node.comfyClass ?? "")) return node.mode === ALWAYS ? filesOf(node) : null;
   }
   return null;
 }
@@ -55,9 +63,9 @@ function fileBefore(node, type) {
 function questionOf(node) {
   const component = COMPONENTS[node.comfyClass];
   const values = valuesOf(node);
-  const file = component ? fileBefore(node, component === "text encoder" ? "CLIP" : "MODEL") : fileOf(node);
-  if (!file || values.use_other_vram) return null;
-  const question = { ...values, ...file };
+  const files = component ? filesBefore(node, component === "text encoder" ? "CLIP" : "MODEL") : filesOf(node);
+  if (!files || values.use_other_vram) return null;
+  const question = { ...values, ...files };
   if (component) question.component = component;
   if (!("unet_compute_device" in values)) {
     question.compute_device = values.compute_device ?? values.device;

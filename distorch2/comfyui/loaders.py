@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ _DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _META = torch.device("meta")
 _READ_BYTES = 64 * 1024
 """Of a header's tensors, up to this size: markers of quantisation, and what ComfyUI looks at to tell models apart."""
+_READ_VOCABULARY_BYTES = 64 * 1024**2
+"""Of those that are rows of bytes: the vocabulary of a text encoder."""
 _DTYPES_BY_NAME = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -102,7 +104,8 @@ def read_shapes(ckpt_path: str) -> Weights:
                 raise CheckpointError(
                     f"{ckpt_path} has {num_bytes:,} bytes for {name}, which is not what its shape says"
                 )
-            if num_bytes > _READ_BYTES:
+            is_vocabulary = dtype is torch.uint8 and len(each.shape) == 1
+            if num_bytes > (_READ_VOCABULARY_BYTES if is_vocabulary else _READ_BYTES):
                 state_dict[name] = torch.empty(each.shape, dtype=dtype, device="meta")
             elif num_bytes:
                 file.seek(each.begin)
@@ -123,14 +126,76 @@ def build_without_memory(weights: Weights, unet_device: str, clip_device: str, v
         return Built(model, encoder, clip_device, _vae_without_memory(detected, weights.metadata, vae_device))
 
 
-def build_diffusion_model_without_memory(weights: Weights, device: str) -> torch.nn.Module:
-    """The same for a file that has no other part. Raises `CheckpointError` also where ComfyUI converts the names of its
-    tensors."""
+def build_diffusion_model_without_memory(
+    weights: Weights, device: str, dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """The same for a file that has no other part; with its weights in `dtype`, where that is asked for. Raises
+    `CheckpointError` also where ComfyUI converts the names of its tensors."""
     with _as_no_checkpoint(weights.path):
         detected = _detect_alone(weights)
         if detected is None:
             raise _not_a_checkpoint(weights.path)
-        return _model_without_memory(detected, device)
+        return _model_without_memory(detected, device, dtype)
+
+
+def build_gguf_diffusion_model(path: str, pack: Any, device: str) -> torch.nn.Module:
+    """The diffusion model of a GGUF file, whose weights stay in the file, mapped into memory. `pack` is the module of
+    ComfyUI-GGUF that has its loaders. Raises `CheckpointError` for other files."""
+    options = {
+        "custom_operations": pack.GGMLOps(),
+        "load_device": torch.device(device),
+        "offload_device": CPU,
+    }
+    with _as_no_checkpoint(path):
+        found = pack.gguf_sd_loader(path)
+        weights, *more = found if isinstance(found, tuple) else (found,)
+        metadata = more[0].get("metadata") if more else None
+        patcher = core.sd.load_diffusion_model_state_dict(weights, options, metadata=metadata, disable_dynamic=True)
+        if patcher is None:
+            raise _not_a_checkpoint(path)
+    return patcher.model
+
+
+def build_text_encoder_without_memory(
+    files: Sequence[Weights], clip_type: Any, device: str
+) -> tuple[torch.nn.Module, str]:
+    """The text encoder of files of its own, as `read_shapes` has them, and the device that it would compute on.
+
+    `clip_type` is one of ComfyUI's `CLIPType`. Raises `CheckpointError` for other files.
+    """
+    first = torch.device(device)
+    options = {
+        "dtype": mm.text_encoder_dtype(first),
+        "load_device": CPU,
+        "offload_device": CPU,
+        "initial_device": _META,
+    }
+    with _as_no_text_encoder([weights.path for weights in files]):
+        state_dicts = [
+            core.utils.convert_old_quants(dict(weights.state_dict), "", metadata=weights.metadata)[0]
+            for weights in files
+        ]
+        clip = core.sd.load_text_encoder_state_dicts(
+            state_dicts, clip_type=clip_type, model_options=options, disable_dynamic=True
+        )
+    return clip.cond_stage_model, str(_device_of_encoder(clip.cond_stage_model, first))
+
+
+def _device_of_encoder(encoder: Any, device: torch.device) -> torch.device:
+    """ComfyUI computes it on the CPU when the device lacks a dtype of it."""
+    return device if all(mm.supports_cast(device, dtype) for dtype in encoder.dtypes) else CPU
+
+
+@contextlib.contextmanager
+def _as_no_text_encoder(paths: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except (*NO_SUCH_FORMAT, AssertionError, IndexError, RuntimeError) as error:
+        raise no_text_encoder(paths, error) from error
+
+
+def no_text_encoder(paths: Sequence[str], error: Exception) -> CheckpointError:
+    return CheckpointError(f"{', '.join(paths)}: no text encoder that ComfyUI {core.version} knows ({error})")
 
 
 @contextlib.contextmanager
@@ -144,9 +209,10 @@ def _as_no_checkpoint(path: str) -> Iterator[None]:
         raise _not_a_checkpoint(path) from error
 
 
-def _model_without_memory(detected: Detected, device: str) -> torch.nn.Module:
+def _model_without_memory(detected: Detected, device: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
     options = {"load_device": torch.device(device), "offload_device": CPU}
-    dtype, _ = _inference_dtype(detected)
+    if dtype is None:
+        dtype, _ = _inference_dtype(detected)
     return _build_diffusion_model(detected, dtype, options, disable_dynamic=True, built_on=_META).model
 
 
@@ -169,11 +235,9 @@ def _text_encoder_without_memory(detected: Detected, clip_device: str) -> tuple[
     device = torch.device(clip_device)
     given = {"dtype": mm.text_encoder_dtype(device), "device": _META, "model_options": {}}
     encoder = target.clip(**{**target.params, **given})
-    if not all(mm.supports_cast(device, each) for each in encoder.dtypes):
-        device = CPU
     with _tensors_as_built(encoder):
         encoder.load_state_dict(state_dict, strict=False, assign=True)
-    return encoder, str(device)
+    return encoder, str(_device_of_encoder(encoder, device))
 
 
 def read(ckpt_path: str) -> Weights:
