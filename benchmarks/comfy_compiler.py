@@ -55,7 +55,8 @@ class Recorded:
 
     def __init__(self, model: Any, like: Any) -> None:
         self._model, self._like = model, like
-        self._graph: Any = None
+        self.graph: Any = None
+        """comfy-aimdo's, from the first forward on."""
         self.breaks: list[int] = []
         """Of each forward."""
 
@@ -68,7 +69,7 @@ class Recorded:
         def enter(name: str | None) -> Any:
             def hook(*_arguments: Any) -> None:
                 nonlocal breaks
-                breaks += bool(self._graph.iterate(name))
+                breaks += bool(self.graph.iterate(name))
 
             return hook
 
@@ -78,14 +79,14 @@ class Recorded:
             hooks.append(last.register_forward_pre_hook(enter(None)))
         result = torch.empty_like(self._like)  # what outlives a forward is allocated before it
         try:
-            if self._graph is None:
-                self._graph = comfy_aimdo.malloc_graph.record(torch.cuda.current_stream())
+            if self.graph is None:
+                self.graph = comfy_aimdo.malloc_graph.record(torch.cuda.current_stream())
             else:
-                self._graph.push()
+                self.graph.push()
             output = self._model.step(patcher, inputs)
             result.copy_(output)
             del output
-            breaks += bool(self._graph.pop())
+            breaks += bool(self.graph.pop())
         finally:
             for hook in hooks:
                 hook.remove()
@@ -95,7 +96,7 @@ class Recorded:
     @property
     def facts(self) -> dict[str, int]:
         """Bytes of the plan, and allocations that did not fit it, as the compiler counts them."""
-        graph = self._graph
+        graph = self.graph
         return {
             "plan bytes": graph.physical_bytes,
             "peak bytes": graph.peak_used,

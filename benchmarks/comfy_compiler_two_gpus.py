@@ -16,6 +16,7 @@ import ctypes
 import json
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,16 +64,28 @@ def allocated_while_recorded() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def said_to_record(is_said: bool) -> Iterator[None]:
-    """As ComfyUI 0.34 says it."""
+def said_to_record(recorded: Recorded) -> Iterator[None]:
+    """As ComfyUI 0.34 says it, and with its way to allocate what outlives a forward."""
     import comfy.model_prefetch
 
-    graphs = {threading.get_ident(): types.SimpleNamespace(_comfy_active=True)} if is_said else {}
-    comfy.model_prefetch.MALLOC_GRAPHS = graphs
+    @contextlib.contextmanager
+    def pause_malloc_graph() -> Iterator[None]:
+        recorded.graph.pause()
+        try:
+            yield
+        finally:
+            recorded.graph.resume()
+
+    names = {
+        "MALLOC_GRAPHS": {threading.get_ident(): types.SimpleNamespace(_comfy_active=True)},
+        "pause_malloc_graph": pause_malloc_graph,
+    }
+    vars(comfy.model_prefetch).update(names)
     try:
         yield
     finally:
-        del comfy.model_prefetch.MALLOC_GRAPHS
+        for name in names:
+            delattr(comfy.model_prefetch, name)
 
 
 def measure(path: str) -> None:
@@ -107,17 +120,18 @@ def measure(path: str) -> None:
             }
             found[way] = row
             try:
-                with said_to_record(is_said):
+                with said_to_record(recorded) if is_said else contextlib.nullcontext():
                     outputs = [step(recorded, patcher, model.inputs) for _ in range(NUM_FORWARDS)]
                 row["bit-identical"] = [torch.equal(output, expected) for output in outputs]
-            except RuntimeError as error:
-                row["broke off"] = str(error).splitlines()[0]
+                del outputs
+            except RuntimeError:
+                row["broke off"] = traceback.format_exc().splitlines()[-12:]
             if distribution.relay:
                 row["MB sent to the other GPU"] = round((distribution.relay.activations.bytes_sent - sent) / 1e6)
             row["breaks by forward"] = recorded.breaks[:]
             print(json.dumps(found), flush=True)
             patcher.detach()
-            del recorded, outputs, patcher, distribution
+            del recorded, patcher, distribution
             mm.soft_empty_cache()
 
 

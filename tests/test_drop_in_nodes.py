@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import urllib.parse
 
 import pytest
 import safetensors.torch
@@ -352,4 +353,11 @@ def test_gguf_loaders(checkpoints, tmp_path, name):
             prompt["6"]["inputs"]["vae"] = ["loader2", 2]
             latents.append(latent_of(server, prompt))
             assert ("streamed" in server.log[before:]) == ("DisTorch" in loader)
+            if loader == "UnetLoaderGGUFDisTorch2MultiGPU":
+                asked = urllib.parse.urlencode({"unet_name": "flux.gguf", **widgets})
+                (shown,) = server.get(f"/distorch2/preview?{asked}")["components"]
+                assert len(shown["parts"]) == 2
+                for part in shown["parts"]:
+                    row = rf"diffusion model +{part['device']} +{part['served']} +{part['layers']} "
+                    assert re.search(row, server.log[before:])
         assert all(torch.equal(each, latents[0]) for each in latents)

@@ -15,7 +15,7 @@ from allocation_parser import parse_allocation
 
 pytestmark = pytest.mark.quick
 
-NAMES = sorted(path.stem for path in (EXAMPLES / "api").iterdir())
+NAMES = sorted(path.stem for path in (EXAMPLES / "api").glob("*.json"))
 HELP = ROOT / "web" / "docs" / NODE_ID / "en.md"
 TITLE_HEIGHT = 30
 
@@ -29,6 +29,7 @@ def test_every_example_is_there_in_both_formats_and_as_a_picture():
     assert NAMES == [
         "automatic",
         "exact_bytes",
+        "gguf",
         "one_small_card",
         "separate_files",
         "two_cards_at_once",
@@ -62,9 +63,11 @@ def test_an_example_has_one_note_and_no_node_covers_another(name):
 
 
 def test_what_each_example_shows():
-    files = [node["class_type"] for node in example("separate_files").values() if "Load" in node["class_type"]]
-    assert files == ["UNETLoaderDisTorch2MultiGPU", "CLIPLoader", "VAELoader"]
-    widgets = {name: example(name)["1"]["inputs"] for name in NAMES if name != "separate_files"}
+    of_files = {"separate_files": "UNETLoaderDisTorch2MultiGPU", "gguf": "UnetLoaderGGUFDisTorch2MultiGPU"}
+    for name, loader in of_files.items():
+        files = [node["class_type"] for node in example(name).values() if "Load" in node["class_type"]]
+        assert files == [loader, "CLIPLoader", "VAELoader"]
+    widgets = {name: example(name)["1"]["inputs"] for name in NAMES if name not in of_files}
     assert widgets["one_small_card"]["unet_virtual_vram_gb"] == 4
     expert = {name: inputs["unet_expert_mode_allocations"] for name, inputs in widgets.items()}
     assert expert == {

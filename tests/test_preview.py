@@ -357,6 +357,7 @@ def test_one_component(server):
     of_one = {"compute_device": "cpu", "virtual_vram_gb": "0", "donor_device": "cpu"}
     whole = {"ckpt_name": "sd3.safetensors"}
     alone = {"unet_name": "model.safetensors"}
+    text = {"clip_name1": "clip_l.safetensors", "clip_name2": "clip_l.safetensors", "type": "sd3"}
     given = {"component": "diffusion model"}
     for asked, names in (
         (whole, ["diffusion model", "text encoder", "VAE"]),
@@ -364,11 +365,22 @@ def test_one_component(server):
         (whole | {"component": "text encoder"}, ["text encoder"]),
         (alone, ["diffusion model"]),
         (alone | given, ["diffusion model"]),
+        (alone | {"weight_dtype": "fp8_e4m3fn_fast"}, ["diffusion model"]),
+        (text, ["text encoder"]),
+        (text | {"component": "text encoder"}, ["text encoder"]),
     ):
         status, found = ask(server, of_one | asked)
         assert status == 200
         assert [each["name"] for each in found["components"]] == names
-    assert ask(server, of_one | whole | {"component": "vae"})[0] == 400
+    for asked, mistake in (
+        (whole | {"component": "vae"}, "component is 'vae'"),
+        (text | given, "there is no diffusion model in"),
+        (text | {"clip_name2": "x.gguf"}, "there is no 'x.gguf' in the list of text_encoders"),
+        (alone | {"weight_dtype": "fp4"}, "weight_dtype is 'fp4'; use default, fp8_e4m3fn"),
+        ({"unet_name": "x.gguf"}, "there is no 'x.gguf' in the list of unet_gguf"),
+    ):
+        status, found = ask(server, of_one | asked)
+        assert (status, mistake in found["error"]) == (400, True), found
 
 
 FILES = [f"{kind}.safetensors" for kind in ("sd3", "sd3_fp8", "sd3_no_clip_weights", "sd15_blocks", "flux")]
@@ -381,6 +393,8 @@ VALUES = {
     "device": [*DEVICES, "disk", "cuda:99", "mps", "", "cpu:0", "../x", "%00"],
     "mode": ["auto", "relay", "x"],
     "weights": ["on", ""],
+    "dtype": ["default", "fp8_e5m2", "int8", ""],
+    "type": ["sd3", "flux", "wan", "x", ""],
 }
 """By the end of the input's name."""
 
@@ -389,7 +403,10 @@ def random_widgets(rng):
     """The right inputs, of which some are changed, missing, or of another node."""
     widgets = widgets_of(rng.choice(FILES))
     if rng.random() < 0.4:
-        widgets = {rng.choice(["ckpt_name", "unet_name"]): rng.choice([*NAMES, "model.safetensors"])}
+        names = rng.choice([["ckpt_name"], ["unet_name"], ["clip_name"], ["clip_name1", "clip_name2"]])
+        files = [*NAMES, "model.safetensors", "x.gguf", *["clip_l.safetensors"] * 9]
+        widgets = {name: rng.choice(files) for name in names}
+        widgets |= rng.choice([{}, {"type": "sd3"}, {"weight_dtype": "fp8_e4m3fn"}])
         widgets |= {"compute_device": "cpu", "virtual_vram_gb": "1", "donor_device": "cpu"}
         if rng.random() < 0.5:
             widgets["component"] = rng.choice(["diffusion model", "text encoder", "VAE", ""])
@@ -422,7 +439,8 @@ def test_no_request_fails_or_reads_another_file(server):
         list(pool.map(send, [requests[number::4] for number in range(4)]))
     assert {*statuses} == {200, 400}, statuses
     models = Path(server.base, "models")
-    listed = {str(path) for folder in ("checkpoints", "diffusion_models") for path in (models / folder).iterdir()}
+    folders = "checkpoints", "diffusion_models", "text_encoders"
+    listed = {str(path) for folder in folders for path in (models / folder).iterdir()}
     opened = server.get("/opened_files")
     assert any(path in listed for path in opened)
     assert {path for path in opened if path.endswith((".safetensors", ".ckpt", "passwd"))} <= listed

@@ -1,14 +1,18 @@
 """A real ComfyUI server with the pack in custom_nodes, over HTTP: every ComfyUI version of the supported range."""
 
+import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from checkpoints import make_checkpoint
 from comfy_server import PromptRefused, error_of
 from host import NEWEST_PACKAGES
+from PIL import Image
 from serving import (
     ACCELERATOR,
     DEVICES,
@@ -21,7 +25,7 @@ from serving import (
     start,
     with_text_encoder_of_its_own,
 )
-from workflows import NODE_ID, with_core_loader
+from workflows import EXAMPLES, NODE_ID, with_core_loader
 
 SERVERS = [*VERSIONS, WITH_NEWEST_PACKAGES] if IS_FETCHED else VERSIONS
 
@@ -231,3 +235,30 @@ def test_the_same_prompt_again_loads_nothing(server):
     prompt["5"]["inputs"]["seed"] += 1
     latent_of(server, prompt)
     assert server.log.count("DisTorch2: sd15_ckpt.ckpt") == loads == 1
+
+
+@on_newest
+def test_the_script_of_the_examples_runs_a_workflow(server, tmp_path):
+    workflow = tmp_path / "workflow.json"
+    workflow.write_text(json.dumps(prompt_for(server, "flux.safetensors")))
+
+    def script(*changes):
+        changes = [f"--set={change}" for change in changes]
+        command = [sys.executable, EXAMPLES / "api" / "run.py", workflow, "--server", server.url, "--output", tmp_path]
+        return subprocess.run([*command, *changes], capture_output=True, text=True)
+
+    run = script("1.ckpt_name=sd3.safetensors", "5.seed=7", "1.unet_expert_mode_allocations=cpu,*")
+    assert run.returncode == 0, run.stderr
+    assert "DisTorch2: sd3.safetensors" in run.stdout
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.name in run.stdout
+    with Image.open(picture) as image:
+        assert image.size == (64, 64)
+    for change, message in {
+        "1.nothing=1": "'1.nothing=1' changes nothing here; use NODE.INPUT=VALUE, with one of 1.ckpt_name, ",
+        "1.unet_expert_mode_allocations=cpu,2q": "unknown unit 'q'",
+        "1.ckpt_name=flux.safetensors": "failed: ",
+    }.items():
+        run = script(change)
+        assert run.returncode == 1
+        assert message in run.stderr

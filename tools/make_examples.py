@@ -3,8 +3,9 @@
     python3 tools/host.py run tools/make_examples.py
 
 The API format in `example_workflows/api/` is what is written by hand. From it come the UI format with a layout and a
-note, a picture of that, and the API format once more, as the front end exports it. The pictures of the README are of
-`two_cards_by_ratio`, run and refused on this machine.
+note, a picture of that, and the API format once more, as the front end exports it. The example of GGUF is made where
+COMFYUI_GGUF_PATH names a folder of ComfyUI-GGUF. The pictures of the README are of `two_cards_by_ratio`, run and
+refused on this machine.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ LAYOUT_OF_SEPARATE_FILES = {
     "7": (1060, 106, 250, 424),
     NOTE: (750, 332, 260, 200),
 }
+LAYOUTS = {
+    "separate_files": LAYOUT_OF_SEPARATE_FILES,
+    "gguf": LAYOUT_OF_SEPARATE_FILES,
+    "two_cards_at_once": LAYOUT_AT_ONCE,
+}
 # Without code spans: in Nodes 2.0 a note shows them in blue on grey, which nobody can read.
 NOTES = {
     "one_small_card": """## One small card
@@ -79,6 +85,13 @@ any loader made, GGUF loaders too. 4 GB of the diffusion model and 2 GB of the t
 
 **To change:** the files and the type of the text encoder; the shift of **ModelSamplingAuraFlow**, which is \
 Qwen-Image's; more GB when the card runs out of memory.""",
+    "gguf": """## GGUF
+**Unet Loader (GGUF) (DisTorch2)** loads with ComfyUI-GGUF, which has to be installed. The card keeps **8gb** of the \
+file as it is; **cpu,\\*** takes what remains, and is copied ahead in each step. The text encoder may be a GGUF file \
+as well: put **CLIPLoader (GGUF)** before **Distribute CLIP**.
+
+**To change:** the files and the type of the text encoder; the shift of **ModelSamplingAuraFlow**, which is \
+Qwen-Image's; fewer GB when the card runs out of memory.""",
     "automatic": """## Automatic
 With **auto** the compute device keeps as much of each model as it has free; then come other cards of its kind, and \
 what is left stays in main memory. The bars on the node show it before the run.
@@ -89,6 +102,7 @@ The card keeps **6gb** of the diffusion model and **2gb** of the text encoder. *
 
 **To change:** the checkpoint; the amounts (b, kb, mb, gb or tb), so that the image has room beside them.""",
 }
+NEEDS_GGUF = ("gguf",)
 SEPARATE_FILES = {
     "diffusion_models": "diffusion_model.safetensors",
     "text_encoders": "text_encoder.safetensors",
@@ -157,7 +171,7 @@ def make_readme_pictures(front_end: FrontEnd, server: ComfyServer, compute_devic
 
 def _open_with_layout(front_end: FrontEnd, prompt: Prompt, name: str) -> None:
     is_expert = bool(prompt[LOADER]["inputs"].get("unet_expert_mode_allocations"))
-    layout = {"separate_files": LAYOUT_OF_SEPARATE_FILES, "two_cards_at_once": LAYOUT_AT_ONCE}.get(name, LAYOUT)
+    layout = LAYOUTS.get(name, LAYOUT)
     front_end.load_api(prompt, name)
     front_end.page.evaluate(_LAY_OUT, [layout, NOTE, "Read me", NOTES[name], LOADER, is_expert])
 
@@ -194,7 +208,11 @@ def main() -> None:
         for folder, name in SEPARATE_FILES.items():
             (base / "models" / folder).mkdir()
             (base / "models" / folder / name).symlink_to(checkpoint)
+        (base / "models" / "diffusion_models" / "diffusion_model.gguf").touch()  # it is listed, and not read
         (base / "custom_nodes").mkdir()
+        gguf = os.environ.get("COMFYUI_GGUF_PATH")
+        if gguf:
+            (base / "custom_nodes" / "ComfyUI-GGUF").symlink_to(gguf)
         if not has_accelerator:
             (base / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
         arguments = () if has_accelerator else ("--cpu",)
@@ -204,7 +222,8 @@ def main() -> None:
             # This machine may lack the devices of the examples, of which the previews would be about that.
             front_end.page.route(PREVIEWS, lambda route: route.abort())
             for name in NOTES:
-                make_example(front_end, name)
+                if gguf or name not in NEEDS_GGUF:
+                    make_example(front_end, name)
             front_end.page.unroute(PREVIEWS)
             make_readme_pictures(front_end, server, compute_device, donor)
 

@@ -171,14 +171,17 @@ def build_text_encoder_without_memory(
         "initial_device": _META,
     }
     with _as_no_text_encoder([weights.path for weights in files]):
-        state_dicts = [
-            core.utils.convert_old_quants(dict(weights.state_dict), "", metadata=weights.metadata)[0]
-            for weights in files
-        ]
+        state_dicts = [_without_values(weights) for weights in files]
         clip = core.sd.load_text_encoder_state_dicts(
             state_dicts, clip_type=clip_type, model_options=options, disable_dynamic=True
         )
     return clip.cond_stage_model, str(_device_of_encoder(clip.cond_stage_model, first))
+
+
+def _without_values(weights: Weights) -> dict[str, Any]:
+    """With quantisation markers in today's form, and of numbers with a fraction only the shapes."""
+    state_dict, _ = core.utils.convert_old_quants(dict(weights.state_dict), "", metadata=weights.metadata)
+    return {name: value.to(_META) if value.is_floating_point() else value for name, value in state_dict.items()}
 
 
 def _device_of_encoder(encoder: Any, device: torch.device) -> torch.device:
