@@ -8,6 +8,7 @@ and where ComfyUI-MultiGPU is installed, its nodes are left alone.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +77,7 @@ class _Loader:
         return suffix != _WHOLE and self.can_be_split
 
 
+_COMPONENTS = {"MODEL": loading.DIFFUSION_MODEL, "CLIP": loading.TEXT_ENCODER}
 _ALL_OUTPUTS = ("MODEL", "CLIP", "VAE")
 _TABLE = (
     _Loader("UNETLoader", "Load Diffusion Model", ("MODEL",)),
@@ -192,20 +194,19 @@ class _DropIn:
         else:
             request = request_for(device, gb, own.get("donor_device", "cpu"), expert)
         loading.check_devices(request)
-        _check_files(self.LOADER, inputs)
+        for path in _paths_of(self.LOADER, inputs):  # before others are unloaded for a damaged one
+            check_file(path)
         if own.get("eject_models"):
             loading.eject(device)
         return _with_placement(self.LOADER, request, inputs)
 
 
-def _check_files(loader: _Loader, inputs: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for a damaged file: before others are unloaded for it, and in the place of the loader."""
+def _paths_of(loader: _Loader, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files that a loader is asked for, as far as there are files by these names: some stand for more."""
     of_clip = "clip_vision" if loader.outputs == ("CLIP_VISION",) else "text_encoders"
-    for name, file in inputs.items():
-        folder = of_clip if name in TEXT_ENCODER_FILES else _FOLDERS.get(name)
-        path = folder_paths.get_full_path(folder, file) if folder else None  # some names stand for more than a file
-        if path is not None:
-            check_file(path)
+    folders = {**_FOLDERS, **dict.fromkeys(TEXT_ENCODER_FILES, of_clip)}
+    found = (folder_paths.get_full_path(folders[name], file) for name, file in inputs.items() if name in folders)
+    return tuple(path for path in found if path is not None)
 
 
 def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +233,10 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
     device = torch.device(request.compute_device)
     served: dict[str, Any] = {}
     notes, result = [], []
-    for kind, output in zip(loader.outputs, _run(loader.node_class, inputs), strict=False):
+    for number, (kind, output) in enumerate(zip(loader.outputs, _run(loader.node_class, inputs), strict=False)):
+        if output is not None and kind in _COMPONENTS:
+            load = functools.partial(_output_of, loader.node_class, inputs, number)
+            _note_origin(getattr(output, "patcher", output), _COMPONENTS[kind], _paths_of(loader, inputs), load)
         if kind == "MODEL":
             output = served[loading.DIFFUSION_MODEL] = loading.distribute(output, request, is_new=True)
         elif kind == "CLIP" and output is not None:
@@ -295,6 +299,17 @@ def _placed_whole(kind: str, output: Any, device: torch.device) -> tuple[Any, st
         return place(output, device), f"{name}: whole, on {device}"
     except PlanError as error:
         return output, f"{name}: as it was loaded, since {error}"
+
+
+def _note_origin(patcher: Any, component: str, files: tuple[str, ...], load: Callable[[], Any]) -> None:
+    """For a loader that does not say how to load its model again: with it a model can be used by several devices at
+    once, and what is known of its runs is found by its files."""
+    if patcher.cached_patcher_init is None:
+        patcher.cached_patcher_init = (loading.load_again, (component, files, load))
+
+
+def _output_of(node: Any, inputs: Mapping[str, Any], number: int) -> Any:
+    return _run(node, inputs)[number]
 
 
 def _run(node: Any, inputs: Mapping[str, Any]) -> Sequence[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -336,17 +336,28 @@ def reload_component(
     return model if clip is None else clip.patcher
 
 
+def load_again(component: str, files: Files, load: Callable[[], Any]) -> ModelPatcher:
+    """The patcher of what `load` returns: of these files, by another pack's loader, which does not say how.
+
+    With it and its arguments as a patcher's `cached_patcher_init`, ComfyUI can clone the model for another device.
+    """
+    loaded = load()
+    return getattr(loaded, "patcher", loaded)
+
+
 def origin_of(patcher: ModelPatcher) -> tuple[str, Files] | None:
     """The component that a patcher has, and the files that it was loaded from, by the pack or by ComfyUI; None where
     that is not known."""
     if patcher.cached_patcher_init is None:
         return None
     factory, arguments, *_ = patcher.cached_patcher_init
-    if factory is reload_component:
-        return arguments[0], (arguments[1],)
-    paths, name = (arguments or [None])[0], getattr(factory, "__name__", "")
-    files = (paths,) if isinstance(paths, str) else tuple(paths or ())
-    return (TEXT_ENCODER if "clip" in name else DIFFUSION_MODEL, files) if files else None
+    if factory in (reload_component, load_again):
+        component, paths, *_ = arguments
+    else:
+        component = TEXT_ENCODER if "clip" in getattr(factory, "__name__", "") else DIFFUSION_MODEL
+        paths = (arguments or [()])[0]
+    files = (paths,) if isinstance(paths, str) else tuple(paths)
+    return (component, files) if files else None
 
 
 def placed_components(files: Files, devices: Mapping[str, str]) -> dict[str, Distribution]:

@@ -2,12 +2,13 @@
 
 import copy
 import os
+import re
 import sys
 from pathlib import Path
 
 from comfy_server import ComfyServer
 from conftest import COMFYUI_PATH, NUM_ACCELERATORS
-from host import DEFAULT_VERSION, SDISTS, fetch_comfyui, fetch_newest
+from host import DEFAULT_VERSION, SDISTS, fetch_comfyui, fetch_newest, fetch_packages
 from safetensors.torch import load_file
 from workflows import example, nodes_of_class, with_saved_latent, with_small_image
 
@@ -41,7 +42,16 @@ def start(version, base, checkpoints, arguments=(), environment=None):
 
 def newest_front_end():
     """ComfyUI's arguments for the newest front end."""
-    packages = fetch_newest(Path(sys.executable), "comfyui-frontend-package")
+    return _front_end_in(fetch_newest(Path(sys.executable), "comfyui-frontend-package"))
+
+
+def front_end_of(tree):
+    """The same for the front end that a ComfyUI names in its requirements."""
+    (pin,) = re.findall(r"^comfyui-frontend-package==\S+", (tree / "requirements.txt").read_text(), re.MULTILINE)
+    return _front_end_in(fetch_packages(Path(sys.executable), pin))
+
+
+def _front_end_in(packages):
     return "--front-end-root", str(packages / "comfyui_frontend_package" / "static")
 
 

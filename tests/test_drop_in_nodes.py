@@ -357,6 +357,7 @@ def test_gguf_loaders(checkpoints, tmp_path, name):
                 asked = urllib.parse.urlencode({"unet_name": "flux.gguf", **widgets})
                 (shown,) = server.get(f"/distorch2/preview?{asked}")["components"]
                 assert len(shown["parts"]) == 2
+                assert shown["now"] == shown["parts"]
                 for part in shown["parts"]:
                     row = rf"diffusion model +{part['device']} +{part['served']} +{part['layers']} "
                     assert re.search(row, server.log[before:])

@@ -3,13 +3,15 @@
 import json
 import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from comfy_server import ComfyServer
 from conftest import COMFYUI_PATH, NUM_ACCELERATORS, ROOT
-from host import find_browser
+from host import fetch_comfyui, find_browser
 from PIL import Image
-from serving import IS_FETCHED, newest_front_end
+from serving import IS_FETCHED, VERSIONS, front_end_of, newest_front_end
 from workflows import EXAMPLES, NODE_ID, example
 
 if find_browser() is None:
@@ -33,7 +35,8 @@ CHECKPOINT = "sd3_no_clip_weights.safetensors"
 SCREENSHOTS = ROOT / ".host" / "screenshots"
 PACK_FOLDER = "distorch2_under_test"  # the front end looks for the help of a folder with a dot in the wrong place
 # A ComfyUI of the user's own is tested with the front end that it has.
-FRONT_ENDS = ["pinned", "newest"] if IS_FETCHED else ["pinned"]
+FRONT_ENDS = ["pinned", "newest", "oldest"] if IS_FETCHED else ["pinned"]
+"""The one that the default ComfyUI names; the newest one with it; the oldest supported ComfyUI with its own."""
 
 
 @pytest.fixture(scope="module", params=FRONT_ENDS)
@@ -43,16 +46,19 @@ def server(request, checkpoints, tmp_path_factory):
     (base / "models" / "checkpoints" / CHECKPOINT).symlink_to(checkpoints("sd3_no_clip_weights"))
     (base / "models" / "text_encoders").mkdir()
     (base / "models" / "text_encoders" / "clip_l.safetensors").symlink_to(checkpoints("clip_l"))
-    arguments = ["--cache-none"]
+    arguments, tree = ["--cache-none"], COMFYUI_PATH
     if request.param == "newest":
         arguments += newest_front_end()
+    if request.param == "oldest":
+        tree = fetch_comfyui(VERSIONS[0], Path(sys.executable))
+        arguments += front_end_of(tree)
     (base / "custom_nodes").mkdir()
     if GGUF:
         (base / "custom_nodes" / "ComfyUI-GGUF").symlink_to(GGUF)
     if not NUM_ACCELERATORS:
         arguments.append("--cpu")
         (base / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
-    with ComfyServer(COMFYUI_PATH, base, tuple(arguments), pack_folder=PACK_FOLDER) as running:
+    with ComfyServer(tree, base, tuple(arguments), pack_folder=PACK_FOLDER) as running:
         yield running
 
 

@@ -11,6 +11,8 @@ import threading
 import weakref
 
 import comfy.model_management as mm
+import comfy.sd
+import gguf_files
 import pytest
 import torch
 from comfy_extras import nodes_multigpu
@@ -23,6 +25,9 @@ from several import expected as expected
 from several import inference_mode as inference_mode
 from several import one_at_a_time as one_at_a_time
 
+from allocation_parser import parse_allocation
+from distorch2.loading import DIFFUSION_MODEL, distribute, load_again, placed_components
+from distorch2.planning.plan import ComponentRequest
 from distorch2.serving.stores import Stores
 from distorch2.weights.devices import CPU
 
@@ -78,6 +83,30 @@ def test_what_the_other_device_would_lend_it_keeps_for_itself(checkpoints, expec
     assert same(sample(relayed, clip), plain)  # without the split, as it was asked for
     assert relayed.distribution.plan.relayed_units
     assert same(sample(model, clip), plain)
+
+
+@pytest.mark.parametrize("text", ["sim:0,50%;cpu,50%", "sim:0,50%;sim:1,50%"])
+def test_a_model_of_another_packs_loader(checkpoints, tmp_path, text):
+    path = gguf_files.write_flux(tmp_path / "flux.gguf", "Q8_0")
+
+    def load_gguf():
+        options = {"custom_operations": gguf_files.Layers, "load_device": CPU}
+        return comfy.sd.load_diffusion_model_state_dict(gguf_files.read(path), options)
+
+    clip = load(checkpoints, "flux", "sim:0,*")[1]
+    expected = sample(load_gguf(), clip)
+    loaded = load_gguf()
+    loaded.cached_patcher_init = (load_again, (DIFFUSION_MODEL, (path,), load_gguf))
+    alone = distribute(loaded, ComponentRequest("sim:0", parse_allocation(text)), is_new=True)
+    with_lora = sample(lora_for(alone), clip)
+    assert not same(with_lora, expected)
+    model = split(alone, 2)
+    for patcher, latent in ((model, expected), (lora_for(model), with_lora), (model, expected)):
+        with forwards(patcher) as counts:
+            assert same(sample(patcher, clip), latent)
+        assert counts == dict.fromkeys(DEVICES[:2], 2)
+        check_memory(on_all(model))
+    assert {*placed_components((path,), {DIFFUSION_MODEL: "sim:1"})} == {DIFFUSION_MODEL}
 
 
 def test_one_conditioning_is_relayed_and_its_copies_are_left_alone(checkpoints, monkeypatch, expected):

@@ -121,6 +121,10 @@ class FrontEnd:
         self.page.get_by_test_id("error-overlay-see-errors").click()
         panel = self.page.get_by_test_id("properties-panel")
         button = panel.get_by_role("button", name=re.compile(f"^Info .*{input_name}"))
+        shown_at_once = panel.get_by_text(f"{input_name}: ").first  # by older front ends (1.44)
+        button.or_(shown_at_once).first.wait_for()
+        if not button.count():
+            return shown_at_once
         button.click()
         return panel.locator(f"[id='{button.get_attribute('aria-controls')}']")
 

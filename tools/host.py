@@ -137,11 +137,15 @@ def _extract_tree(archive: Path, target: Path) -> None:
 
 
 def fetch_newest(python: Path, *names: str) -> Path:
-    """The folder with these of `NEWEST_PACKAGES`, fetched unless it is here already.
+    """As `fetch_packages`, of these of `NEWEST_PACKAGES`."""
+    return fetch_packages(python, *(f"{name}=={NEWEST_PACKAGES[name]}" for name in names))
+
+
+def fetch_packages(python: Path, *pins: str) -> Path:
+    """The folder with packages, each given as `name==version`, fetched unless it is here already.
 
     What the packages depend on is not fetched. The folder goes on PYTHONPATH; it has the packages' metadata too.
     """
-    pins = [f"{name}=={NEWEST_PACKAGES[name]}" for name in names]
     folder = HOST_FOLDER / "newest" / "_".join(pins)
     if folder.is_dir():
         return folder
