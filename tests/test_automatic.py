@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from allocation_parser import parse_allocation
 from distorch2.planning.automatic import UNKNOWN, Speeds, choose
-from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory
+from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory, Layer
+from distorch2.planning.planner import make_plan
 
 pytestmark = pytest.mark.quick
 HOME, PEER, THIRD = "cuda:0", "cuda:1", "cuda:2"
+MIB = 1024**2
 
 
 def chosen(model_bytes, free, speeds=UNKNOWN, text="auto", donor_mode="auto", older=()):
@@ -28,8 +30,10 @@ def chosen(model_bytes, free, speeds=UNKNOWN, text="auto", donor_mode="auto", ol
         (Speeds(1.0, {HOME: 100.0, PEER: 95.0}, 1.0), {HOME: 10, PEER: 10}),
         # A step of ten seconds hides all copies, which a card that is half as fast would make longer.
         (Speeds(1.0, {HOME: 100.0, PEER: 50.0}, 10.0), {HOME: 10, "cpu": 10}),
-        # One of a second hides one byte of ten: rather half as fast.
-        (Speeds(1.0, {HOME: 100.0, PEER: 50.0}, 1.0), {HOME: 10, PEER: 9, "cpu": 1}),
+        # One of a second hides next to nothing: rather half as fast.
+        (Speeds(1.0, {HOME: 100.0, PEER: 50.0}, 1.0), {HOME: 10, PEER: 10, "cpu": 0}),
+        # A byte is computed in 0.4 s, on the other card in 0.8, and copied in 1: as many are copied as are hidden.
+        (Speeds(1.0, {HOME: 100.0, PEER: 50.0}, 8.0), {HOME: 10, PEER: 3, "cpu": 7}),
         (Speeds(1.0, {HOME: 50.0, PEER: 100.0}, 10.0), {HOME: 10, PEER: 10}),
     ],
 )
@@ -81,8 +85,9 @@ def test_no_other_split_beside_a_full_compute_device_is_forecast_to_be_faster(
     assert all(num_bytes <= free[devices.index(device)] for device, num_bytes in found.items() if device != "cpu")
 
     def seconds(on_peer, on_third):
-        computing = step_s * (1 + (on_peer * (slowness[0] - 1) + on_third * (slowness[1] - 1)) / model_bytes)
-        return max(computing, (model_bytes - kept - on_peer - on_third) / link)
+        at_home = step_s * (model_bytes - on_peer - on_third) / model_bytes
+        elsewhere = step_s * (on_peer * slowness[0] + on_third * slowness[1]) / model_bytes
+        return elsewhere + max(at_home, (model_bytes - kept - on_peer - on_third) / link)
 
     others = [
         seconds(int(free[1] * one), int(free[2] * other))
@@ -91,3 +96,19 @@ def test_no_other_split_beside_a_full_compute_device_is_forecast_to_be_faster(
     ]
     ours = seconds(found.get(PEER, 0), found.get(THIRD, 0))
     assert ours <= min(others) + step_s * 4 / 64 + 2 / link  # a choice is one of 64
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 100 * 1024**2])
+def test_what_has_no_room_when_it_is_packed_lies_on_other_cards(keep_bytes):
+    """In layers of 10 MiB."""
+    layers = [Layer(f"blocks.{number}.linear", 10 * MIB, True, 10 * MIB, "", "", False, True) for number in range(100)]
+    memory = {HOME: DeviceMemory(GIB, 500 * MIB), PEER: DeviceMemory(GIB, 900 * MIB), "cpu": DeviceMemory(GIB)}
+    allocation = parse_allocation(f"auto;keep={keep_bytes}b", (HOME, PEER, "cpu"))
+    plan = make_plan(layers, ComponentRequest(HOME, allocation, pack_weights="on"), memory)
+    at_home = plan.bytes_on(HOME)
+    assert abs(at_home * 0.76 + keep_bytes - 500 * MIB) < 10 * MIB
+    assert plan.bytes_on(PEER) == 1000 * MIB - at_home
+    alone = {HOME: memory[HOME], "cpu": memory["cpu"]}
+    plan = make_plan(layers, ComponentRequest(HOME, parse_allocation("auto", (HOME, "cpu")), pack_weights="on"), alone)
+    assert plan.bytes_on("cpu") > 0
+    assert plan.within(500 * MIB).compute_bytes <= 500 * MIB

@@ -35,6 +35,7 @@ from .plan import (
     kind_of,
     size_text,
 )
+from .sizing import unpacked_bytes
 
 _SCALE = 2**32  # for fractions of a byte
 
@@ -71,8 +72,13 @@ def _plan_to_pack(
 ) -> Plan:
     """What the compute device has no room for may have room there when it is packed."""
     compute_memory = memory[request.compute_device]
-    unlimited = {**memory, request.compute_device: replace(compute_memory, free_bytes=None)}
-    plan = _plan_within(layers, request, unlimited, speeds)
+    room = None
+    if isinstance(request.allocation, Automatic) and compute_memory.free_bytes is not None:
+        # What has no room there when it is packed may have room on others.
+        keep_bytes = request.allocation.keep_bytes
+        room = keep_bytes + unpacked_bytes(max(0, compute_memory.free_bytes - keep_bytes))
+    with_room = {**memory, request.compute_device: replace(compute_memory, free_bytes=room)}
+    plan = _plan_within(layers, request, with_room, speeds)
     if compute_memory.free_bytes is None or plan.compute_bytes <= compute_memory.free_bytes:
         return plan
     note = (

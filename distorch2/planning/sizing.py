@@ -65,6 +65,11 @@ def packed_bytes(num_bytes: int) -> int:
     return int(num_bytes * _PACKED_PART)
 
 
+def unpacked_bytes(num_bytes: int) -> int:
+    """How much is about `num_bytes` when it is packed."""
+    return int(num_bytes / _PACKED_PART)
+
+
 def packed_room_bytes(group_sizes: Sequence[int]) -> int:
     """Memory into which packed groups are copied before they are unpacked. What is packed has nine tenths of its size,
     or less (`weights/packing.py`)."""
