@@ -31,6 +31,7 @@ from distorch2 import loading
 from distorch2.comfyui.sharing import unload
 from distorch2.loading import distribute, distribute_clip
 from distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
+from distorch2.weights.checkpoint_file import CheckpointError
 from distorch2.weights.quantised import plain_tensors
 
 KIND = "sd3_no_clip_weights"
@@ -189,9 +190,9 @@ def test_mistakes_in_files_and_types(checkpoints, tmp_path):
         lambda path: loading.load_diffusion_model(path, HALF),
         lambda path: loading.load_text_encoder([path], "sd3", HALF),
     ):
-        with pytest.raises(loading.CheckpointError):
+        with pytest.raises(CheckpointError):
             load(str(tmp_path / "missing.safetensors"))
-    with pytest.raises(loading.CheckpointError, match="is not a checkpoint that ComfyUI"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint that ComfyUI"):
         loading.load_diffusion_model(checkpoints("clip_l"), HALF)
     with pytest.raises(ValueError, match="no text encoder type 'sd33'; use stable_diffusion, "):
         loading.load_text_encoder([checkpoints("clip_l")], "sd33", HALF)

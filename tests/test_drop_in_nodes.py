@@ -51,7 +51,7 @@ def input_text(name, kind, options):
     if isinstance(kind, list):
         kind, options = "COMBO", {**options, "options": kind}
     text = f"{name}:{kind}"
-    devices = [*DEVICES, "sim:0", "sim:1"]
+    devices = DEVICES if NUM_ACCELERATORS else [*DEVICES, "sim:0", "sim:1"]
     if name == "donor_device":  # what the other pack does not have
         *others, last = options["options"]
         assert last == "disk"
@@ -97,6 +97,9 @@ def server(request, checkpoints, tmp_path_factory):
     vae = {name.removeprefix(SD_VAE): tensor for name, tensor in sd3_vae(0).items()}
     safetensors.torch.save_file(vae, models / "vae" / "sd3.safetensors")
     with start(request.param, base, checkpoints) as running:
+        if NUM_ACCELERATORS:  # the first forward of a process may take other kernels
+            for loaders in (CORE, SEPARATE["split"]):
+                latent_of(running, separate_files(running, loaders))
         yield running
 
 
@@ -164,7 +167,7 @@ SEPARATE = {
     ],
     "whole": [
         ("UNETLoaderMultiGPU", {**UNET, "device": compute}),
-        ("CLIPLoaderMultiGPU", {**CLIP, "device": "cpu"}),
+        ("CLIPLoaderMultiGPU", {**CLIP, "device": compute}),
         ("VAELoaderMultiGPU", {**VAE, "device": compute}),
     ],
 }
