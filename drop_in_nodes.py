@@ -23,7 +23,7 @@ from comfy_api.v0_0_2 import io
 import nodes as comfyui_nodes
 
 from . import device_utils
-from .distorch2 import loading
+from .distorch2 import components, loading
 from .distorch2.comfyui import whole
 from .distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
 from .distorch2.weights.checkpoint_file import check_file
@@ -77,7 +77,7 @@ class _Loader:
         return suffix != _WHOLE and self.can_be_split
 
 
-_COMPONENTS = {"MODEL": loading.DIFFUSION_MODEL, "CLIP": loading.TEXT_ENCODER}
+_COMPONENTS = {"MODEL": components.DIFFUSION_MODEL, "CLIP": components.TEXT_ENCODER}
 _ALL_OUTPUTS = ("MODEL", "CLIP", "VAE")
 _TABLE = (
     _Loader("UNETLoader", "Load Diffusion Model", ("MODEL",)),
@@ -229,7 +229,7 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
     ):
         path = folder_paths.get_full_path_or_raise("diffusion_models", inputs["unet_name"])
         model = loading.load_diffusion_model(path, request)
-        return {"ui": placement_of({loading.DIFFUSION_MODEL: model}), "result": (model,)}
+        return {"ui": placement_of({components.DIFFUSION_MODEL: model}), "result": (model,)}
     device = torch.device(request.compute_device)
     served: dict[str, Any] = {}
     notes, result = [], []
@@ -238,11 +238,11 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
             load = functools.partial(_output_of, loader.node_class, inputs, number)
             _note_origin(getattr(output, "patcher", output), _COMPONENTS[kind], _paths_of(loader, inputs), load)
         if kind == "MODEL":
-            output = served[loading.DIFFUSION_MODEL] = loading.distribute(output, request, is_new=True)
+            output = served[components.DIFFUSION_MODEL] = loading.distribute(output, request, is_new=True)
         elif kind == "CLIP" and output is not None:
             of_clip = request if loader.outputs == ("CLIP",) else _resident(request.compute_device)
             output = loading.distribute_clip(output, of_clip, is_new=True)
-            served[loading.TEXT_ENCODER] = output.patcher
+            served[components.TEXT_ENCODER] = output.patcher
         elif output is not None:
             output, note = _placed_whole(kind, output, device)
             notes.append(note)
@@ -269,7 +269,7 @@ def _loaded_text_encoder(inputs: Mapping[str, Any], request: ComponentRequest) -
         request,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
     )
-    return {"ui": placement_of({loading.TEXT_ENCODER: clip.patcher}), "result": (clip,)}
+    return {"ui": placement_of({components.TEXT_ENCODER: clip.patcher}), "result": (clip,)}
 
 
 def clip_type_of(name: str) -> str:
@@ -305,7 +305,7 @@ def _note_origin(patcher: Any, component: str, files: tuple[str, ...], load: Cal
     """For a loader that does not say how to load its model again: with it a model can be used by several devices at
     once, and what is known of its runs is found by its files."""
     if patcher.cached_patcher_init is None:
-        patcher.cached_patcher_init = (loading.load_again, (component, files, load))
+        patcher.cached_patcher_init = (components.load_again, (component, files, load))
 
 
 def _output_of(node: Any, inputs: Mapping[str, Any], number: int) -> Any:

@@ -13,7 +13,7 @@ from comfy_api.v0_0_2 import io
 
 from . import device_utils
 from .allocation_parser import DISK_NAME, AllocationError, parse_allocation
-from .distorch2 import loading
+from .distorch2 import components, loading
 from .distorch2.comfyui import whole
 from .distorch2.planning.plan import AUTO, DONOR_MODES, PACK_MODES, Allocation, ComponentRequest, VirtualVram
 
@@ -187,12 +187,12 @@ class _Distribute(io.ComfyNode):
 
 class DistributeModelDisTorch2(_Distribute):
     TITLE = "Distribute Model (DisTorch2)"
-    INPUT, COMPONENT, TYPE, GB = "model", loading.DIFFUSION_MODEL, io.Model, 4.0
+    INPUT, COMPONENT, TYPE, GB = "model", components.DIFFUSION_MODEL, io.Model, 4.0
 
 
 class DistributeCLIPDisTorch2(_Distribute):
     TITLE = "Distribute CLIP (DisTorch2)"
-    INPUT, COMPONENT, TYPE, GB = "clip", loading.TEXT_ENCODER, io.Clip, 2.0
+    INPUT, COMPONENT, TYPE, GB = "clip", components.TEXT_ENCODER, io.Clip, 2.0
 
 
 class _Place(io.ComfyNode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,30 +14,25 @@ from .comfyui import core
 from .comfyui.core import ModelPatcher, mm
 from .comfyui.loaders import (
     NO_SUCH_FORMAT,
-    build_diffusion_model_without_memory,
-    build_gguf_diffusion_model,
     build_of_file,
-    build_text_encoder_without_memory,
-    build_without_memory,
+    clip_type_named,
     load_diffusion_model_only,
     load_model_and_clip,
     load_vae,
     no_text_encoder,
     read,
-    read_shapes,
 )
 from .comfyui.memory import memory_of
 from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
 from .comfyui.sharing import clone_sharing, unload
-from .knowledge import Files, Run, last_run, memory_beside_activations, note_run, speeds_for
+from .components import DIFFUSION_MODEL, TEXT_ENCODER, VAE, note_runs, origin_of, reload_component
+from .knowledge import last_run
 from .moving.file_reader import bytes_per_second
-from .moving.unpacking import reason_against
-from .planning.plan import AUTO, GIB, OFF, ON, ComponentRequest, DeviceMemory, Layer, Plan, PlanError, size_text
-from .planning.planner import make_plan
+from .planning.plan import GIB, ComponentRequest, Plan, PlanError, size_text
+from .plans import make_plans, plan_component
 from .report import render_table, rows_of_plan
 from .serving import host_memory
-from .serving.distribution import Distribution
 from .weights.checkpoint_file import check_file
 from .weights.devices import CPU, DISK_NAME
 from .weights.inventory import list_layers, own_tensors
@@ -46,7 +41,6 @@ from .weights.sources import file_of
 
 logger = logging.getLogger(__name__)
 
-DIFFUSION_MODEL, TEXT_ENCODER, VAE = COMPONENTS = ("diffusion model", "text encoder", "VAE")
 _NOT_PAGE_LOCKED = ("xpu", "npu", "mlu")
 """Kinds of accelerators for which ComfyUI page-locks no memory that it has already."""
 _COMPILED = "torch_compile_kwargs"
@@ -164,7 +158,7 @@ def distribute(
     component, files = origin_of(patcher) or ("", ())
     note_runs()
     run = last_run(files, component, request.compute_device)
-    plan = _plan(DistributedPatcher.layers_of(taken.model), request, memory, run)
+    plan = plan_component(DistributedPatcher.layers_of(taken.model), request, memory, run)
     if isinstance(taken, DistributedPatcher):
         distributed = taken.with_plan(plan, high_precision_loras)
     else:
@@ -244,7 +238,7 @@ def load_text_encoder(
     check_devices(request)
     for path in paths:
         check_file(path)
-    type_of_clip = _clip_type_of(clip_type)
+    type_of_clip = clip_type_named(clip_type)
     devices = {"load_device": torch.device(request.compute_device), "offload_device": CPU, "initial_device": CPU}
     try:
         clip = core.sd.load_clip(
@@ -256,13 +250,6 @@ def load_text_encoder(
     except NO_SUCH_FORMAT as error:
         raise no_text_encoder(paths, error) from error
     return distribute_clip(clip, request, high_precision_loras, is_new=True)
-
-
-def _clip_type_of(name: str) -> Any:
-    types = core.sd.CLIPType.__members__
-    if name.upper() not in types:
-        raise ValueError(f"there is no text encoder type {name!r}; use {', '.join(map(str.lower, types))}")
-    return types[name.upper()]
 
 
 def check_devices(request: ComponentRequest) -> None:
@@ -308,185 +295,6 @@ def report_of(
     report = render_table(f"DisTorch2: {title}", rows, [*of_plans, *notes])
     logger.info(report)
     return report
-
-
-def reload_component(
-    component: str,
-    ckpt_path: str,
-    device: str,
-    embedding_directory: list[str] | str | None = None,
-    disable_dynamic: bool = False,
-) -> ModelPatcher:
-    """ComfyUI's own patcher of one component, loaded anew; ComfyUI calls it to clone a model for another device.
-
-    `component` is one of the names in this module.
-    """
-    weights = read(ckpt_path)
-    if component == VAE:
-        return load_vae(weights, device).patcher
-    model, clip = load_model_and_clip(
-        weights,
-        device,
-        device,
-        embedding_directory,
-        with_model=component == DIFFUSION_MODEL,
-        with_clip=component == TEXT_ENCODER,
-        disable_dynamic=disable_dynamic,
-    )
-    return model if clip is None else clip.patcher
-
-
-def load_again(component: str, files: Files, load: Callable[[], Any]) -> ModelPatcher:
-    """The patcher of what `load` returns: of these files, by another pack's loader, which does not say how.
-
-    With it and its arguments as a patcher's `cached_patcher_init`, ComfyUI can clone the model for another device.
-    """
-    loaded = load()
-    return getattr(loaded, "patcher", loaded)
-
-
-def origin_of(patcher: ModelPatcher) -> tuple[str, Files] | None:
-    """The component that a patcher has, and the files that it was loaded from, by the pack or by ComfyUI; None where
-    that is not known."""
-    if patcher.cached_patcher_init is None:
-        return None
-    factory, arguments, *_ = patcher.cached_patcher_init
-    if factory in (reload_component, load_again):
-        component, paths, *_ = arguments
-    else:
-        component = TEXT_ENCODER if "clip" in getattr(factory, "__name__", "") else DIFFUSION_MODEL
-        paths = (arguments or [()])[0]
-    files = (paths,) if isinstance(paths, str) else tuple(paths)
-    return (component, files) if files else None
-
-
-def placed_components(files: Files, devices: Mapping[str, str]) -> dict[str, Distribution]:
-    """By component, of these files, as far as they are on their devices now, and compute on those `devices`: not copies
-    for others."""
-    found: dict[str, Distribution] = {}
-    for component, origin, placed in _placed():
-        if origin == files and str(placed.device) == devices.get(component):
-            found.setdefault(component, placed)
-    return found
-
-
-def note_runs() -> None:
-    """Note how what is on its devices now has run, for plans that are to be chosen."""
-    for component, files, placed in _placed():
-        note_run(files, component, placed)
-
-
-def _placed() -> Iterator[tuple[str, Files, Distribution]]:
-    """Component, files, and where its weights lie now; the newest first."""
-    for loaded in list(mm.current_loaded_models):
-        patcher = loaded.model
-        placed = patcher.placed if isinstance(patcher, DistributedPatcher) else None
-        if placed is not None and (origin := origin_of(patcher)) is not None:
-            yield *origin, placed
-
-
-def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str) -> dict[str, Plan]:
-    """The plans that `load_checkpoint` would make now, by component.
-
-    Of a safetensors file only the header is read, and nothing is loaded: it takes about a tenth of a second, and a
-    little more the first time that `auto` is planned for cards that differ. Raises as `load_checkpoint`, and
-    `CheckpointError` also for a file in another format, or in which ComfyUI detects no more than a diffusion model.
-    """
-    memory = memory_of([unet, clip], vae_device)
-    layers, devices = layers_of_checkpoint(ckpt_path, unet.compute_device, clip.compute_device, vae_device)
-    return make_plans(layers, devices, unet, clip, memory, (ckpt_path,))
-
-
-def layers_of_checkpoint(
-    ckpt_path: str, unet_device: str, clip_device: str, vae_device: str
-) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
-    """By component: its layers, and the device that it would compute on. Of the file only the header is read."""
-    built = build_without_memory(read_shapes(ckpt_path), unet_device, clip_device, vae_device)
-    modules = {DIFFUSION_MODEL: built.model, TEXT_ENCODER: built.text_encoder, VAE: built.vae}
-    devices = {DIFFUSION_MODEL: unet_device, TEXT_ENCODER: built.clip_device, VAE: vae_device}
-    layers: dict[str, Sequence[Layer]] = {
-        component: list_layers(module) for component, module in modules.items() if module is not None
-    }
-    return layers, {component: devices[component] for component in layers}
-
-
-def layers_of_diffusion_model(
-    path: str, dtype: torch.dtype | None, device: str
-) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
-    """The same of a file that holds a diffusion model alone, in `dtype` where that is asked for."""
-    module = build_diffusion_model_without_memory(read_shapes(path), device, dtype)
-    return {DIFFUSION_MODEL: list_layers(module)}, {DIFFUSION_MODEL: device}
-
-
-def layers_of_gguf_diffusion_model(
-    path: str, pack: Any, device: str
-) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
-    """The same of a GGUF file. `pack` is the module of ComfyUI-GGUF that has its loaders."""
-    return {DIFFUSION_MODEL: list_layers(build_gguf_diffusion_model(path, pack, device))}, {DIFFUSION_MODEL: device}
-
-
-def layers_of_text_encoder(
-    paths: Sequence[str], clip_type: str, device: str
-) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
-    """The same of the files of a text encoder. `clip_type` is as for `load_text_encoder`."""
-    files = [read_shapes(path) for path in paths]
-    module, device = build_text_encoder_without_memory(files, _clip_type_of(clip_type), device)
-    return {TEXT_ENCODER: list_layers(module)}, {TEXT_ENCODER: device}
-
-
-def make_plans(
-    layers: Mapping[str, Sequence[Layer]],
-    devices: Mapping[str, str],
-    unet: ComponentRequest,
-    clip: ComponentRequest,
-    memory: Mapping[str, DeviceMemory],
-    files: Files,
-    is_preview: bool = False,
-    may_measure: bool = True,
-) -> dict[str, Plan]:
-    """A plan for every component, in the order of the report. What one keeps on donors is not free for the next.
-
-    `auto` takes into account how the components of these files ran last, and what it has to know of the machine
-    is measured now if it `may_measure`.
-    """
-    note_runs()
-    plans: dict[str, Plan] = {}
-    for component, request in ((DIFFUSION_MODEL, unet), (TEXT_ENCODER, clip)):
-        if component in layers:
-            asked = replace(request, compute_device=devices[component])
-            run = last_run(files, component, asked.compute_device)
-            plan = _plan(layers[component], asked, memory, run, is_preview, may_measure)
-            memory = {device: _without_donated(room, plan, device) for device, room in memory.items()}
-            plans[component] = plan
-    if VAE in layers:
-        plans[VAE] = Plan.all_on(devices[VAE], layers[VAE])
-    return plans
-
-
-def _plan(
-    layers: Sequence[Layer],
-    request: ComponentRequest,
-    memory: Mapping[str, DeviceMemory],
-    run: Run | None,
-    is_preview: bool = False,
-    may_measure: bool = True,
-) -> Plan:
-    """A plan that packs nothing where the compute device cannot unpack it."""
-    reason = reason_against(torch.device(request.compute_device).type)
-    memory = memory_beside_activations(request, memory, run)
-    model_bytes = sum(layer.num_bytes for layer in layers)
-    speeds = speeds_for(request, model_bytes, memory, run, is_preview, may_measure)
-    plan = make_plan(layers, replace(request, pack_weights=OFF) if reason else request, memory, speeds)
-    is_missed = request.pack_weights == ON or (request.pack_weights == AUTO and plan.is_worth_packing)
-    if reason and is_missed:
-        logger.info("DisTorch2: weights are not packed for %s: %s", plan.compute_device, reason)
-    return plan
-
-
-def _without_donated(memory: DeviceMemory, plan: Plan, device: str) -> DeviceMemory:
-    if memory.free_bytes is None or device not in plan.donors:
-        return memory
-    return replace(memory, free_bytes=max(0, memory.free_bytes - plan.bytes_on(device)))
 
 
 def _notes_on_speed(component: str, plan: Plan) -> Iterator[str]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from . import loading
+from . import plans as planned
 from .comfyui.core import mm
 from .comfyui.memory import is_started, memory_of
 from .comfyui.program import COMFYUI
+from .components import COMPONENTS, DIFFUSION_MODEL, TEXT_ENCODER, placed_components
 from .knowledge import Files, known_link
 from .planning.plan import PACKED, ComponentRequest, DeviceMemory, Layer, Plan, size_text
 from .report import rows_of_plan
@@ -25,7 +26,7 @@ from .serving.distribution import Distribution
 from .weights.checkpoint_file import CheckpointError, check_file
 from .weights.devices import CPU, DISK_NAME
 
-SPLIT_COMPONENTS = loading.DIFFUSION_MODEL, loading.TEXT_ENCODER
+SPLIT_COMPONENTS = DIFFUSION_MODEL, TEXT_ENCODER
 _KEPT_FILES = 8
 """Of as many files the layers are kept: a preview is asked for each time that a setting changes."""
 
@@ -49,22 +50,22 @@ class Source:
 
 
 def checkpoint(path: str) -> Source:
-    return Source((path,), loading.COMPONENTS, loading.layers_of_checkpoint, (path,))
+    return Source((path,), COMPONENTS, planned.layers_of_checkpoint, (path,))
 
 
 def diffusion_model(path: str, dtype: torch.dtype | None = None) -> Source:
     """A file that holds nothing else, to be loaded in `dtype`."""
-    return Source((path,), (loading.DIFFUSION_MODEL,), loading.layers_of_diffusion_model, (path, dtype))
+    return Source((path,), (DIFFUSION_MODEL,), planned.layers_of_diffusion_model, (path, dtype))
 
 
 def gguf_diffusion_model(path: str, pack: Any) -> Source:
     """`pack` is the module of ComfyUI-GGUF that has its loaders."""
-    return Source((path,), (loading.DIFFUSION_MODEL,), loading.layers_of_gguf_diffusion_model, (path, pack))
+    return Source((path,), (DIFFUSION_MODEL,), planned.layers_of_gguf_diffusion_model, (path, pack))
 
 
 def text_encoder(paths: Files, clip_type: str) -> Source:
     """Files that hold nothing else. `clip_type` is as for `load_text_encoder`."""
-    return Source(paths, (loading.TEXT_ENCODER,), loading.layers_of_text_encoder, (paths, clip_type))
+    return Source(paths, (TEXT_ENCODER,), planned.layers_of_text_encoder, (paths, clip_type))
 
 
 def preview_loader(
@@ -73,9 +74,9 @@ def preview_loader(
     """As `_preview_of`, for a loader with these settings. What it does not load is ignored. Raises as
     `plan_checkpoint`."""
     memory = memory_of([unet, clip], vae_device, may_start=False)
-    devices = dict(zip(loading.COMPONENTS, (unet.compute_device, clip.compute_device, vae_device), strict=True))
+    devices = dict(zip(COMPONENTS, (unet.compute_device, clip.compute_device, vae_device), strict=True))
     layers, computing = source.layers_on(devices)
-    plans = loading.make_plans(layers, computing, unet, clip, memory, source.files, True, may_measure)
+    plans = planned.make_plans(layers, computing, unet, clip, memory, source.files, True, may_measure)
     return _preview_of(source.files, plans, memory, may_measure)
 
 
@@ -85,15 +86,13 @@ def preview_component(
     """The same for `distribute`, given one of `SPLIT_COMPONENTS` of what ComfyUI's loader has loaded for its default
     device. Raises `CheckpointError` also where the files do not have it."""
     memory, device = memory_of([request], may_start=False), str(mm.get_torch_device())
-    layers, computing = source.layers_on(
-        {**dict.fromkeys(loading.COMPONENTS, device), loading.TEXT_ENCODER: request.compute_device}
-    )
+    layers, computing = source.layers_on({**dict.fromkeys(COMPONENTS, device), TEXT_ENCODER: request.compute_device})
     if component not in layers:
         raise CheckpointError(f"there is no {component} in {', '.join(source.files)}")
     # A text encoder computes on the CPU where the device lacks its dtype.
-    computing = {loading.DIFFUSION_MODEL: request.compute_device, loading.TEXT_ENCODER: computing.get(component, "")}
+    computing = {DIFFUSION_MODEL: request.compute_device, TEXT_ENCODER: computing.get(component, "")}
     layers = {component: layers[component]}
-    plans = loading.make_plans(layers, computing, request, request, memory, source.files, True, may_measure)
+    plans = planned.make_plans(layers, computing, request, request, memory, source.files, True, may_measure)
     return _preview_of(source.files, plans, memory, may_measure)
 
 
@@ -109,7 +108,7 @@ def _preview_of(
 
     `devices`: `name`, `total` and `free` bytes, None where that is not known, and `planned`. `warnings` are sentences.
     """
-    placed = loading.placed_components(files, {name: plan.compute_device for name, plan in plans.items()})
+    placed = placed_components(files, {name: plan.compute_device for name, plan in plans.items()})
     components = [
         {
             "name": name,

@@ -13,9 +13,10 @@ from sampling import sample
 
 from allocation_parser import parse_allocation
 from distorch2 import knowledge
-from distorch2.loading import DIFFUSION_MODEL, note_runs, placed_components, plan_checkpoint
+from distorch2.components import DIFFUSION_MODEL, note_runs, placed_components
 from distorch2.moving import speed
 from distorch2.planning.plan import ComponentRequest
+from distorch2.plans import plan_checkpoint
 from distorch2.serving.distribution import Distribution
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "computing")

@@ -11,7 +11,8 @@ from sampling import core_load, sample
 
 import distorch2.loading as loading
 from allocation_parser import parse_allocation
-from distorch2.loading import load_checkpoint, load_components, reload_component
+from distorch2.components import reload_component
+from distorch2.loading import load_checkpoint, load_components
 from distorch2.planning.plan import GIB, ComponentRequest, DeviceMemory, PlanError, VirtualVram
 from distorch2.planning.planner import make_plan
 from distorch2.weights.checkpoint_file import CheckpointError
@@ -259,7 +260,7 @@ def test_an_interrupt_while_loading_leaves_nothing_behind(checkpoints, monkeypat
     sample(*load(checkpoints("sd3"))[:2])
 
 
-@pytest.mark.parametrize("step", ["load_model_and_clip", "make_plan", "list_layers"])
+@pytest.mark.parametrize("step", ["load_model_and_clip", "make_plans", "list_layers"])
 @pytest.mark.quick
 def test_a_failure_while_loading_leaves_nothing_behind(checkpoints, monkeypatch, step):
     live = Live(monkeypatch)

@@ -17,7 +17,7 @@ from placing import lora_for, lora_patches, with_hook
 from sampling import core_load, output, sample
 
 from allocation_parser import parse_allocation
-from distorch2 import loading
+from distorch2 import plans
 from distorch2.comfyui import core
 from distorch2.loading import load_checkpoint
 from distorch2.moving import unpacking
@@ -50,7 +50,7 @@ def bf16():
 
 @pytest.fixture
 def unpacking_on_sim(monkeypatch):
-    monkeypatch.setattr(loading, "reason_against", lambda kind: "")
+    monkeypatch.setattr(plans, "reason_against", lambda kind: "")
 
 
 def load(checkpoints, text, kind=KIND, pack_weights="on"):
@@ -516,7 +516,7 @@ class TestOnTheComputeDevice:
 
 @pytest.mark.parametrize("text", ["cpu,*", "sim:0,*"])
 def test_where_nothing_can_be_unpacked_nothing_is_packed(checkpoints, expected, monkeypatch, limited, caplog, text):
-    monkeypatch.setattr(loading, "reason_against", lambda kind: "a test says so")
+    monkeypatch.setattr(plans, "reason_against", lambda kind: "a test says so")
     with caplog.at_level(logging.INFO):
         model, clip = load(checkpoints, text, DEEP)
     assert "weights are not packed for sim:0: a test says so" in caplog.text

@@ -9,8 +9,10 @@ from checkpoints import KINDS
 from placing import COMPUTE, DONOR, devices_known_to_comfyui, inference_mode  # noqa: F401
 
 from allocation_parser import parse_allocation
-from distorch2.loading import DIFFUSION_MODEL, TEXT_ENCODER, VAE, load_checkpoint, plan_checkpoint
+from distorch2.components import DIFFUSION_MODEL, TEXT_ENCODER, VAE
+from distorch2.loading import load_checkpoint
 from distorch2.planning.plan import ComponentRequest, Plan, PlanError, VirtualVram
+from distorch2.plans import plan_checkpoint
 from distorch2.weights.checkpoint_file import CheckpointError
 from distorch2.weights.inventory import list_layers
 

@@ -25,15 +25,8 @@ from serving import ACCELERATOR, DEVICES, NEWEST, prompt_for, start
 from allocation_parser import parse_allocation
 from distorch2 import knowledge, preview
 from distorch2.comfyui import memory
-from distorch2.loading import (
-    DIFFUSION_MODEL,
-    TEXT_ENCODER,
-    distribute,
-    distribute_clip,
-    load_checkpoint,
-    load_diffusion_model,
-    load_text_encoder,
-)
+from distorch2.components import DIFFUSION_MODEL, TEXT_ENCODER
+from distorch2.loading import distribute, distribute_clip, load_checkpoint, load_diffusion_model, load_text_encoder
 from distorch2.moving.transfer import Timing
 from distorch2.planning.plan import GIB, ComponentRequest, Plan, VirtualVram
 from distorch2.report import rows_of_plan

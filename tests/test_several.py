@@ -26,7 +26,8 @@ from several import inference_mode as inference_mode
 from several import one_at_a_time as one_at_a_time
 
 from allocation_parser import parse_allocation
-from distorch2.loading import DIFFUSION_MODEL, distribute, load_again, placed_components
+from distorch2.components import DIFFUSION_MODEL, load_again, placed_components
+from distorch2.loading import distribute
 from distorch2.planning.plan import ComponentRequest
 from distorch2.serving.stores import Stores
 from distorch2.weights.devices import CPU

@@ -22,10 +22,11 @@ from placing import lora_for
 from sampling import core_load, sample
 
 from allocation_parser import parse_allocation
-from distorch2.loading import CheckpointError, distribute, load_diffusion_model
+from distorch2.loading import distribute, load_diffusion_model
 from distorch2.moving.modules import Mover
 from distorch2.planning.plan import ComponentRequest
 from distorch2.weights import sources
+from distorch2.weights.checkpoint_file import CheckpointError
 from distorch2.weights.devices import CPU
 from distorch2.weights.quantised import plain_tensors
 

@@ -157,11 +157,11 @@ def build_gguf_diffusion_model(path: str, pack: Any, device: str) -> torch.nn.Mo
 
 
 def build_text_encoder_without_memory(
-    files: Sequence[Weights], clip_type: Any, device: str
+    files: Sequence[Weights], clip_type: str, device: str
 ) -> tuple[torch.nn.Module, str]:
     """The text encoder of files of its own, as `read_shapes` has them, and the device that it would compute on.
 
-    `clip_type` is one of ComfyUI's `CLIPType`. Raises `CheckpointError` for other files.
+    `clip_type` is as for `clip_type_named`. Raises `CheckpointError` for other files.
     """
     first = torch.device(device)
     options = {
@@ -173,9 +173,17 @@ def build_text_encoder_without_memory(
     with _as_no_text_encoder([weights.path for weights in files]):
         state_dicts = [_without_values(weights) for weights in files]
         clip = core.sd.load_text_encoder_state_dicts(
-            state_dicts, clip_type=clip_type, model_options=options, disable_dynamic=True
+            state_dicts, clip_type=clip_type_named(clip_type), model_options=options, disable_dynamic=True
         )
     return clip.cond_stage_model, str(_device_of_encoder(clip.cond_stage_model, first))
+
+
+def clip_type_named(name: str) -> Any:
+    """One of ComfyUI's `CLIPType`, by its name in any case. Raises `ValueError` for another name."""
+    types = core.sd.CLIPType.__members__
+    if name.upper() not in types:
+        raise ValueError(f"there is no text encoder type {name!r}; use {', '.join(map(str.lower, types))}")
+    return types[name.upper()]
 
 
 def _without_values(weights: Weights) -> dict[str, Any]:
