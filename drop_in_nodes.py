@@ -8,7 +8,6 @@ and where ComfyUI-MultiGPU is installed, its nodes are left alone.
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +77,7 @@ class _Loader:
 
 
 _COMPONENTS = {"MODEL": components.DIFFUSION_MODEL, "CLIP": components.TEXT_ENCODER}
+"""Types of outputs that can be split -> component."""
 _ALL_OUTPUTS = ("MODEL", "CLIP", "VAE")
 _TABLE = (
     _Loader("UNETLoader", "Load Diffusion Model", ("MODEL",)),
@@ -202,7 +202,7 @@ class _DropIn:
 
 
 def _paths_of(loader: _Loader, inputs: Mapping[str, Any]) -> tuple[str, ...]:
-    """The files that a loader is asked for, as far as there are files by these names: some stand for more."""
+    """The files that the inputs name; names that stand for more than a file are left out."""
     of_clip = "clip_vision" if loader.outputs == ("CLIP_VISION",) else "text_encoders"
     folders = {**_FOLDERS, **dict.fromkeys(TEXT_ENCODER_FILES, of_clip)}
     found = (folder_paths.get_full_path(folders[name], file) for name, file in inputs.items() if name in folders)
@@ -235,8 +235,7 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
     notes, result = [], []
     for number, (kind, output) in enumerate(zip(loader.outputs, _run(loader.node_class, inputs), strict=False)):
         if output is not None and kind in _COMPONENTS:
-            load = functools.partial(_output_of, loader.node_class, inputs, number)
-            _note_origin(getattr(output, "patcher", output), _COMPONENTS[kind], _paths_of(loader, inputs), load)
+            _note_origin(loader, inputs, number, output)
         if kind == "MODEL":
             output = served[components.DIFFUSION_MODEL] = loading.distribute(output, request, is_new=True)
         elif kind == "CLIP" and output is not None:
@@ -278,7 +277,7 @@ def clip_type_of(name: str) -> str:
 
 
 def gguf_pack() -> Any | None:
-    """The module of ComfyUI-GGUF that has its loaders; None where it is not installed, or is another one."""
+    """The module of ComfyUI-GGUF that has its loaders; None where it is not installed, or has none by these names."""
     node = comfyui_nodes.NODE_CLASS_MAPPINGS.get("UnetLoaderGGUF")
     module = sys.modules.get(node.__module__) if node is not None else None
     return module if hasattr(module, "gguf_sd_loader") and hasattr(module, "GGMLOps") else None
@@ -301,15 +300,17 @@ def _placed_whole(kind: str, output: Any, device: torch.device) -> tuple[Any, st
         return output, f"{name}: as it was loaded, since {error}"
 
 
-def _note_origin(patcher: Any, component: str, files: tuple[str, ...], load: Callable[[], Any]) -> None:
-    """For a loader that does not say how to load its model again: with it a model can be used by several devices at
-    once, and what is known of its runs is found by its files."""
+def _note_origin(loader: _Loader, inputs: Mapping[str, Any], number: int, output: Any) -> None:
+    """For loaders that do not say how to load a model again (ComfyUI-GGUF's): then several devices can use it at once,
+    and what is known of its runs is found by its files."""
+
+    def load() -> Any:
+        return _run(loader.node_class, inputs)[number]
+
+    patcher = getattr(output, "patcher", output)
     if patcher.cached_patcher_init is None:
-        patcher.cached_patcher_init = (components.load_again, (component, files, load))
-
-
-def _output_of(node: Any, inputs: Mapping[str, Any], number: int) -> Any:
-    return _run(node, inputs)[number]
+        arguments = (_COMPONENTS[loader.outputs[number]], _paths_of(loader, inputs), load)
+        patcher.cached_patcher_init = (components.load_again, arguments)
 
 
 def _run(node: Any, inputs: Mapping[str, Any]) -> Sequence[Any]:

@@ -27,15 +27,14 @@ _MOST_WAITING = 16
 """More are refused, and the page asks again."""
 
 _GGUF_FOLDER = "unet_gguf"
-"""ComfyUI-GGUF's list of diffusion models."""
+"""ComfyUI-GGUF's list of the GGUF files in the folders of `diffusion_models`."""
 _DTYPES = {
     "default": None,
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e4m3fn_fast": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-"""By the names of ComfyUI's loader."""
-
+"""`weight_dtype` of ComfyUI's loader -> the dtype that is asked for."""
 _Widgets = Mapping[str, str]
 
 
@@ -71,7 +70,7 @@ class _Previews:
         self._num_waiting = 0
 
     async def of(self, widgets: _Widgets) -> tuple[int, dict[str, Any]]:
-        """An HTTP status, and what `preview_of` returns or `error` and `input`."""
+        """An HTTP status, and what `preview_for` returns or `error` and `input`."""
         if self._num_waiting >= _MOST_WAITING:
             return 429, {"error": "too many previews at a time", "input": ""}
         self._num_waiting += 1
@@ -122,7 +121,7 @@ def _source(widgets: _Widgets) -> preview.Source:
     if _text(widgets, "unet_name").lower().endswith(".gguf"):
         path, pack = _path_of(_GGUF_FOLDER, "unet_name", widgets), gguf_pack()
         if pack is None:
-            raise Mistake("unet_name", "what is in a file of this kind is not known before it is loaded")
+            raise Mistake("unet_name", "a preview of a GGUF file needs ComfyUI-GGUF")
         return preview.gguf_diffusion_model(path, pack)
     dtype = widgets.get("weight_dtype", "default")
     if dtype not in _DTYPES:

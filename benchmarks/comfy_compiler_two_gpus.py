@@ -2,11 +2,11 @@
 
     python3 tools/host.py run benchmarks/comfy_compiler_two_gpus.py [FOLDER]
 
-Needs comfy-aimdo 0.5 or later. First it is looked at where memory lies that is allocated for the second GPU while a
-forward is recorded on the first one. Then a Flux-sized model runs recorded forwards as in `comfy_compiler.py`, half of
-it relayed to the second GPU, or half of it streamed with the second link. ComfyUI 0.34 says which threads record, and
-units stay at home then; so it is done here, and at the end relayed once without. Outputs are compared with the
-resident model's. FOLDER (default /dev/shm) needs room for 23 GiB.
+Needs comfy-aimdo 0.5 or later. First: on which GPU memory lies that is allocated for the second one while the first one
+records. Then a Flux-sized model runs recorded forwards as in `comfy_compiler.py`, half of it relayed to the second GPU,
+or half of it streamed with the second link. ComfyUI 0.34 says which threads record, and relayed units then stay at
+home. The benchmark says so in its place; the last way does not, to show what would happen. Outputs are compared with
+the resident model's. FOLDER (default /dev/shm) needs room for 23 GiB.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WAYS = {
     "streamed by two links": (f"{HOME},50%;{OTHER},1%;cpu,49%", "stream", True),
     "relayed, and ComfyUI does not say that it records": (f"{HOME},50%;{OTHER},50%", "auto", False),
 }
-"""The last may break off."""
+"""Name -> allocation, donor mode, whether ComfyUI says that it records. The last may break off."""
 
 
 def gpu_of(tensor: Any) -> int:

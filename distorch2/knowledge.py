@@ -19,6 +19,8 @@ from .serving.distribution import Distribution
 
 Files = tuple[str, ...]
 """The paths of the file, or the files, that a model is loaded from."""
+Origin = tuple[str, Files]
+"""A component's name, and the files that it is loaded from."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class Run:
     model_bytes: int
 
 
-_runs: dict[tuple[Files, str, str], Run] = {}
-"""By files, component and compute device: kept when the model is unloaded."""
+_runs: dict[tuple[Origin, str], Run] = {}
+"""By origin and compute device: kept when the model is unloaded."""
 
 
-def note_run(files: Files, component: str, placed: Distribution) -> None:
+def note_run(origin: Origin, placed: Distribution) -> None:
     """Note what is known of a model's last run, if anything is."""
     if placed.activation_bytes is None and placed.computing_seconds is None:
         return
@@ -45,11 +47,11 @@ def note_run(files: Files, component: str, placed: Distribution) -> None:
         if placed.plan.is_relayed(item):
             relayed[item.device] += item.layer.num_bytes
     run = Run(placed.activation_bytes, placed.computing_seconds, relayed, placed.plan.model_bytes)
-    _runs[files, component, str(placed.device)] = run
+    _runs[origin, str(placed.device)] = run
 
 
-def last_run(files: Files, component: str, device: str) -> Run | None:
-    return _runs.get((files, component, device))
+def last_run(origin: Origin, device: str) -> Run | None:
+    return _runs.get((origin, device))
 
 
 def known_link(device: torch.device, may_measure: bool) -> float | None:
@@ -86,11 +88,11 @@ def speeds_for(
     model_bytes: int,
     memory: Mapping[str, DeviceMemory],
     run: Run | None,
-    is_preview: bool,
+    may_start: bool,
     may_measure: bool,
 ) -> Speeds:
     """Unknown where they would make no difference: there is room on the compute device, or no other that could relay,
-    or all are the same. What is not known is measured; for a preview only on devices that are in use already."""
+    or all are the same. What is not known is measured if it `may_measure`, as for `make_plans`."""
     if not isinstance(request.allocation, Automatic) or request.donor_mode == STREAM:
         return UNKNOWN
     home, free_bytes = request.compute_device, memory[request.compute_device].free_bytes
@@ -99,7 +101,7 @@ def speeds_for(
     devices = [torch.device(name) for name in names]
     if has_room or not _differ(devices):
         return UNKNOWN
-    may_measure = may_measure and not (is_preview and not all(map(is_started, devices)))
+    may_measure = may_measure and (may_start or all(map(is_started, devices)))
     found = {str(device): _measured(multiplications_per_second, device, may_measure) for device in devices}
     speeds = Speeds(
         known_link(devices[0], may_measure), {name: each for name, each in found.items() if each is not None}

@@ -16,6 +16,7 @@ from .comfyui.loaders import (
     NO_SUCH_FORMAT,
     build_of_file,
     clip_type_named,
+    device_of_encoder,
     load_diffusion_model_only,
     load_model_and_clip,
     load_vae,
@@ -27,10 +28,9 @@ from .comfyui.patcher import DistributedPatcher
 from .comfyui.program import COMFYUI
 from .comfyui.sharing import clone_sharing, unload
 from .components import DIFFUSION_MODEL, TEXT_ENCODER, VAE, note_runs, origin_of, reload_component
-from .knowledge import last_run
 from .moving.file_reader import bytes_per_second
 from .planning.plan import GIB, ComponentRequest, Plan, PlanError, size_text
-from .plans import make_plans, plan_component
+from .plans import Found, make_plans, plan_component
 from .report import render_table, rows_of_plan
 from .serving import host_memory
 from .weights.checkpoint_file import check_file
@@ -97,7 +97,7 @@ def load_components(
     """As `load_checkpoint`, together with the report, which is logged as well."""
     memory = memory_of([unet, clip], vae_device)
     check_file(ckpt_path)
-    note_runs()
+    note_runs()  # before models are unloaded
     if eject_models:
         eject(unet.compute_device)
     weights = read(ckpt_path)
@@ -113,10 +113,9 @@ def load_components(
         if text_encoder is not None:
             patchers[TEXT_ENCODER] = text_encoder.patcher
         mm.throw_exception_if_processing_interrupted()
-        layers = {component: list_layers(patcher.model) for component, patcher in patchers.items()}
         # ComfyUI computes a text encoder on the CPU when the device asked for lacks its dtype.
-        devices = {component: str(patcher.load_device) for component, patcher in patchers.items()}
-        plans = make_plans(layers, devices, unet, clip, memory, (ckpt_path,))
+        found = {name: Found(list_layers(each.model), str(each.load_device)) for name, each in patchers.items()}
+        plans = make_plans(found, unet, clip, memory, (ckpt_path,))
     except BaseException:
         for patcher in patchers.values():
             unload(patcher.model)
@@ -154,11 +153,9 @@ def distribute(
     """
     memory = memory_of([request])
     _refuse_what_cannot_be_served(patcher)
+    note_runs()  # before models are unloaded
     taken = patcher if is_new or isinstance(patcher, DistributedPatcher) else clone_sharing(patcher)
-    component, files = origin_of(patcher) or ("", ())
-    note_runs()
-    run = last_run(files, component, request.compute_device)
-    plan = plan_component(DistributedPatcher.layers_of(taken.model), request, memory, run)
+    plan = plan_component(DistributedPatcher.layers_of(taken.model), request, memory, origin_of(patcher))
     if isinstance(taken, DistributedPatcher):
         distributed = taken.with_plan(plan, high_precision_loras)
     else:
@@ -190,7 +187,7 @@ def distribute_clip(
     """
     check_devices(request)
     device = torch.device(request.compute_device)
-    if not all(mm.supports_cast(device, dtype) for dtype in clip.cond_stage_model.dtypes):
+    if device_of_encoder(clip.cond_stage_model, device) != device:
         logger.warning("DisTorch2: %s lacks a dtype of the text encoder, which computes on the CPU", device)
         request = replace(request, compute_device="cpu")
     patcher = distribute(clip.patcher, request, high_precision_loras, is_new)

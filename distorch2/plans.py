@@ -1,11 +1,11 @@
-"""What a load would place where: plans for the components of files, of which only the headers are read."""
+"""Plans for components: those of a load, and before it, from files that are not loaded."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from .comfyui.loaders import (
 )
 from .comfyui.memory import memory_of
 from .components import DIFFUSION_MODEL, TEXT_ENCODER, VAE, note_runs
-from .knowledge import Files, Run, last_run, memory_beside_activations, speeds_for
+from .knowledge import Files, Origin, last_run, memory_beside_activations, speeds_for
 from .moving.unpacking import reason_against
 from .planning.plan import AUTO, OFF, ON, ComponentRequest, DeviceMemory, Layer, Plan
 from .planning.planner import make_plan
@@ -35,73 +35,73 @@ def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentReque
     `CheckpointError` also for a file in another format, or in which ComfyUI detects no more than a diffusion model.
     """
     memory = memory_of([unet, clip], vae_device)
-    layers, devices = layers_of_checkpoint(ckpt_path, unet.compute_device, clip.compute_device, vae_device)
-    return make_plans(layers, devices, unet, clip, memory, (ckpt_path,))
+    found = layers_of_checkpoint((ckpt_path,), unet.compute_device, clip.compute_device, vae_device)
+    return make_plans(found, unet, clip, memory, (ckpt_path,))
 
 
-def layers_of_checkpoint(
-    ckpt_path: str, unet_device: str, clip_device: str, vae_device: str
-) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
-    """By component: its layers, and the device that it would compute on. Of the file only the header is read."""
-    built = build_without_memory(read_shapes(ckpt_path), unet_device, clip_device, vae_device)
-    modules = {DIFFUSION_MODEL: built.model, TEXT_ENCODER: built.text_encoder, VAE: built.vae}
-    devices = {DIFFUSION_MODEL: unet_device, TEXT_ENCODER: built.clip_device, VAE: vae_device}
-    layers: dict[str, Sequence[Layer]] = {
-        component: list_layers(module) for component, module in modules.items() if module is not None
+class Found(NamedTuple):
+    """The layers of a component, and the device that it would compute on."""
+
+    layers: Sequence[Layer]
+    device: str
+
+
+def layers_of_checkpoint(files: Files, unet_device: str, clip_device: str, vae_device: str) -> dict[str, Found]:
+    """By component, of a checkpoint. Of the file only the header is read."""
+    built = build_without_memory(read_shapes(*files), unet_device, clip_device, vae_device)
+    modules = {
+        DIFFUSION_MODEL: (built.model, unet_device),
+        TEXT_ENCODER: (built.text_encoder, built.clip_device),
+        VAE: (built.vae, vae_device),
     }
-    return layers, {component: devices[component] for component in layers}
+    return {
+        name: Found(list_layers(module), device) for name, (module, device) in modules.items() if module is not None
+    }
 
 
-def layers_of_diffusion_model(
-    path: str, dtype: torch.dtype | None, device: str
-) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
+def layers_of_diffusion_model(files: Files, dtype: torch.dtype | None, device: str) -> dict[str, Found]:
     """The same of a file that holds a diffusion model alone, in `dtype` where that is asked for."""
-    module = build_diffusion_model_without_memory(read_shapes(path), device, dtype)
-    return {DIFFUSION_MODEL: list_layers(module)}, {DIFFUSION_MODEL: device}
+    module = build_diffusion_model_without_memory(read_shapes(*files), device, dtype)
+    return {DIFFUSION_MODEL: Found(list_layers(module), device)}
 
 
-def layers_of_gguf_diffusion_model(
-    path: str, pack: Any, device: str
-) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
-    """The same of a GGUF file. `pack` is the module of ComfyUI-GGUF that has its loaders."""
-    return {DIFFUSION_MODEL: list_layers(build_gguf_diffusion_model(path, pack, device))}, {DIFFUSION_MODEL: device}
+def layers_of_gguf_diffusion_model(files: Files, pack: Any, device: str) -> dict[str, Found]:
+    """The same of a GGUF file, which is mapped into memory. `pack` is as for `build_gguf_diffusion_model`."""
+    (path,) = files
+    return {DIFFUSION_MODEL: Found(list_layers(build_gguf_diffusion_model(path, pack, device)), device)}
 
 
-def layers_of_text_encoder(
-    paths: Sequence[str], clip_type: str, device: str
-) -> tuple[dict[str, Sequence[Layer]], dict[str, str]]:
+def layers_of_text_encoder(files: Files, clip_type: str, device: str) -> dict[str, Found]:
     """The same of the files of a text encoder. `clip_type` is as for `load_text_encoder`."""
-    files = [read_shapes(path) for path in paths]
-    module, device = build_text_encoder_without_memory(files, clip_type, device)
-    return {TEXT_ENCODER: list_layers(module)}, {TEXT_ENCODER: device}
+    module, device = build_text_encoder_without_memory([read_shapes(path) for path in files], clip_type, device)
+    return {TEXT_ENCODER: Found(list_layers(module), device)}
 
 
 def make_plans(
-    layers: Mapping[str, Sequence[Layer]],
-    devices: Mapping[str, str],
+    found: Mapping[str, Found],
     unet: ComponentRequest,
     clip: ComponentRequest,
     memory: Mapping[str, DeviceMemory],
     files: Files,
-    is_preview: bool = False,
+    may_start: bool = True,
     may_measure: bool = True,
 ) -> dict[str, Plan]:
     """A plan for every component, in the order of the report. What one keeps on donors is not free for the next.
 
-    `auto` takes into account how the components of these files ran last, and what it has to know of the machine
-    is measured now if it `may_measure`.
+    `auto` takes into account how the components of these files ran last. What it has to know of the machine is measured
+    now if it `may_measure`; on devices that are not in use yet only if it `may_start` to use them.
     """
     note_runs()
     plans: dict[str, Plan] = {}
     for component, request in ((DIFFUSION_MODEL, unet), (TEXT_ENCODER, clip)):
-        if component in layers:
-            asked = replace(request, compute_device=devices[component])
-            run = last_run(files, component, asked.compute_device)
-            plan = plan_component(layers[component], asked, memory, run, is_preview, may_measure)
+        if component in found:
+            layers, device = found[component]
+            asked = replace(request, compute_device=device)
+            plan = plan_component(layers, asked, memory, (component, files), may_start, may_measure)
             memory = {device: _without_donated(room, plan, device) for device, room in memory.items()}
             plans[component] = plan
-    if VAE in layers:
-        plans[VAE] = Plan.all_on(devices[VAE], layers[VAE])
+    if VAE in found:
+        plans[VAE] = Plan.all_on(found[VAE].device, found[VAE].layers)
     return plans
 
 
@@ -109,15 +109,16 @@ def plan_component(
     layers: Sequence[Layer],
     request: ComponentRequest,
     memory: Mapping[str, DeviceMemory],
-    run: Run | None,
-    is_preview: bool = False,
+    origin: Origin | None,
+    may_start: bool = True,
     may_measure: bool = True,
 ) -> Plan:
-    """A plan that packs nothing where the compute device cannot unpack it."""
+    """A plan that packs nothing where the compute device cannot unpack it. The rest is as for `make_plans`."""
+    run = last_run(origin, request.compute_device) if origin is not None else None
     reason = reason_against(torch.device(request.compute_device).type)
     memory = memory_beside_activations(request, memory, run)
     model_bytes = sum(layer.num_bytes for layer in layers)
-    speeds = speeds_for(request, model_bytes, memory, run, is_preview, may_measure)
+    speeds = speeds_for(request, model_bytes, memory, run, may_start, may_measure)
     plan = make_plan(layers, replace(request, pack_weights=OFF) if reason else request, memory, speeds)
     is_missed = request.pack_weights == ON or (request.pack_weights == AUTO and plan.is_worth_packing)
     if reason and is_missed:

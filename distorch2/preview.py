@@ -1,4 +1,4 @@
-"""What a node's settings will do, told from the header of its file before anything is loaded."""
+"""What a node's settings will do, told before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,76 +8,80 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import plans as planned
 from .comfyui.core import mm
 from .comfyui.memory import is_started, memory_of
 from .comfyui.program import COMFYUI
 from .components import COMPONENTS, DIFFUSION_MODEL, TEXT_ENCODER, placed_components
 from .knowledge import Files, known_link
-from .planning.plan import PACKED, ComponentRequest, DeviceMemory, Layer, Plan, size_text
+from .planning.plan import PACKED, ComponentRequest, DeviceMemory, Plan, size_text
+from .plans import (
+    Found,
+    layers_of_checkpoint,
+    layers_of_diffusion_model,
+    layers_of_gguf_diffusion_model,
+    layers_of_text_encoder,
+    make_plans,
+)
 from .report import rows_of_plan
 from .serving.distribution import Distribution
 from .weights.checkpoint_file import CheckpointError, check_file
 from .weights.devices import CPU, DISK_NAME
 
 SPLIT_COMPONENTS = DIFFUSION_MODEL, TEXT_ENCODER
-_KEPT_FILES = 8
-"""Of as many files the layers are kept: a preview is asked for each time that a setting changes."""
-
-_Layers = tuple[Mapping[str, Sequence[Layer]], Mapping[str, str]]
-"""By component: its layers, and the device that it would compute on."""
+_KEPT_READINGS = 8
+"""Of as many sources the layers are kept: a preview is asked for each time that a setting changes."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What one loader loads. `read` takes `arguments`, and a device for each of `components`."""
+    """What one loader loads. `read` is a function of `plans.py`: it takes `files`, `options`, and a device for each of
+    `components`."""
 
     files: Files
     components: tuple[str, ...]
-    read: Callable[..., _Layers]
-    arguments: tuple[Any, ...]
+    read: Callable[..., dict[str, Found]]
+    options: tuple[Any, ...] = ()
 
-    def layers_on(self, devices: Mapping[str, str]) -> _Layers:
-        """By component, on devices by component, whose kind decides what it is loaded as. Read again when a file has
-        changed."""
+    def on(self, devices: Mapping[str, str]) -> Mapping[str, Found]:
+        """By component, with the dtypes that suit `devices`. A file that has changed is read again."""
         return _read(self, tuple(map(_version_of, self.files)), tuple(devices[name] for name in self.components))
 
 
 def checkpoint(path: str) -> Source:
-    return Source((path,), COMPONENTS, planned.layers_of_checkpoint, (path,))
+    return Source((path,), COMPONENTS, layers_of_checkpoint)
 
 
 def diffusion_model(path: str, dtype: torch.dtype | None = None) -> Source:
     """A file that holds nothing else, to be loaded in `dtype`."""
-    return Source((path,), (DIFFUSION_MODEL,), planned.layers_of_diffusion_model, (path, dtype))
+    return Source((path,), (DIFFUSION_MODEL,), layers_of_diffusion_model, (dtype,))
 
 
 def gguf_diffusion_model(path: str, pack: Any) -> Source:
-    """`pack` is the module of ComfyUI-GGUF that has its loaders."""
-    return Source((path,), (DIFFUSION_MODEL,), planned.layers_of_gguf_diffusion_model, (path, pack))
+    """`pack` is as for `build_gguf_diffusion_model`."""
+    return Source((path,), (DIFFUSION_MODEL,), layers_of_gguf_diffusion_model, (pack,))
 
 
-def text_encoder(paths: Files, clip_type: str) -> Source:
+def text_encoder(files: Files, clip_type: str) -> Source:
     """Files that hold nothing else. `clip_type` is as for `load_text_encoder`."""
-    return Source(paths, (TEXT_ENCODER,), planned.layers_of_text_encoder, (paths, clip_type))
+    return Source(files, (TEXT_ENCODER,), layers_of_text_encoder, (clip_type,))
 
 
 def preview_loader(
     source: Source, unet: ComponentRequest, clip: ComponentRequest, vae_device: str, may_measure: bool = True
 ) -> dict[str, Any]:
-    """As `_preview_of`, for a loader with these settings. What it does not load is ignored. Raises as
-    `plan_checkpoint`."""
+    """What a loader with these settings will do, as `_preview_of` has it. Those of what it does not load are ignored.
+
+    Raises as `plan_checkpoint`.
+    """
     memory = memory_of([unet, clip], vae_device, may_start=False)
     devices = dict(zip(COMPONENTS, (unet.compute_device, clip.compute_device, vae_device), strict=True))
-    layers, computing = source.layers_on(devices)
-    plans = planned.make_plans(layers, computing, unet, clip, memory, source.files, True, may_measure)
-    return _preview_of(source.files, plans, memory, may_measure)
+    return _preview_of(source.files, source.on(devices), unet, clip, memory, may_measure)
 
 
 def preview_component(
@@ -86,18 +90,22 @@ def preview_component(
     """The same for `distribute`, given one of `SPLIT_COMPONENTS` of what ComfyUI's loader has loaded for its default
     device. Raises `CheckpointError` also where the files do not have it."""
     memory, device = memory_of([request], may_start=False), str(mm.get_torch_device())
-    layers, computing = source.layers_on({**dict.fromkeys(COMPONENTS, device), TEXT_ENCODER: request.compute_device})
-    if component not in layers:
+    found = source.on({**dict.fromkeys(COMPONENTS, device), TEXT_ENCODER: request.compute_device})
+    if component not in found:
         raise CheckpointError(f"there is no {component} in {', '.join(source.files)}")
     # A text encoder computes on the CPU where the device lacks its dtype.
-    computing = {DIFFUSION_MODEL: request.compute_device, TEXT_ENCODER: computing.get(component, "")}
-    layers = {component: layers[component]}
-    plans = planned.make_plans(layers, computing, request, request, memory, source.files, True, may_measure)
-    return _preview_of(source.files, plans, memory, may_measure)
+    device = found[component].device if component == TEXT_ENCODER else request.compute_device
+    moved = {component: found[component]._replace(device=device)}
+    return _preview_of(source.files, moved, request, request, memory, may_measure)
 
 
 def _preview_of(
-    files: Files, plans: Mapping[str, Plan], memory: Mapping[str, DeviceMemory], may_measure: bool
+    files: Files,
+    found: Mapping[str, Found],
+    unet: ComponentRequest,
+    clip: ComponentRequest,
+    memory: Mapping[str, DeviceMemory],
+    may_measure: bool,
 ) -> dict[str, Any]:
     """Lists of plain values. `components`: `name`, `bytes`, and `parts`, each with a `device`, how it is `served`,
     `layers`, `bytes`; `now`, the same parts as they lie now, None where the component of these files is not loaded;
@@ -108,6 +116,7 @@ def _preview_of(
 
     `devices`: `name`, `total` and `free` bytes, None where that is not known, and `planned`. `warnings` are sentences.
     """
+    plans = make_plans(found, unet, clip, memory, files, may_start=False, may_measure=may_measure)
     placed = placed_components(files, {name: plan.compute_device for name, plan in plans.items()})
     components = [
         {
@@ -143,10 +152,10 @@ def _version_of(path: str) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-@functools.lru_cache(maxsize=_KEPT_FILES)
-def _read(source: Source, versions: tuple[object, ...], devices: tuple[str, ...]) -> _Layers:
+@functools.lru_cache(maxsize=_KEPT_READINGS)
+def _read(source: Source, versions: tuple[object, ...], devices: tuple[str, ...]) -> Mapping[str, Found]:
     with _unlogged():
-        return source.read(*source.arguments, *devices)
+        return source.read(source.files, *source.options, *devices)
 
 
 @contextlib.contextmanager

@@ -5,13 +5,22 @@ bytes of the file, says that it has the weight's shape, and carries patches; a l
 run.
 """
 
+import os
+
 import comfy.lora
 import comfy.ops
 import gguf
 import numpy
+import pytest
 import torch
 from checkpoints import flux
 
+PACK = os.environ.get("COMFYUI_GGUF_PATH")
+NEEDS_PACK = [
+    pytest.mark.other_pack,
+    pytest.mark.skipif(not PACK, reason="COMFYUI_GGUF_PATH does not say where ComfyUI-GGUF is"),
+]
+"""Marks of tests with ComfyUI-GGUF's own code."""
 QTYPES = ("Q8_0", "Q5_K", "Q4_K", "BF16", "F16")
 _NUM_SCALES = {"Q4_K": 2, "Q5_K": 2, "Q8_0": 1}  # numbers in fp16 at the start of a block; other bytes may be any
 _HIDDEN, _HEAD = 256, 128

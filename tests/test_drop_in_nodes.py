@@ -2,10 +2,10 @@
 
 import copy
 import json
-import os
 import re
 import urllib.parse
 
+import gguf_files
 import pytest
 import safetensors.torch
 import torch
@@ -323,22 +323,21 @@ def test_the_packs_own_nodes_have_names_and_tooltips_in_three_languages(server):
             assert re.findall("```.*?```", page, re.DOTALL) == re.findall("```.*?```", english, re.DOTALL)
 
 
-@pytest.mark.other_pack
-@pytest.mark.skipif(
-    "COMFYUI_GGUF_PATH" not in os.environ, reason="COMFYUI_GGUF_PATH does not say where ComfyUI-GGUF is"
+@pytest.mark.parametrize(
+    "name",
+    ["of the tests", *(pytest.param(name, marks=gguf_files.NEEDS_PACK) for name in ("0 first", "z last"))],
 )
-@pytest.mark.parametrize("name", ["0 first", "z last"])
 def test_gguf_loaders(checkpoints, tmp_path, name):
-    import gguf_files
-
+    is_of_tests = name == "of the tests"
     (tmp_path / "custom_nodes").mkdir()
-    (tmp_path / "custom_nodes" / name).symlink_to(os.environ["COMFYUI_GGUF_PATH"])
+    (tmp_path / "custom_nodes" / name).symlink_to(ROOT / "tests" / "gguf_pack" if is_of_tests else gguf_files.PACK)
     if NUM_ACCELERATORS == 0:
         (tmp_path / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
     (tmp_path / "models" / "diffusion_models").mkdir(parents=True)
     gguf_files.write_flux(tmp_path / "models" / "diffusion_models" / "flux.gguf", "Q4_K")
     with start(NEWEST, tmp_path, checkpoints) as server:
-        assert_as_listed(server, [*OF_CORE, *OF_GGUF])
+        of_gguf = [each for each in OF_GGUF if each.startswith("UnetLoaderGGUF") and "Advanced" not in each]
+        assert_as_listed(server, [*OF_CORE, *(of_gguf if is_of_tests else OF_GGUF)])
         text = ("CLIPLoader", CLIP)
         vae = ("CheckpointLoaderSimple", {"ckpt_name": "flux.safetensors"})
         loaders = {

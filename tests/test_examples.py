@@ -67,6 +67,7 @@ def test_what_each_example_shows():
     for name, loader in of_files.items():
         files = [node["class_type"] for node in example(name).values() if "Load" in node["class_type"]]
         assert files == [loader, "CLIPLoader", "VAELoader"]
+    assert example("gguf")["1"]["inputs"]["expert_mode_allocations"] == "cuda:0,8gb;cpu,*"
     widgets = {name: example(name)["1"]["inputs"] for name in NAMES if name not in of_files}
     assert widgets["one_small_card"]["unet_virtual_vram_gb"] == 4
     expert = {name: inputs["unet_expert_mode_allocations"] for name, inputs in widgets.items()}

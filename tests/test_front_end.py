@@ -1,7 +1,6 @@
 """ComfyUI's own front end on a real server, in a browser and with mouse and keyboard, in both of its renderers."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -21,15 +20,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from browser import FrontEnd, chromium
 
 LOADER, LATENT, SAMPLER = "1", "4", "5"  # ids in the examples
-GGUF = os.environ.get("COMFYUI_GGUF_PATH")
-NEEDS_GGUF = [
-    pytest.mark.other_pack,
-    pytest.mark.skipif(not GGUF, reason="COMFYUI_GGUF_PATH does not say where ComfyUI-GGUF is"),
-]
-NAMES = [
-    pytest.param(path.stem, marks=NEEDS_GGUF if path.stem == "gguf" else [])
-    for path in sorted((EXAMPLES / "api").glob("*.json"))
-]
+NAMES = sorted(path.stem for path in (EXAMPLES / "api").glob("*.json"))
 COMPUTE, DONOR = ("cuda:0", "cpu") if NUM_ACCELERATORS else ("cpu", "sim:0")
 CHECKPOINT = "sd3_no_clip_weights.safetensors"
 SCREENSHOTS = ROOT / ".host" / "screenshots"
@@ -53,8 +44,7 @@ def server(request, checkpoints, tmp_path_factory):
         tree = fetch_comfyui(VERSIONS[0], Path(sys.executable))
         arguments += front_end_of(tree)
     (base / "custom_nodes").mkdir()
-    if GGUF:
-        (base / "custom_nodes" / "ComfyUI-GGUF").symlink_to(GGUF)
+    (base / "custom_nodes" / "gguf_pack").symlink_to(ROOT / "tests" / "gguf_pack")
     if not NUM_ACCELERATORS:
         arguments.append("--cpu")
         (base / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")

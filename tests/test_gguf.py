@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import os
 import sys
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from distorch2.loading import distribute
 from distorch2.weights.inventory import list_layers
 from distorch2.weights.quantised import carries_patches, is_gguf, plain_tensors
 
-PACK = os.environ.get("COMFYUI_GGUF_PATH")
-
 
 def by_the_tests(path):
     return comfy.sd.load_diffusion_model_state_dict(
@@ -39,7 +36,7 @@ def by_the_tests(path):
 def pack():
     """ComfyUI-GGUF, as ComfyUI imports it."""
     name = "comfyui_gguf_of_the_tests"
-    spec = importlib.util.spec_from_file_location(name, Path(PACK) / "__init__.py")
+    spec = importlib.util.spec_from_file_location(name, Path(gguf_files.PACK) / "__init__.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -55,13 +52,7 @@ def by_the_pack(path, pack, **options):
 @pytest.fixture(
     params=[
         "tests",
-        pytest.param(
-            "ComfyUI-GGUF",
-            marks=[
-                pytest.mark.other_pack,
-                pytest.mark.skipif(not PACK, reason="COMFYUI_GGUF_PATH does not say where ComfyUI-GGUF is"),
-            ],
-        ),
+        pytest.param("ComfyUI-GGUF", marks=gguf_files.NEEDS_PACK),
     ]
 )
 def load(request, tmp_path):

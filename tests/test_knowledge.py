@@ -102,11 +102,11 @@ def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, mon
     sample(model, clip)
     monkeypatch.setattr(Distribution, "computing_seconds", 2.0)
     note_runs()
-    run = knowledge.last_run((path,), DIFFUSION_MODEL, "sim:0")
+    run = knowledge.last_run((DIFFUSION_MODEL, (path,)), "sim:0")
     measured = {"sim:0": 3e9, "sim:1": 1e9}
     monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, _: measured[str(device)])
     memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
-    found = knowledge.speeds_for(AUTO, run.model_bytes, memory, run, False, True)
+    found = knowledge.speeds_for(AUTO, run.model_bytes, memory, run, True, True)
     # Half of it took three times as long.
     assert found.step_s == pytest.approx(1.0, rel=0.05)
 
@@ -119,21 +119,21 @@ def test_what_cannot_or_need_not_be_measured_is_not_known(monkeypatch, cards_dif
 
     monkeypatch.setattr(knowledge, "multiplications_per_second", fail)
     memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
-    found = knowledge.speeds_for(AUTO, 10**6, memory, None, False, True)
+    found = knowledge.speeds_for(AUTO, 10**6, memory, None, True, True)
     assert found.multiplications_per_s == {"sim:0": 5.0}
     asked = []
     monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, may_measure: asked.append(may_measure))
     monkeypatch.setattr(knowledge, "is_started", lambda device: False)
-    knowledge.speeds_for(AUTO, 10**6, memory, None, True, True)
-    assert asked == [False, False]  # a preview does not begin to use a card
     knowledge.speeds_for(AUTO, 10**6, memory, None, False, True)
+    assert asked == [False, False]  # a preview does not begin to use a card
+    knowledge.speeds_for(AUTO, 10**6, memory, None, True, True)
     assert asked[2:] == [True, True]
     monkeypatch.setattr(knowledge, "multiplications_per_second", None)
     assert (
-        knowledge.speeds_for(replace(AUTO, donor_mode="stream"), 10**6, memory, None, False, True) == knowledge.UNKNOWN
+        knowledge.speeds_for(replace(AUTO, donor_mode="stream"), 10**6, memory, None, True, True) == knowledge.UNKNOWN
     )
     memory["sim:1"] = replace(memory["sim:1"], can_compute=False)
-    assert knowledge.speeds_for(AUTO, 10**6, memory, None, False, True) == knowledge.UNKNOWN
+    assert knowledge.speeds_for(AUTO, 10**6, memory, None, True, True) == knowledge.UNKNOWN
 
 
 def test_measuring_is_done_once_and_leaves_nothing(monkeypatch):

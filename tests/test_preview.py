@@ -96,11 +96,17 @@ def test_a_file_that_is_no_text_encoder_is_said(tmp_path):
         shown(preview.text_encoder((str(path),), "flux"), request(0))
 
 
+@pytest.mark.parametrize("has_metadata", [False, True])
 @pytest.mark.parametrize("percent", [0, 50, 100])
-def test_a_gguf_file_lies_as_shown(tmp_path, percent):
+def test_a_gguf_file_lies_as_shown(tmp_path, percent, has_metadata):
+    """Newer versions of ComfyUI-GGUF read metadata, too."""
+
+    def read(path):
+        return (gguf_files.read(path), {"metadata": {}}) if has_metadata else gguf_files.read(path)
+
     path = gguf_files.write_flux(tmp_path / "flux.gguf", "Q8_0")
     loaders = types.ModuleType("loaders")
-    loaders.gguf_sd_loader, loaders.GGMLOps = gguf_files.read, lambda: gguf_files.Layers
+    loaders.gguf_sd_loader, loaders.GGMLOps = read, lambda: gguf_files.Layers
     found = shown(preview.gguf_diffusion_model(path, loaders), request(percent))
     options = {"custom_operations": gguf_files.Layers}
     model = distribute(comfy.sd.load_diffusion_model_state_dict(gguf_files.read(path), options), request(percent))
@@ -168,11 +174,11 @@ def test_a_replaced_file_is_read_again(checkpoints, tmp_path):
 
 
 def test_layers_of_a_few_files_are_kept(checkpoints, tmp_path):
-    for number in range(3 * preview._KEPT_FILES):
+    for number in range(3 * preview._KEPT_READINGS):
         path = tmp_path / f"{number}.safetensors"
         path.symlink_to(checkpoints("sd3_no_clip_weights"))
         of_checkpoint(str(path), request(50), request(0), COMPUTE)
-    assert preview._read.cache_info().currsize == preview._KEPT_FILES
+    assert preview._read.cache_info().currsize == preview._KEPT_READINGS
 
 
 def test_a_component_that_is_not_there_is_said(checkpoints):

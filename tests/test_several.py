@@ -87,7 +87,7 @@ def test_what_the_other_device_would_lend_it_keeps_for_itself(checkpoints, expec
 
 
 @pytest.mark.parametrize("text", ["sim:0,50%;cpu,50%", "sim:0,50%;sim:1,50%"])
-def test_a_model_of_another_packs_loader(checkpoints, tmp_path, text):
+def test_a_gguf_model_runs_on_several_devices(checkpoints, tmp_path, text):
     path = gguf_files.write_flux(tmp_path / "flux.gguf", "Q8_0")
 
     def load_gguf():

@@ -146,10 +146,10 @@ def fetch_packages(python: Path, *pins: str) -> Path:
 
     What the packages depend on is not fetched. The folder goes on PYTHONPATH; it has the packages' metadata too.
     """
-    folder = HOST_FOLDER / "newest" / "_".join(pins)
+    folder = HOST_FOLDER / "packages" / "_".join(pins)
     if folder.is_dir():
         return folder
-    _say(f"fetching into .host/newest: {', '.join(pins)}")
+    _say(f"fetching into .host/packages: {', '.join(pins)}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The folder gets its name when it is whole: an interrupted pip must not look like a finished one.
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

@@ -19,7 +19,7 @@ const MOST_LINKS = 50; // that are followed to the node that loads a file
 
 const COMPONENTS = { DistributeModelDisTorch2: "diffusion model", DistributeCLIPDisTorch2: "text encoder" };
 const FILE_INPUTS = /^(ckpt_name|unet_name|clip_name[1-4]?)$/;
-const READ_AS = ["type", "weight_dtype"]; // what else decides what is in a file
+const READ_AS = /^(type|weight_dtype)$/; // what else decides how it is read
 const LOADERS =
   /^(CheckpointLoader(Simple|Advanced)|UNETLoader|UnetLoaderGGUF(Advanced)?|(Dual|Triple|Quadruple)?CLIPLoader)(DisTorch2?)?(MultiGPU)?$/;
 const ALWAYS = 0; // the mode of a node that is neither muted nor bypassed
@@ -36,25 +36,24 @@ function isListed(node, name, value) {
   return !Array.isArray(listed) || listed.includes(value);
 }
 
-// What a loader reads, as {ckpt_name: ...}, say; null where that is not known from the headers of its files.
-function filesOf(node) {
+// The inputs that say what a loader reads, and as what: {ckpt_name: ...}, say. Null where that cannot be told before.
+function sourceOf(node) {
   if (!LOADERS.test(node.comfyClass ?? "")) return null;
-  const files = Object.entries(valuesOf(node)).filter(([name]) => FILE_INPUTS.test(name) || READ_AS.includes(name));
-  const isOfGguf = /GGUF/.test(node.comfyClass);
-  const readable = isOfGguf ? /\.gguf$/i : /\.(safetensors|sft)$/i;
-  const names = files.filter(([name]) => FILE_INPUTS.test(name));
-  const isKnown = ([name, value]) =>
-    readable.test(value ?? "") && isListed(node, name, value) && !(isOfGguf && name.startsWith("clip"));
-  return names.length && names.every(isKnown) ? Object.fromEntries(files) : null;
+  const inputs = Object.entries(valuesOf(node));
+  const files = inputs.filter(([name]) => FILE_INPUTS.test(name));
+  const readable = /GGUF/.test(node.comfyClass) ? /\.gguf$/i : /\.(safetensors|sft)$/i;
+  const isKnown = ([name, value]) => readable.test(value ?? "") && isListed(node, name, value);
+  if (!files.length || !files.every(isKnown)) return null;
+  return Object.fromEntries(inputs.filter(([name]) => FILE_INPUTS.test(name) || READ_AS.test(name)));
 }
 
-// The files of the loader that the node's model comes from, by way of nodes that pass it on.
-function filesBefore(node, type) {
+// The same of the loader that the node's model comes from, by way of nodes that pass it on.
+function sourceBefore(node, type) {
   for (let links = 0; links < MOST_LINKS; links++) {
     const slot = (node.inputs ?? []).findIndex((input) => input.type === type);
     node = slot < 0 ? null : node.getInputNode(slot);
     if (!node) return null;
-    if (LOADERS.test(node.comfyClass ?? "")) return node.mode === ALWAYS ? filesOf(node) : null;
+    if (LOADERS.test(node.comfyClass ?? "")) return node.mode === ALWAYS ? sourceOf(node) : null;
   }
   return null;
 }
@@ -63,9 +62,9 @@ function filesBefore(node, type) {
 function questionOf(node) {
   const component = COMPONENTS[node.comfyClass];
   const values = valuesOf(node);
-  const files = component ? filesBefore(node, component === "text encoder" ? "CLIP" : "MODEL") : filesOf(node);
-  if (!files || values.use_other_vram) return null;
-  const question = { ...values, ...files };
+  const source = component ? sourceBefore(node, component === "text encoder" ? "CLIP" : "MODEL") : sourceOf(node);
+  if (!source || values.use_other_vram) return null;
+  const question = { ...values, ...source };
   if (component) question.component = component;
   if (!("unet_compute_device" in values)) {
     question.compute_device = values.compute_device ?? values.device;

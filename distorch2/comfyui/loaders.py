@@ -10,10 +10,11 @@ option for the device, so it is called once for each. The file is read once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ _META = torch.device("meta")
 _READ_BYTES = 64 * 1024
 """Of a header's tensors, up to this size: markers of quantisation, and what ComfyUI looks at to tell models apart."""
 _READ_VOCABULARY_BYTES = 64 * 1024**2
-"""Of those that are rows of bytes: the vocabulary of a text encoder."""
+"""The same of those that are one row of bytes: files of text encoders have vocabularies in them (`spiece_model`)."""
 _DTYPES_BY_NAME = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -117,7 +118,7 @@ def read_shapes(ckpt_path: str) -> Weights:
 
 def build_without_memory(weights: Weights, unet_device: str, clip_device: str, vae_device: str) -> Built:
     """The models of `read_shapes`, as they would be loaded. Raises `CheckpointError` for what is no checkpoint."""
-    with _as_no_checkpoint(weights.path):
+    with _refused_as(lambda _: _not_a_checkpoint(weights.path)):
         detected = _detect(weights)
         if detected.config is None:
             raise _not_a_checkpoint(weights.path)
@@ -131,7 +132,7 @@ def build_diffusion_model_without_memory(
 ) -> torch.nn.Module:
     """The same for a file that has no other part; with its weights in `dtype`, where that is asked for. Raises
     `CheckpointError` also where ComfyUI converts the names of its tensors."""
-    with _as_no_checkpoint(weights.path):
+    with _refused_as(lambda _: _not_a_checkpoint(weights.path)):
         detected = _detect_alone(weights)
         if detected is None:
             raise _not_a_checkpoint(weights.path)
@@ -139,18 +140,20 @@ def build_diffusion_model_without_memory(
 
 
 def build_gguf_diffusion_model(path: str, pack: Any, device: str) -> torch.nn.Module:
-    """The diffusion model of a GGUF file, whose weights stay in the file, mapped into memory. `pack` is the module of
-    ComfyUI-GGUF that has its loaders. Raises `CheckpointError` for other files."""
+    """The diffusion model of a GGUF file, whose weights stay in the file, mapped into memory.
+
+    `pack` is the module of ComfyUI-GGUF that has its loaders. Raises `CheckpointError` for other files.
+    """
     options = {
         "custom_operations": pack.GGMLOps(),
         "load_device": torch.device(device),
         "offload_device": CPU,
     }
-    with _as_no_checkpoint(path):
+    with _refused_as(lambda _: _not_a_checkpoint(path)):
         found = pack.gguf_sd_loader(path)
-        weights, *more = found if isinstance(found, tuple) else (found,)
+        state_dict, *more = found if isinstance(found, tuple) else (found,)  # newer ones return metadata as well
         metadata = more[0].get("metadata") if more else None
-        patcher = core.sd.load_diffusion_model_state_dict(weights, options, metadata=metadata, disable_dynamic=True)
+        patcher = core.sd.load_diffusion_model_state_dict(state_dict, options, metadata=metadata, disable_dynamic=True)
         if patcher is None:
             raise _not_a_checkpoint(path)
     return patcher.model
@@ -161,21 +164,22 @@ def build_text_encoder_without_memory(
 ) -> tuple[torch.nn.Module, str]:
     """The text encoder of files of its own, as `read_shapes` has them, and the device that it would compute on.
 
-    `clip_type` is as for `clip_type_named`. Raises `CheckpointError` for other files.
+    Raises `ValueError` as `clip_type_named`, and `CheckpointError` for other files.
     """
-    first = torch.device(device)
+    type_of_clip, asked = clip_type_named(clip_type), torch.device(device)
+    # With `asked` as the device to load on, ComfyUI would move it to the CPU where that lacks a dtype of it.
     options = {
-        "dtype": mm.text_encoder_dtype(first),
+        "dtype": mm.text_encoder_dtype(asked),
         "load_device": CPU,
         "offload_device": CPU,
         "initial_device": _META,
     }
-    with _as_no_text_encoder([weights.path for weights in files]):
+    with _refused_as(functools.partial(no_text_encoder, [weights.path for weights in files])):
         state_dicts = [_without_values(weights) for weights in files]
         clip = core.sd.load_text_encoder_state_dicts(
-            state_dicts, clip_type=clip_type_named(clip_type), model_options=options, disable_dynamic=True
+            state_dicts, clip_type=type_of_clip, model_options=options, disable_dynamic=True
         )
-    return clip.cond_stage_model, str(_device_of_encoder(clip.cond_stage_model, first))
+    return clip.cond_stage_model, str(device_of_encoder(clip.cond_stage_model, asked))
 
 
 def clip_type_named(name: str) -> Any:
@@ -187,22 +191,15 @@ def clip_type_named(name: str) -> Any:
 
 
 def _without_values(weights: Weights) -> dict[str, Any]:
-    """With quantisation markers in today's form, and of numbers with a fraction only the shapes."""
+    """With quantisation markers in today's form. Floating-point tensors have no values: torch warns of each that is
+    copied to a tensor without memory."""
     state_dict, _ = core.utils.convert_old_quants(dict(weights.state_dict), "", metadata=weights.metadata)
     return {name: value.to(_META) if value.is_floating_point() else value for name, value in state_dict.items()}
 
 
-def _device_of_encoder(encoder: Any, device: torch.device) -> torch.device:
-    """ComfyUI computes it on the CPU when the device lacks a dtype of it."""
+def device_of_encoder(encoder: Any, device: torch.device) -> torch.device:
+    """ComfyUI computes a text encoder on the CPU when the device lacks a dtype of it."""
     return device if all(mm.supports_cast(device, dtype) for dtype in encoder.dtypes) else CPU
-
-
-@contextlib.contextmanager
-def _as_no_text_encoder(paths: Sequence[str]) -> Iterator[None]:
-    try:
-        yield
-    except (*NO_SUCH_FORMAT, AssertionError, IndexError, RuntimeError) as error:
-        raise no_text_encoder(paths, error) from error
 
 
 def no_text_encoder(paths: Sequence[str], error: Exception) -> CheckpointError:
@@ -210,14 +207,14 @@ def no_text_encoder(paths: Sequence[str], error: Exception) -> CheckpointError:
 
 
 @contextlib.contextmanager
-def _as_no_checkpoint(path: str) -> Iterator[None]:
+def _refused_as(mistake: Callable[[Exception], CheckpointError]) -> Iterator[None]:
     """What ComfyUI raises for a file that holds something else, as an error that says so."""
     try:
         yield
     except CheckpointError:
         raise
     except (*NO_SUCH_FORMAT, AssertionError, IndexError, RuntimeError) as error:
-        raise _not_a_checkpoint(path) from error
+        raise mistake(error) from error
 
 
 def _model_without_memory(detected: Detected, device: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
@@ -248,7 +245,7 @@ def _text_encoder_without_memory(detected: Detected, clip_device: str) -> tuple[
     encoder = target.clip(**{**target.params, **given})
     with _tensors_as_built(encoder):
         encoder.load_state_dict(state_dict, strict=False, assign=True)
-    return encoder, str(_device_of_encoder(encoder, device))
+    return encoder, str(device_of_encoder(encoder, device))
 
 
 def read(ckpt_path: str) -> Weights:

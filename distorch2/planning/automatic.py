@@ -1,10 +1,10 @@
 """`auto`: how much of a model each device is to keep, chosen by how long a step would take. Pure: numbers only.
 
 The compute device keeps what it has room for. Of what is left, other accelerators run a part (relay), and the rest is
-copied to the compute device while that computes; while another does, there is room for little of what comes next.
-Accelerators of the same speed cost nothing but their memory, so they are filled; of slower ones so much is used that a
-step is shortest: each byte there makes computing longer, and copying shorter. What crosses over between accelerators is
-not counted: it is a hundredth of the weights or less.
+copied to the compute device while it computes. While another device computes, the staging buffer has room for little of
+what comes next, so copies wait. Accelerators of the same speed cost nothing but their memory, so they are filled; of
+slower ones so much is used that a step is shortest: each byte there makes computing longer, and copying shorter. What
+crosses over between accelerators is not counted: it is a hundredth of the weights or less.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def choose(
 
         def step_of(choice: Mapping[str, int]) -> float:
             elsewhere = sum(choice.values())
-            computing_s = step_s * computing_part(choice, model_bytes, slowness)
             at_home_s = step_s * (1 - elsewhere / model_bytes)
-            return computing_s - at_home_s + max(at_home_s, (left - elsewhere) / link)
+            elsewhere_s = step_s * computing_part(choice, model_bytes, slowness) - at_home_s
+            return elsewhere_s + max(at_home_s, (left - elsewhere) / link)
 
         most = sum(relayed.values())
         choices = [most * number // _NUM_CHOICES for number in range(_NUM_CHOICES, -1, -1)]

@@ -70,11 +70,11 @@ def make_plan(
 def _plan_to_pack(
     layers: Sequence[Layer], request: ComponentRequest, memory: Mapping[str, DeviceMemory], speeds: Speeds
 ) -> Plan:
-    """What the compute device has no room for may have room there when it is packed."""
+    """As if weights on the compute device were packed: more of them have room there."""
     compute_memory = memory[request.compute_device]
     room = None
     if isinstance(request.allocation, Automatic) and compute_memory.free_bytes is not None:
-        # What has no room there when it is packed may have room on others.
+        # What does not fit even packed may have room on other cards. `choose` takes `keep_bytes` off again.
         keep_bytes = request.allocation.keep_bytes
         room = keep_bytes + unpacked_bytes(max(0, compute_memory.free_bytes - keep_bytes))
     with_room = {**memory, request.compute_device: replace(compute_memory, free_bytes=room)}
@@ -83,7 +83,7 @@ def _plan_to_pack(
         return plan
     note = (
         f"{plan.compute_device} has {size_text(compute_memory.free_bytes)} free of the "
-        f"{size_text(plan.compute_bytes)} asked; weights there are packed, and what does not fit then is on cpu"
+        f"{size_text(plan.compute_bytes)} planned; weights there are packed, and what does not fit then is on cpu"
     )
     return replace(plan, notes=(*plan.notes, note))
 

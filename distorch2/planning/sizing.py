@@ -66,7 +66,7 @@ def packed_bytes(num_bytes: int) -> int:
 
 
 def unpacked_bytes(num_bytes: int) -> int:
-    """How much is about `num_bytes` when it is packed."""
+    """How many bytes are packed to about `num_bytes`."""
     return int(num_bytes / _PACKED_PART)
 
 

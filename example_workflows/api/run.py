@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -18,32 +17,33 @@ from typing import Any
 _PAUSE_S = 0.5
 
 
-def changed(prompt: dict[str, Any], changes: list[str]) -> dict[str, Any]:
-    """The prompt with inputs changed: each change is `NODE.INPUT=VALUE`, with the node's number. Raises `SystemExit`
-    for another form, and for an input that is not there."""
-    for change in changes:
-        name, is_given, text = change.partition("=")
+def change(prompt: dict[str, Any], changes: list[str]) -> None:
+    """Change inputs: each change is `NODE.INPUT=VALUE`, with the node's number.
+
+    Raises `SystemExit` for another form, and for an input that is not there.
+    """
+    for each in changes:
+        name, is_given, text = each.partition("=")
         node, _, field = name.partition(".")
         if not is_given or field not in prompt.get(node, {}).get("inputs", {}):
-            inputs = [f"{number}.{each}" for number, found in prompt.items() for each in found["inputs"]]
-            raise SystemExit(f"{change!r} changes nothing here; use NODE.INPUT=VALUE, with one of {', '.join(inputs)}")
+            inputs = [f"{number}.{input_name}" for number, found in prompt.items() for input_name in found["inputs"]]
+            raise SystemExit(f"{each!r} changes nothing here; use NODE.INPUT=VALUE, with one of {', '.join(inputs)}")
         try:
             prompt[node]["inputs"][field] = json.loads(text)
         except ValueError:
             prompt[node]["inputs"][field] = text
-    return prompt
 
 
 def run(server: str, prompt: dict[str, Any]) -> dict[str, Any]:
     """What ComfyUI has in its history of the prompt, once it is done. Raises `SystemExit` if it is refused or fails."""
     request = urllib.request.Request(f"{server}/prompt", json.dumps({"prompt": prompt}).encode())
     try:
-        number = json.load(urllib.request.urlopen(request))["prompt_id"]
+        prompt_id = json.load(urllib.request.urlopen(request))["prompt_id"]
     except urllib.error.HTTPError as error:
         raise SystemExit(f"ComfyUI refuses the workflow:\n{json.dumps(json.load(error), indent=2)}") from error
-    while not (history := json.load(urllib.request.urlopen(f"{server}/history/{number}"))):
+    while not (history := json.load(urllib.request.urlopen(f"{server}/history/{prompt_id}"))):
         time.sleep(_PAUSE_S)
-    found = history[number]
+    found = history[prompt_id]
     for event, data in found["status"]["messages"]:
         if event == "execution_error":
             raise SystemExit(f"{data['node_type']} failed: {data['exception_message']}")
@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("--server", default="http://127.0.0.1:8188")
     parser.add_argument("--output", type=Path, default=Path("."), help="a folder for the pictures")
     given = parser.parse_args()
-    outputs = run(given.server, changed(json.loads(given.workflow.read_text()), given.set))["outputs"]
+    prompt = json.loads(given.workflow.read_text())
+    change(prompt, given.set)
+    outputs = run(given.server, prompt)["outputs"]
     for output in outputs.values():
         for table in output.get("distorch2_placement", []):  # what lies where; absent if the model was loaded before
             print(table)
@@ -71,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
