@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import nodes as comfyui_nodes
 from . import device_utils
 from .distorch2 import components, loading
 from .distorch2.comfyui import whole
+from .distorch2.comfyui.loaders import NO_SUCH_GGUF, cannot_read_gguf
 from .distorch2.planning.plan import ComponentRequest, PlanError, VirtualVram
 from .distorch2.weights.checkpoint_file import check_file
 from .nodes import mistakes_in, placement_of, request_for, selectable_devices, selectable_donors
@@ -229,11 +231,11 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
     ):
         path = folder_paths.get_full_path_or_raise("diffusion_models", inputs["unet_name"])
         model = loading.load_diffusion_model(path, request)
-        return {"ui": placement_of({components.DIFFUSION_MODEL: model}), "result": (model,)}
+        return {"ui": placement_of({components.DIFFUSION_MODEL: model}, title=_title((path,))), "result": (model,)}
     device = torch.device(request.compute_device)
     served: dict[str, Any] = {}
     notes, result = [], []
-    for number, (kind, output) in enumerate(zip(loader.outputs, _run(loader.node_class, inputs), strict=False)):
+    for number, (kind, output) in enumerate(zip(loader.outputs, _outputs_of(loader, inputs), strict=False)):
         if output is not None and kind in _COMPONENTS:
             _note_origin(loader, inputs, number, output)
         if kind == "MODEL":
@@ -246,7 +248,11 @@ def _with_placement(loader: _Loader, request: ComponentRequest, inputs: Mapping[
             output, note = _placed_whole(kind, output, device)
             notes.append(note)
         result.append(output)
-    return {"ui": placement_of(served, notes), "result": tuple(result)}
+    return {"ui": placement_of(served, notes, _title(_paths_of(loader, inputs))), "result": tuple(result)}
+
+
+def _title(files: Sequence[str]) -> str:
+    return ", ".join(map(os.path.basename, files))
 
 
 def _loaded_checkpoint(name: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str) -> dict[str, Any]:
@@ -268,7 +274,7 @@ def _loaded_text_encoder(inputs: Mapping[str, Any], request: ComponentRequest) -
         request,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
     )
-    return {"ui": placement_of({components.TEXT_ENCODER: clip.patcher}), "result": (clip,)}
+    return {"ui": placement_of({components.TEXT_ENCODER: clip.patcher}, title=_title(names)), "result": (clip,)}
 
 
 def clip_type_of(name: str) -> str:
@@ -293,11 +299,21 @@ def _placed_whole(kind: str, output: Any, device: torch.device) -> tuple[Any, st
         "CLIP_VISION": whole.place_clip_vision,
         "CONTROL_NET": whole.place_control_net,
     }[kind]
-    name = kind.lower().replace("_", " ")
+    name = {"VAE": "VAE", "CLIP_VISION": "CLIP Vision", "CONTROL_NET": "ControlNet"}[kind]
     try:
-        return place(output, device), f"{name}: whole, on {device}"
+        return place(output, device), f"{name}: whole, on {device}; it is never split"
     except PlanError as error:
         return output, f"{name}: as it was loaded, since {error}"
+
+
+def _outputs_of(loader: _Loader, inputs: Mapping[str, Any]) -> Sequence[Any]:
+    """Raises `CheckpointError` for a GGUF file that cannot be read, which ComfyUI-GGUF does not name."""
+    try:
+        return _run(loader.node_class, inputs)
+    except NO_SUCH_GGUF as error:
+        if not loader.is_of_gguf:
+            raise
+        raise cannot_read_gguf(", ".join(_paths_of(loader, inputs)), error) from error
 
 
 def _note_origin(loader: _Loader, inputs: Mapping[str, Any], number: int, output: Any) -> None:

@@ -366,12 +366,13 @@ def request_for(
     return ComponentRequest(compute_device, allocation, donor_mode, pack_weights)
 
 
-def placement_of(patchers: Mapping[str, Any], notes: Iterable[str] = ()) -> dict[str, list[str]]:
-    """What web/distorch2.js shows on a node: where the components' weights lie, by component."""
+def placement_of(patchers: Mapping[str, Any], notes: Iterable[str] = (), title: str = "") -> dict[str, list[str]]:
+    """What web/distorch2.js shows on a node: where the components' weights lie, by component. `title` names the files,
+    where these are known."""
     plans = {component: patcher.distribution.asked for component, patcher in patchers.items()}
     names = ", ".join(type(patcher.model).__name__ for patcher in patchers.values())
     modules = {component: patcher.model for component, patcher in patchers.items()}
-    return {"distorch2_placement": [loading.report_of(names, plans, modules, notes)]}
+    return {"distorch2_placement": [loading.report_of(title or names, plans, modules, notes)]}
 
 
 NODES = (

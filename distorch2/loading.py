@@ -30,7 +30,7 @@ from .comfyui.sharing import clone_sharing, unload
 from .components import DIFFUSION_MODEL, TEXT_ENCODER, VAE, note_runs, origin_of, reload_component
 from .moving.file_reader import bytes_per_second
 from .planning.plan import GIB, ComponentRequest, Plan, PlanError, size_text
-from .plans import Found, make_plans, plan_component
+from .plans import Found, make_plans, notes_on_speed, plan_component
 from .report import render_table, rows_of_plan
 from .serving import host_memory
 from .weights.checkpoint_file import check_file
@@ -41,8 +41,6 @@ from .weights.sources import file_of
 
 logger = logging.getLogger(__name__)
 
-_NOT_PAGE_LOCKED = ("xpu", "npu", "mlu")
-"""Kinds of accelerators for which ComfyUI page-locks no memory that it has already."""
 _COMPILED = "torch_compile_kwargs"
 """Where ComfyUI's node notes among a model's options that it is compiled."""
 _EVERYTHING = 1e32
@@ -227,8 +225,8 @@ def load_text_encoder(
     high_precision_loras: bool = True,
     embedding_directory: list[str] | str | None = None,
 ) -> core.sd.CLIP:
-    """Load a text encoder of one file or several. `clip_type` is a name of ComfyUI's `CLIPType` in any case, as its
-    nodes have it: `flux`, `wan` and so on.
+    """Load a text encoder of the files at `paths`, one or several. `clip_type` is a name of ComfyUI's `CLIPType` in any
+    case, as its nodes have it: `flux`, `wan` and so on.
 
     Raises as `load_checkpoint`, and `ValueError` for another type.
     """
@@ -245,7 +243,7 @@ def load_text_encoder(
             model_options=devices,
         )
     except NO_SUCH_FORMAT as error:
-        raise no_text_encoder(paths, error) from error
+        raise no_text_encoder(paths, clip_type) from error
     return distribute_clip(clip, request, high_precision_loras, is_new=True)
 
 
@@ -286,23 +284,12 @@ def report_of(
     those of the components that may lie on donors."""
     rows = [row for component, plan in plans.items() for row in rows_of_plan(component, plan)]
     of_plans = [f"{component}: {note}" for component, plan in plans.items() for note in plan.notes]
-    of_plans += [note for component, plan in plans.items() for note in _notes_on_speed(component, plan)]
+    of_plans += [note for component, plan in plans.items() for note in notes_on_speed(component, plan)]
     for component, module in modules.items():
         of_plans += _notes_on_disk(component, plans[component], module)
     report = render_table(f"DisTorch2: {title}", rows, [*of_plans, *notes])
     logger.info(report)
     return report
-
-
-def _notes_on_speed(component: str, plan: Plan) -> Iterator[str]:
-    """What makes a component slow, and can be chosen otherwise."""
-    accelerator = next((str(device) for device in mm.get_all_torch_devices() if device.type != "cpu"), None)
-    if component != VAE and plan.compute_device == "cpu" and accelerator and plan.model_bytes >= GIB:
-        yield f"{component}: computes on cpu, which is slow for one of its size; choose {accelerator} for speed"
-    if torch.device(plan.compute_device).type in _NOT_PAGE_LOCKED and any(
-        item.device == "cpu" for item in plan.streamed
-    ):
-        yield f"{component}: main memory is not page-locked for {plan.compute_device}, and is copied more slowly"
 
 
 def _notes_on_disk(component: str, plan: Plan, module: torch.nn.Module) -> Iterator[str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from .comfyui.core import mm
 from .comfyui.loaders import (
     build_diffusion_model_without_memory,
-    build_gguf_diffusion_model,
+    build_gguf_without_memory,
     build_text_encoder_without_memory,
     build_without_memory,
     read_shapes,
@@ -20,11 +21,14 @@ from .comfyui.memory import memory_of
 from .components import DIFFUSION_MODEL, TEXT_ENCODER, VAE, note_runs
 from .knowledge import Files, Origin, last_run, memory_beside_activations, speeds_for
 from .moving.unpacking import reason_against
-from .planning.plan import AUTO, OFF, ON, ComponentRequest, DeviceMemory, Layer, Plan
+from .planning.plan import AUTO, GIB, OFF, ON, ComponentRequest, DeviceMemory, Layer, Plan
 from .planning.planner import make_plan
 from .weights.inventory import list_layers
 
 logger = logging.getLogger(__name__)
+
+_NOT_PAGE_LOCKED = ("xpu", "npu", "mlu")
+"""Kinds of accelerators for which ComfyUI page-locks no memory that it has already."""
 
 
 def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentRequest, vae_device: str) -> dict[str, Plan]:
@@ -32,7 +36,7 @@ def plan_checkpoint(ckpt_path: str, unet: ComponentRequest, clip: ComponentReque
 
     Of a safetensors file only the header is read, and nothing is loaded: it takes about a tenth of a second, and a
     little more the first time that `auto` is planned for cards that differ. Raises as `load_checkpoint`, and
-    `CheckpointError` also for a file in another format, or in which ComfyUI detects no more than a diffusion model.
+    `CheckpointError` also for a file in another format.
     """
     memory = memory_of([unet, clip], vae_device)
     found = layers_of_checkpoint((ckpt_path,), unet.compute_device, clip.compute_device, vae_device)
@@ -66,9 +70,9 @@ def layers_of_diffusion_model(files: Files, dtype: torch.dtype | None, device: s
 
 
 def layers_of_gguf_diffusion_model(files: Files, pack: Any, device: str) -> dict[str, Found]:
-    """The same of a GGUF file, which is mapped into memory. `pack` is as for `build_gguf_diffusion_model`."""
+    """The same of a GGUF file, which is mapped into memory. `pack` is as for `build_gguf_without_memory`."""
     (path,) = files
-    return {DIFFUSION_MODEL: Found(list_layers(build_gguf_diffusion_model(path, pack, device)), device)}
+    return {DIFFUSION_MODEL: Found(list_layers(build_gguf_without_memory(path, pack, device)), device)}
 
 
 def layers_of_text_encoder(files: Files, clip_type: str, device: str) -> dict[str, Found]:
@@ -130,3 +134,14 @@ def _without_donated(memory: DeviceMemory, plan: Plan, device: str) -> DeviceMem
     if memory.free_bytes is None or device not in plan.donors:
         return memory
     return replace(memory, free_bytes=max(0, memory.free_bytes - plan.bytes_on(device)))
+
+
+def notes_on_speed(component: str, plan: Plan) -> Iterator[str]:
+    """What makes a component slow, and can be chosen otherwise."""
+    accelerator = next((str(device) for device in mm.get_all_torch_devices() if device.type != "cpu"), None)
+    if component != VAE and plan.compute_device == "cpu" and accelerator and plan.model_bytes >= GIB:
+        yield f"{component}: computes on cpu, which is slow for one of its size; choose {accelerator} for speed"
+    if torch.device(plan.compute_device).type in _NOT_PAGE_LOCKED and any(
+        item.device == "cpu" for item in plan.streamed
+    ):
+        yield f"{component}: main memory is not page-locked for {plan.compute_device}, and is copied more slowly"

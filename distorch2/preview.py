@@ -27,6 +27,7 @@ from .plans import (
     layers_of_gguf_diffusion_model,
     layers_of_text_encoder,
     make_plans,
+    notes_on_speed,
 )
 from .report import rows_of_plan
 from .serving.distribution import Distribution
@@ -63,7 +64,7 @@ def diffusion_model(path: str, dtype: torch.dtype | None = None) -> Source:
 
 
 def gguf_diffusion_model(path: str, pack: Any) -> Source:
-    """`pack` is as for `build_gguf_diffusion_model`."""
+    """`pack` is as for `build_gguf_without_memory`."""
     return Source((path,), (DIFFUSION_MODEL,), layers_of_gguf_diffusion_model, (pack,))
 
 
@@ -140,6 +141,7 @@ def _preview_of(
         for name, num_bytes in planned.items()
     ]
     notes = [f"{name}: {note}" for name, plan in plans.items() for note in plan.notes]
+    notes += [note for name, plan in plans.items() for note in notes_on_speed(name, plan)]
     return {"components": components, "devices": devices, "warnings": [*notes, *_warnings(devices)]}
 
 
@@ -160,11 +162,11 @@ def _read(source: Source, versions: tuple[object, ...], devices: tuple[str, ...]
 
 @contextlib.contextmanager
 def _unlogged() -> Iterator[None]:
-    """ComfyUI logs what it builds, as if that was loaded."""
+    """ComfyUI logs what it builds, and warns of what is not in the files, as if that was loaded."""
     thread, logger = threading.get_ident(), logging.getLogger()
 
     def is_kept(record: logging.LogRecord) -> bool:
-        return record.thread != thread or record.levelno > logging.INFO
+        return record.thread != thread or record.levelno > logging.WARNING
 
     logger.addFilter(is_kept)
     try:

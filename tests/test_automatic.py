@@ -1,6 +1,7 @@
 """`auto`: which shares are chosen, from numbers alone, and what is learnt from a run on simulated accelerators."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -117,3 +118,12 @@ def test_without_another_card_it_lies_on_the_cpu():
     plan = make_plan(PACKABLE, ComponentRequest(HOME, allocation, pack_weights="on"), memory)
     assert plan.bytes_on("cpu") > 0
     assert plan.within(500 * MIB).compute_bytes <= 500 * MIB
+
+
+def test_what_cannot_be_packed_is_left_to_other_cards():
+    """Of 1000 MiB, 100 are bf16, which leave room for 24 more."""
+    layers = [replace(layer, is_bf16=number < 10) for number, layer in enumerate(PACKABLE)]
+    memory = {HOME: DeviceMemory(GIB, 500 * MIB), PEER: DeviceMemory(GIB, 900 * MIB), "cpu": DeviceMemory(GIB)}
+    plan = make_plan(layers, ComponentRequest(HOME, parse_allocation("auto", tuple(memory)), pack_weights="on"), memory)
+    assert plan.bytes_on(HOME) / MIB == pytest.approx(524, abs=10)
+    assert plan.bytes_on(PEER) == 1000 * MIB - plan.bytes_on(HOME)

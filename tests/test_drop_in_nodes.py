@@ -181,7 +181,7 @@ def test_separate_files_give_the_bits_of_cores_loaders(server, way):
     is_streamed = re.search(rf"^  diffusion model +{donor} +streamed", server.log[before:], re.MULTILINE)
     assert bool(is_streamed) == (way != "whole")
     if way != "whole":
-        assert re.search(r"^  note: vae: whole, on ", server.log[before:], re.MULTILINE)
+        assert re.search(r"^  note: VAE: whole, on ", server.log[before:], re.MULTILINE)
 
 
 def distributed(prompt, percent):
@@ -334,7 +334,9 @@ def test_gguf_loaders(checkpoints, tmp_path, name):
     if NUM_ACCELERATORS == 0:
         (tmp_path / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
     (tmp_path / "models" / "diffusion_models").mkdir(parents=True)
-    gguf_files.write_flux(tmp_path / "models" / "diffusion_models" / "flux.gguf", "Q4_K")
+    flux = tmp_path / "models" / "diffusion_models" / "flux.gguf"
+    gguf_files.write_flux(flux, "Q4_K")
+    flux.with_name("cut_off.gguf").write_bytes(flux.read_bytes()[:100_000])
     with start(NEWEST, tmp_path, checkpoints) as server:
         of_gguf = [each for each in OF_GGUF if each.startswith("UnetLoaderGGUF") and "Advanced" not in each]
         assert_as_listed(server, [*OF_CORE, *(of_gguf if is_of_tests else OF_GGUF)])
@@ -364,3 +366,6 @@ def test_gguf_loaders(checkpoints, tmp_path, name):
                     row = rf"diffusion model +{part['device']} +{part['served']} +{part['layers']} "
                     assert re.search(row, server.log[before:])
         assert all(torch.equal(each, latents[0]) for each in latents)
+        cut_off = ("UnetLoaderGGUFDisTorch2MultiGPU", {"unet_name": "cut_off.gguf", **split("compute_device")})
+        message = error_of(server.run(separate_files(server, [cut_off, text, vae])))["exception_message"]
+        assert re.match(r"ComfyUI-GGUF cannot read .*cut_off\.gguf \(", message)

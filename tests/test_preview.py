@@ -113,6 +113,17 @@ def test_a_gguf_file_lies_as_shown(tmp_path, percent, has_metadata):
     assert parts_of(found, DIFFUSION_MODEL) == parts_of_plan(model.distribution.asked)
 
 
+@pytest.mark.parametrize("part", [0, 0.01, 0.5])
+def test_a_damaged_gguf_file_is_said(tmp_path, part):
+    path = tmp_path / "flux.gguf"
+    whole = Path(gguf_files.write_flux(path, "Q8_0")).read_bytes()
+    path.write_bytes(whole[: int(len(whole) * part)])
+    loaders = types.ModuleType("loaders")
+    loaders.gguf_sd_loader = gguf_files.read
+    with pytest.raises(CheckpointError, match=r"ComfyUI-GGUF cannot read .*flux\.gguf \("):
+        shown(preview.gguf_diffusion_model(str(path), loaders), request(0))
+
+
 @pytest.mark.parametrize("percent", [0, 25, 50, 90, 100])
 def test_what_is_distributed_lies_as_shown(checkpoints, percent):
     path, asked = checkpoints("sd3"), request(percent)

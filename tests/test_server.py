@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -242,23 +243,57 @@ def test_the_script_of_the_examples_runs_a_workflow(server, tmp_path):
     workflow = tmp_path / "workflow.json"
     workflow.write_text(json.dumps(prompt_for(server, "flux.safetensors")))
 
-    def script(*changes):
+    def script(*changes, file=workflow, address=server.url):
+        command = [sys.executable, EXAMPLES / "api" / "run.py", file, "--server", address, "--output", tmp_path / "new"]
         changes = [f"--set={change}" for change in changes]
-        command = [sys.executable, EXAMPLES / "api" / "run.py", workflow, "--server", server.url, "--output", tmp_path]
         return subprocess.run([*command, *changes], capture_output=True, text=True)
 
-    run = script("1.ckpt_name=sd3.safetensors", "5.seed=7", "1.unet_expert_mode_allocations=cpu,*")
+    run = script(
+        "1.ckpt_name=sd3.safetensors",
+        "5.seed=7",
+        "5.cfg=2.5",
+        "1.eject_models=False",
+        "1.unet_expert_mode_allocations=cpu,*",
+        "2.text=true",
+        address=f"{server.url}/",
+    )
     assert run.returncode == 0, run.stderr
     assert "DisTorch2: sd3.safetensors" in run.stdout
-    (picture,) = tmp_path.glob("*.png")
+    (picture,) = (tmp_path / "new").glob("*.png")
     assert picture.name in run.stdout
     with Image.open(picture) as image:
         assert image.size == (64, 64)
+        sent = json.loads(image.info["prompt"])
+    assert (sent["1"]["inputs"]["eject_models"], sent["2"]["inputs"]["text"]) == (False, "true")
     for change, message in {
         "1.nothing=1": "'1.nothing=1' changes nothing here; use NODE.INPUT=VALUE, with one of 1.ckpt_name, ",
-        "1.unet_expert_mode_allocations=cpu,2q": "unknown unit 'q'",
-        "1.ckpt_name=flux.safetensors": "failed: ",
+        "2.clip=1": "'2.clip=1' changes nothing here",
+        "5.seed=x": "5.seed is 'x'; use a value like ",
+        "1.eject_models=maybe": "1.eject_models is 'maybe'; use a value like false",
+        "1.unet_expert_mode_allocations=cpu,2q": "unknown unit 'q'; use b, kb, mb, gb or tb\n    cpu,2q\n",
+        "1.ckpt_name=flux.safetensors": "CLIPTextEncode failed: ",
     }.items():
         run = script(change)
-        assert run.returncode == 1
-        assert message in run.stderr
+        assert (run.returncode, message in run.stderr) == (1, True), run.stderr
+    run = script(address="http://127.0.0.1:9")
+    assert (run.returncode, "does ComfyUI run there?" in run.stderr) == (1, True), run.stderr
+    run = script(file=EXAMPLES / "one_small_card.json")
+    assert (run.returncode, "is not in API format" in run.stderr) == (1, True), run.stderr
+    run = script(file=tmp_path / "none.json")
+    assert (run.returncode, "cannot read" in run.stderr) == (1, True), run.stderr
+
+
+@on_newest
+def test_the_script_says_that_a_run_was_interrupted(server, tmp_path):
+    workflow = tmp_path / "workflow.json"
+    prompt = prompt_for(server, "sd3.safetensors")
+    prompt["5"]["inputs"] |= {"steps": 10_000, "seed": 8}
+    workflow.write_text(json.dumps(prompt))
+    command = [sys.executable, EXAMPLES / "api" / "run.py", workflow, "--server", server.url]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as running:
+        while running.poll() is None and not server.get("/queue")["queue_running"]:
+            time.sleep(0.1)
+        time.sleep(2)
+        server.post("/interrupt", {})
+        _, said = running.communicate(timeout=60)
+    assert (running.returncode, "was interrupted" in said) == (1, True), said

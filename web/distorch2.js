@@ -8,6 +8,7 @@ const TABLE = "distorch2_placement";
 const PREVIEW = "distorch2_preview";
 const LOOK_AGAIN_MS = 300;
 const COLUMNS = 64; // the table has fewer; its title and notes may have more, and are wrapped
+const LEAST_COLUMNS = 24; // of the preview, which is as wide as the node
 const FONT_PX = 10;
 const CHARACTER_PX = 6.2; // a little more than in the usual monospaced fonts
 const LINE_PX = 14;
@@ -35,6 +36,11 @@ function isListed(node, name, value) {
   const listed = node.widgets.find((widget) => widget.name === name).options?.values;
   return !Array.isArray(listed) || listed.includes(value);
 }
+
+const moduleOf = (nodeType) => nodeType?.nodeData?.python_module;
+
+// Another pack has nodes by the same names.
+const isOurs = (node) => moduleOf(node.constructor) === moduleOf(LiteGraph.registered_node_types.DistributeModelDisTorch2);
 
 // The inputs that say what a loader reads, and as what: {ckpt_name: ...}, say. Null where that cannot be told before.
 function sourceOf(node) {
@@ -132,13 +138,13 @@ function costOf({ copying_s, computing_s, hidden }) {
     : `, ${took}: a step takes about ${(copying_s / computing_s).toFixed(1)} times as long as without`;
 }
 
-function componentLines(component) {
+function componentLines(component, columns) {
   const { name, bytes, parts, now, copied, read } = component;
   const lines = [line(`${name}  ${sizeText(bytes)}`, { fontWeight: "bold" }), barOf(parts, bytes)];
   lines.push(...parts.map((part) => partLine(part, bytes)));
   if (copied) {
     const text = `each step copies ${sizeText(copied)}${costOf(component)}`;
-    lines.push(...wrapped(text).map((part) => line(`  ${part}`, {}, text)));
+    lines.push(...wrapped(text, columns - 2).map((part) => line(`  ${part}`, {}, text)));
   }
   if (read) lines.push(line(`  each step reads ${sizeText(read)} from the disk`));
   if (now && JSON.stringify(now) !== JSON.stringify(parts)) {
@@ -147,31 +153,35 @@ function componentLines(component) {
   return lines;
 }
 
-function deviceLine({ name, total, free, planned }) {
+function deviceText({ name, total, free, planned }) {
   const of = total === null ? "" : ` of ${sizeText(total)}`;
-  return line(`${name}: ${sizeText(planned)}${of}${free === null ? "" : `, ${sizeText(free)} free now`}`, { opacity: 0.75 });
+  return `${name}: ${sizeText(planned)}${of}${free === null ? "" : `, ${sizeText(free)} free now`}`;
 }
 
-// A long text, in lines of whole words.
-function wrapped(text) {
+// A long text, in lines of whole words; a word that is longer than a line, a path say, is cut up.
+function wrapped(text, columns) {
   const lines = [""];
-  for (const word of text.split(" ")) {
-    if (lines.at(-1) && lines.at(-1).length + word.length >= COLUMNS - 10) lines.push("  ");
+  const words = text.split(" ").flatMap((word) => word.match(new RegExp(`.{1,${columns - 2}}`, "gu")) ?? [""]);
+  for (const word of words) {
+    if (lines.at(-1).trim() && lines.at(-1).length + 1 + word.length > columns) lines.push("  ");
     lines[lines.length - 1] += lines.at(-1).trim() ? ` ${word}` : word;
   }
   return lines;
 }
 
-const warningLines = (text) =>
-  wrapped(`! ${text}`).map((part) => line(part, { color: "var(--warning-text, #d68910)" }, text));
-
-function linesOf({ components, devices, warnings, error, input }) {
+function linesOf({ components, devices, warnings, error, input }, columns) {
+  const textLines = (text, style) => wrapped(text, columns).map((part) => line(part, style, text));
   if (error) {
+    const style = { color: "var(--error-text, #e5484d)" };
     const named = input ? `${input}:\n${error}` : error;
-    return named.split("\n").map((text) => line(text, { color: "var(--error-text, #e5484d)" }));
+    // What is indented has a mark below it.
+    return named.split("\n").flatMap((text) => (text.startsWith(" ") ? [line(text, style)] : textLines(text, style)));
   }
-  const present = components.filter(({ bytes }) => bytes);
-  return [...present.flatMap(componentLines), ...devices.map(deviceLine), ...warnings.flatMap(warningLines)];
+  return [
+    ...components.filter(({ bytes }) => bytes).flatMap((component) => componentLines(component, columns)),
+    ...devices.flatMap((device) => textLines(deviceText(device), { opacity: 0.75 })),
+    ...warnings.flatMap((text) => textLines(`! ${text}`, { color: "var(--warning-text, #d68910)" })),
+  ];
 }
 
 // --- where it is shown
@@ -247,7 +257,8 @@ function showPreview(node, found) {
   const present = node.widgets.find((candidate) => candidate.name === PREVIEW);
   if (!present && !found) return;
   const widget = present ?? addPreview(node);
-  widget.element.replaceChildren(...(found ? linesOf(found) : []));
+  const columns = Math.max(LEAST_COLUMNS, Math.floor((node.size[0] - 2 * MARGIN_PX) / CHARACTER_PX));
+  widget.element.replaceChildren(...(found ? linesOf(found, columns) : []));
   grow(node);
 }
 
@@ -295,7 +306,7 @@ app.registerExtension({
     }
   },
   nodeCreated(node) {
-    if (!NODES.test(node.comfyClass ?? "")) return;
+    if (!NODES.test(node.comfyClass ?? "") || !isOurs(node)) return;
     const { onAdded, onExecuted, onRemoved, onSerialize } = node;
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);

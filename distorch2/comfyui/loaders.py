@@ -10,11 +10,10 @@ option for the device, so it is called once for each. The file is read once.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import torch
 
 from ..weights.checkpoint_file import CheckpointError, read_header
 from ..weights.devices import CPU
-from ..weights.quantised import is_quantised
+from ..weights.quantised import carries_patches, is_quantised, plain_tensors
 from . import core
 from .core import ModelPatcher, mm
 
@@ -58,6 +57,8 @@ _DTYPES_BY_NAME = {
 """As the safetensors format names them."""
 NO_SUCH_FORMAT = (AttributeError, KeyError, TypeError, ValueError)
 """What ComfyUI's loaders raise for a file that holds something else."""
+NO_SUCH_GGUF = (*NO_SUCH_FORMAT, IndexError, OSError, OverflowError)
+"""What ComfyUI-GGUF's loaders raise for a file that is damaged, or that they do not know."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,12 @@ def read_shapes(ckpt_path: str) -> Weights:
 
 
 def build_without_memory(weights: Weights, unet_device: str, clip_device: str, vae_device: str) -> Built:
-    """The models of `read_shapes`, as they would be loaded. Raises `CheckpointError` for what is no checkpoint."""
-    with _refused_as(lambda _: _not_a_checkpoint(weights.path)):
+    """The models of `read_shapes`, as they would be loaded. Where ComfyUI detects no checkpoint, it may be a diffusion
+    model alone. Raises `CheckpointError` for other files."""
+    with _refused_as(_not_a_checkpoint(weights.path)):
         detected = _detect(weights)
         if detected.config is None:
-            raise _not_a_checkpoint(weights.path)
+            return Built(build_diffusion_model_without_memory(weights, unet_device), None, clip_device, None)
         model = _model_without_memory(detected, unet_device)
         encoder, clip_device = _text_encoder_without_memory(detected, clip_device)
         return Built(model, encoder, clip_device, _vae_without_memory(detected, weights.metadata, vae_device))
@@ -132,31 +134,39 @@ def build_diffusion_model_without_memory(
 ) -> torch.nn.Module:
     """The same for a file that has no other part; with its weights in `dtype`, where that is asked for. Raises
     `CheckpointError` also where ComfyUI converts the names of its tensors."""
-    with _refused_as(lambda _: _not_a_checkpoint(weights.path)):
+    with _refused_as(_not_a_checkpoint(weights.path)):
         detected = _detect_alone(weights)
         if detected is None:
             raise _not_a_checkpoint(weights.path)
         return _model_without_memory(detected, device, dtype)
 
 
-def build_gguf_diffusion_model(path: str, pack: Any, device: str) -> torch.nn.Module:
-    """The diffusion model of a GGUF file, whose weights stay in the file, mapped into memory.
+def build_gguf_without_memory(path: str, pack: Any, device: str) -> torch.nn.Module:
+    """The diffusion model of a GGUF file, which is mapped into memory, and of which only the header is read.
 
     `pack` is the module of ComfyUI-GGUF that has its loaders. Raises `CheckpointError` for other files.
     """
-    options = {
-        "custom_operations": pack.GGMLOps(),
-        "load_device": torch.device(device),
-        "offload_device": CPU,
-    }
-    with _refused_as(lambda _: _not_a_checkpoint(path)):
+    try:
         found = pack.gguf_sd_loader(path)
-        state_dict, *more = found if isinstance(found, tuple) else (found,)  # newer ones return metadata as well
-        metadata = more[0].get("metadata") if more else None
-        patcher = core.sd.load_diffusion_model_state_dict(state_dict, options, metadata=metadata, disable_dynamic=True)
-        if patcher is None:
+    except NO_SUCH_GGUF as error:
+        raise cannot_read_gguf(path, error) from error
+    state_dict, *more = found if isinstance(found, tuple) else (found,)  # newer ones return metadata as well
+    shapes = {
+        name: tensor.to(_META) if carries_patches(tensor) else torch.empty_like(_plain(tensor), device=_META)
+        for name, tensor in state_dict.items()
+    }
+    weights = Weights(path, shapes, more[0].get("metadata") if more else None)
+    with _refused_as(_not_a_checkpoint(path)):
+        detected = _detect_alone(weights)
+        if detected is None:
             raise _not_a_checkpoint(path)
-    return patcher.model
+        detected.config.custom_operations = pack.GGMLOps()
+        return _model_without_memory(detected, device)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    (plain,) = plain_tensors(tensor)
+    return plain
 
 
 def build_text_encoder_without_memory(
@@ -174,11 +184,12 @@ def build_text_encoder_without_memory(
         "offload_device": CPU,
         "initial_device": _META,
     }
-    with _refused_as(functools.partial(no_text_encoder, [weights.path for weights in files])):
+    with _refused_as(no_text_encoder([weights.path for weights in files], clip_type)):
         state_dicts = [_without_values(weights) for weights in files]
-        clip = core.sd.load_text_encoder_state_dicts(
-            state_dicts, clip_type=type_of_clip, model_options=options, disable_dynamic=True
-        )
+        with _META:  # some layers are built on the default device
+            clip = core.sd.load_text_encoder_state_dicts(
+                state_dicts, clip_type=type_of_clip, model_options=options, disable_dynamic=True
+            )
     return clip.cond_stage_model, str(device_of_encoder(clip.cond_stage_model, asked))
 
 
@@ -202,19 +213,22 @@ def device_of_encoder(encoder: Any, device: torch.device) -> torch.device:
     return device if all(mm.supports_cast(device, dtype) for dtype in encoder.dtypes) else CPU
 
 
-def no_text_encoder(paths: Sequence[str], error: Exception) -> CheckpointError:
-    return CheckpointError(f"{', '.join(paths)}: no text encoder that ComfyUI {core.version} knows ({error})")
+def no_text_encoder(paths: Sequence[str], clip_type: str) -> CheckpointError:
+    return CheckpointError(
+        f"{', '.join(paths)}: no text encoder that ComfyUI {core.version} knows as {clip_type.lower()}; choose the "
+        "files of a text encoder, and the type of the model that it is for"
+    )
 
 
 @contextlib.contextmanager
-def _refused_as(mistake: Callable[[Exception], CheckpointError]) -> Iterator[None]:
-    """What ComfyUI raises for a file that holds something else, as an error that says so."""
+def _refused_as(mistake: CheckpointError) -> Iterator[None]:
+    """What ComfyUI raises for a file that holds something else, as this error."""
     try:
         yield
     except CheckpointError:
         raise
     except (*NO_SUCH_FORMAT, AssertionError, IndexError, RuntimeError) as error:
-        raise mistake(error) from error
+        raise mistake from error
 
 
 def _model_without_memory(detected: Detected, device: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
@@ -277,6 +291,14 @@ def _not_a_checkpoint(path: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is not a checkpoint that ComfyUI {core.version} knows; a LoRA, ControlNet, VAE or text "
         "encoder is loaded by its own node, and a new architecture needs a newer ComfyUI"
+    )
+
+
+def cannot_read_gguf(path: str, error: Exception) -> CheckpointError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return CheckpointError(
+        f"ComfyUI-GGUF cannot read {path} ({reason}): if it is cut off or of another kind, download it again; a new "
+        "architecture needs a newer ComfyUI-GGUF"
     )
 
 

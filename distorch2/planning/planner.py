@@ -35,7 +35,7 @@ from .plan import (
     kind_of,
     size_text,
 )
-from .sizing import unpacked_bytes
+from .sizing import packed_bytes, unpacked_bytes
 
 _SCALE = 2**32  # for fractions of a byte
 
@@ -74,9 +74,10 @@ def _plan_to_pack(
     compute_memory = memory[request.compute_device]
     room = None
     if isinstance(request.allocation, Automatic) and compute_memory.free_bytes is not None:
-        # What does not fit even packed may have room on other cards. `choose` takes `keep_bytes` off again.
-        keep_bytes = request.allocation.keep_bytes
-        room = keep_bytes + unpacked_bytes(max(0, compute_memory.free_bytes - keep_bytes))
+        # What does not fit even packed may have room on other cards.
+        to_fill = max(0, compute_memory.free_bytes - request.allocation.keep_bytes)
+        bf16_bytes = sum(layer.num_bytes for layer in layers if layer.is_bf16)
+        room = compute_memory.free_bytes + min(unpacked_bytes(to_fill) - to_fill, bf16_bytes - packed_bytes(bf16_bytes))
     with_room = {**memory, request.compute_device: replace(compute_memory, free_bytes=room)}
     plan = _plan_within(layers, request, with_room, speeds)
     if compute_memory.free_bytes is None or plan.compute_bytes <= compute_memory.free_bytes:
