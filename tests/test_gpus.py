@@ -6,6 +6,7 @@ import comfy.model_management as mm
 import comfy.multigpu
 import comfy.samplers
 import comfy.sd
+import gguf_files
 import pytest
 import torch
 from placing import inference_mode as inference_mode
@@ -13,7 +14,9 @@ from placing import lora_for
 from sampling import sample
 
 from allocation_parser import parse_allocation
-from distorch2.loading import load_checkpoint
+from distorch2.components import DIFFUSION_MODEL, load_again
+from distorch2.loading import distribute, load_checkpoint
+from distorch2.moving import speed
 from distorch2.planning.plan import ComponentRequest, VirtualVram
 from distorch2.planning.planner import plan_alternating
 from distorch2.weights.devices import CPU
@@ -250,6 +253,39 @@ def test_two_gpus_run_a_model_at_once(checkpoints, kind, text, pack_weights, mon
         ]
         assert slabs[0] == slabs[1] != set()  # one copy in main memory
         assert torch.equal(sample(lora_for(model), clip), with_lora)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("text", ["cuda:0,50%;cpu,50%", "cuda:0,50%;cuda:1,50%"])
+def test_two_gpus_run_a_gguf_model_at_once(checkpoints, tmp_path, text, monkeypatch):
+    monkeypatch.setattr(comfy.samplers, "can_concat_cond", lambda one, other: one is other)
+    path = gguf_files.write_flux(tmp_path / "flux.gguf", "Q8_0")
+
+    def load():
+        options = {"custom_operations": gguf_files.Layers}
+        return comfy.sd.load_diffusion_model_state_dict(gguf_files.read(path), options)
+
+    clip, whole, loaded = core(checkpoints, "flux", "cuda:0")[1], load(), load()
+    sample(whole, clip)  # warm up
+    expected = sample(whole, clip)
+    loaded.cached_patcher_init = (load_again, (DIFFUSION_MODEL, (path,), load))
+    request = ComponentRequest("cuda:0", parse_allocation(text), "stream")
+    model = distribute(loaded, request, is_new=True)
+    model = comfy.multigpu.create_multigpu_deepclones(model, 2, reuse_loaded=True)
+    for _ in range(2):
+        assert torch.equal(sample(model, clip), expected)
+        mm.unload_all_models()
+
+
+@pytest.mark.gpu
+def test_what_auto_has_to_know_of_a_gpu_is_measured():
+    device = torch.device("cuda:0")
+    before = torch.cuda.memory_allocated(device)
+    link, products = speed.link_bytes_per_second(device), speed.multiplications_per_second(device)
+    assert 1e8 < link < products
+    assert torch.cuda.memory_allocated(device) == before
+    assert speed.link_bytes_per_second(device, may_measure=False) == link
+    assert speed.multiplications_per_second(device, may_measure=False) == products
 
 
 @pytest.mark.multigpu
