@@ -797,7 +797,7 @@ def test_a_peer_that_cannot_be_reached_directly_is_streamed_from_by_way_of_the_h
 
 
 def test_a_slow_place_for_a_large_text_encoder_is_said(checkpoints, monkeypatch):
-    monkeypatch.setattr("distorch2.loading.GIB", 1024)  # that of this one is large then
+    monkeypatch.setattr("distorch2.plans.GIB", 1024)  # that of this one is large then
     devices = [torch.device("cpu"), torch.device("cuda", 3)]
     monkeypatch.setattr(mm, "get_all_torch_devices", lambda *arguments, **options: devices)
     on_cpu = ComponentRequest("cpu", VirtualVram(0.0, "cpu"))
