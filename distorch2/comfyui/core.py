@@ -77,6 +77,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
         "load_diffusion_model",
         "load_diffusion_model_state_dict",
         "load_state_dict_guess_config",
+        "load_text_encoder_state_dicts",
     ),
     "comfy.utils": (
         "ProgressBar",
