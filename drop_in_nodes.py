@@ -321,7 +321,7 @@ def _note_origin(loader: _Loader, inputs: Mapping[str, Any], number: int, output
     and what is known of its runs is found by its files."""
 
     def load() -> Any:
-        return _run(loader.node_class, inputs)[number]
+        return _outputs_of(loader, inputs)[number]
 
     patcher = getattr(output, "patcher", output)
     if patcher.cached_patcher_init is None:

@@ -10,7 +10,7 @@ the CPU. Packing is left to itself. A way is run once before it is timed, as pac
 Milliseconds are medians of `STEPS` steps of 1024 x 1024 pixels. `auto` and the best by hand are timed again in turns,
 and the medians of these are compared: a machine becomes faster or slower for a while. Outputs are compared, bit by bit,
 with the model's on the GPU alone.
-On one GPU the rooms are those of one, and with a second one those of two: `auto` uses all that there are.
+With one GPU the rooms for one are measured, with two those for two, since `auto` uses every GPU.
 """
 
 from __future__ import annotations
@@ -113,7 +113,6 @@ def measure(name: str, path: str) -> None:
                 of_room["by hand"].append(timed(text, donor_mode, expected))
                 print(json.dumps(of_room["by hand"][-1]), file=sys.stderr, flush=True)
             best = min((row for row in of_room["by hand"] if row["ms"] is not None), key=lambda row: row["ms"])
-            ways = {"best": (best["allocation"], best["donor mode"]), "auto": ("auto", "auto")}
             ways = {"best": (best["allocation"], best["donor mode"]), "auto": ("auto", "auto")}
             again: dict[str, list[float]] = {way: [] for way in ways}
             for way, asked in TURNS * [*ways.items()]:

@@ -120,6 +120,8 @@ def assert_as_listed(server, names):
         else:
             assert (info["category"], found) == (category, inputs), name
         assert info["description"] and info["search_aliases"], name
+        # By which web/distorch2.js knows its own nodes.
+        assert info["python_module"] == object_info["DistributeModelDisTorch2"]["python_module"], name
         assert info["display_name"] != name
         own = [options for _, *options in info["input"].get("optional", {}).values()]
         assert all(options[0]["tooltip"] for options in own), name

@@ -3,9 +3,8 @@
     python3 tools/host.py run tools/make_examples.py
 
 The API format in `example_workflows/api/` is what is written by hand. From it come the UI format with a layout and a
-note, a picture of that, and the API format once more, as the front end exports it. The example of GGUF is made where
-COMFYUI_GGUF_PATH names a folder of ComfyUI-GGUF. The pictures of the README are of `two_cards_by_ratio`, run and
-refused on this machine.
+note, a picture of that, and the API format once more, as the front end exports it. The pictures of the README are of
+`two_cards_by_ratio`, run and refused on this machine.
 """
 
 from __future__ import annotations
@@ -102,7 +101,6 @@ The card keeps **6gb** of the diffusion model and **2gb** of the text encoder. *
 
 **To change:** the checkpoint; the amounts (b, kb, mb, gb or tb), so that the image has room beside them.""",
 }
-NEEDS_GGUF = ("gguf",)
 SEPARATE_FILES = {
     "diffusion_models": "diffusion_model.safetensors",
     "text_encoders": "text_encoder.safetensors",
@@ -210,9 +208,7 @@ def main() -> None:
             (base / "models" / folder / name).symlink_to(checkpoint)
         (base / "models" / "diffusion_models" / "diffusion_model.gguf").touch()  # it is listed, and not read
         (base / "custom_nodes").mkdir()
-        gguf = os.environ.get("COMFYUI_GGUF_PATH")
-        if gguf:
-            (base / "custom_nodes" / "ComfyUI-GGUF").symlink_to(gguf)
+        (base / "custom_nodes" / "gguf_pack").symlink_to(ROOT / "tests" / "gguf_pack")
         if not has_accelerator:
             (base / "custom_nodes" / "simulated").symlink_to(ROOT / "tests" / "simulated_accelerators")
         arguments = () if has_accelerator else ("--cpu",)
@@ -222,8 +218,7 @@ def main() -> None:
             # This machine may lack the devices of the examples, of which the previews would be about that.
             front_end.page.route(PREVIEWS, lambda route: route.abort())
             for name in NOTES:
-                if gguf or name not in NEEDS_GGUF:
-                    make_example(front_end, name)
+                make_example(front_end, name)
             front_end.page.unroute(PREVIEWS)
             make_readme_pictures(front_end, server, compute_device, donor)
 
