@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from .comfyui.core import mm
 from .comfyui.memory import is_started
-from .comfyui.program import COMFYUI
-from .moving.speed import link_bytes_per_second, multiplications_per_second
+from .machine import link, multiplications
 from .moving.streams import backend_of
-from .planning.automatic import UNKNOWN, Speeds, computing_part, of_its_kind
-from .planning.plan import STREAM, Automatic, ComponentRequest, DeviceMemory
+from .planning.automatic import UNKNOWN, Speeds, computing_part, of_its_kind, split_others
+from .planning.plan import OVERFLOW_DEVICE, Automatic, ComponentRequest, DeviceMemory
 from .serving.distribution import Distribution
 
 Files = tuple[str, ...]
@@ -54,20 +53,6 @@ def last_run(origin: Origin, device: str) -> Run | None:
     return _runs.get((origin, device))
 
 
-def known_link(device: torch.device, may_measure: bool) -> float | None:
-    """Bytes per second from page-locked memory; None where there is none, or it cannot be measured."""
-    return _measured(link_bytes_per_second, device, may_measure) if COMFYUI.can_pin_for(device) else None
-
-
-def _measured(
-    measure: Callable[[torch.device, bool], float | None], device: torch.device, may_measure: bool
-) -> float | None:
-    try:
-        return measure(device, may_measure)
-    except RuntimeError:  # there is no memory for it, or torch lacks kernels for this device
-        return None
-
-
 def memory_beside_activations(
     request: ComponentRequest, memory: Mapping[str, DeviceMemory], run: Run | None
 ) -> Mapping[str, DeviceMemory]:
@@ -91,26 +76,34 @@ def speeds_for(
     may_start: bool,
     may_measure: bool,
 ) -> Speeds:
-    """Unknown where they would make no difference: there is room on the compute device, or no other that could relay,
-    or all are the same. What is not known is measured if it `may_measure`, as for `make_plans`."""
-    if not isinstance(request.allocation, Automatic) or request.donor_mode == STREAM:
+    """Only what can make a difference: nothing where there is room on the compute device, how fast devices compute
+    where others that are not the same could relay, and how fast links are where that decides which device is next.
+    What is not known is measured if it `may_measure`, as for `make_plans`."""
+    if not isinstance(request.allocation, Automatic):
         return UNKNOWN
     home, free_bytes = request.compute_device, memory[request.compute_device].free_bytes
-    names = [home, *(name for name in of_its_kind(request) if memory[name].can_compute)]
-    has_room = free_bytes is None or free_bytes - request.allocation.keep_bytes >= model_bytes
-    devices = [torch.device(name) for name in names]
-    if has_room or not _differ(devices):
+    if free_bytes is None or free_bytes - request.allocation.keep_bytes >= model_bytes:
         return UNKNOWN
-    may_measure = may_measure and (may_start or all(map(is_started, devices)))
-    found = {str(device): _measured(multiplications_per_second, device, may_measure) for device in devices}
-    speeds = Speeds(
-        known_link(devices[0], may_measure), {name: each for name, each in found.items() if each is not None}
-    )
+    relaying, keeping = split_others(request, memory)
+    computing = [home, *relaying] if _differ([home, *relaying]) else []
+    linked = [*relaying, *keeping] if keeping or len(relaying) > 1 else []
+    used = [torch.device(name) for name in {home, *computing, *linked}]
+    may_measure = may_measure and (may_start or all(map(is_started, used)))
+    target = torch.device(home)
+    sources = [OVERFLOW_DEVICE, *linked] if computing or linked else []
+    links = {name: link(torch.device(name), target, may_measure) for name in sources}
+    products = {name: multiplications(torch.device(name), may_measure) for name in computing}
+    speeds = Speeds(_known(links), _known(products))
     if run is None or run.computing_seconds is None:
         return speeds
     part = computing_part(run.relayed, run.model_bytes, lambda device: speeds.slowness(device, home))
     return replace(speeds, step_s=run.computing_seconds / part)
 
 
-def _differ(devices: list[torch.device]) -> bool:
+def _differ(names: Sequence[str]) -> bool:
+    devices = [torch.device(name) for name in names]
     return len(devices) > 1 and len({backend_of(device).get_device_name(device) for device in devices}) > 1
+
+
+def _known(found: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: each for name, each in found.items() if each is not None}

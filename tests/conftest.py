@@ -21,6 +21,7 @@ sys.path[:0] = [str(COMFYUI_PATH), str(ROOT / "tools")]
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
 import comfy.cli_args  # noqa: E402
+import folder_paths  # noqa: E402
 import only_gpu_skips  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
@@ -111,6 +112,13 @@ def tokenizers_are_made_once():
     make = PreTrainedTokenizerBase.from_pretrained.__func__
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(PreTrainedTokenizerBase, "from_pretrained", classmethod(functools.cache(make)))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def what_is_measured_is_not_kept(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(folder_paths, "user_directory", str(tmp_path_factory.mktemp("user")))
         yield
 
 

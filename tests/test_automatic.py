@@ -15,6 +15,7 @@ from distorch2.planning.planner import make_plan
 pytestmark = pytest.mark.quick
 HOME, PEER, THIRD = "cuda:0", "cuda:1", "cuda:2"
 MIB = 1024**2
+LINK = {"cpu": 1.0}
 
 
 def chosen(model_bytes, free, speeds=UNKNOWN, text="auto", donor_mode="auto", older=()):
@@ -27,15 +28,15 @@ def chosen(model_bytes, free, speeds=UNKNOWN, text="auto", donor_mode="auto", ol
     ("speeds", "expected"),
     [
         (UNKNOWN, {HOME: 10, PEER: 10}),
-        (Speeds(1.0, {}, 1.0), {HOME: 10, PEER: 10}),  # no slower, as far as is known
-        (Speeds(1.0, {HOME: 100.0, PEER: 95.0}, 1.0), {HOME: 10, PEER: 10}),
+        (Speeds(LINK, {}, 1.0), {HOME: 10, PEER: 10}),  # no slower, as far as is known
+        (Speeds(LINK, {HOME: 100.0, PEER: 95.0}, 1.0), {HOME: 10, PEER: 10}),
         # A step of ten seconds hides all copies, which a card that is half as fast would make longer.
-        (Speeds(1.0, {HOME: 100.0, PEER: 50.0}, 10.0), {HOME: 10, "cpu": 10}),
+        (Speeds(LINK, {HOME: 100.0, PEER: 50.0}, 10.0), {HOME: 10, "cpu": 10}),
         # One of a second hides next to nothing: rather half as fast.
-        (Speeds(1.0, {HOME: 100.0, PEER: 50.0}, 1.0), {HOME: 10, PEER: 10, "cpu": 0}),
+        (Speeds(LINK, {HOME: 100.0, PEER: 50.0}, 1.0), {HOME: 10, PEER: 10, "cpu": 0}),
         # A byte is computed in 0.4 s, on the other card in 0.8, and copied in 1: as many are copied as are hidden.
-        (Speeds(1.0, {HOME: 100.0, PEER: 50.0}, 8.0), {HOME: 10, PEER: 3, "cpu": 7}),
-        (Speeds(1.0, {HOME: 50.0, PEER: 100.0}, 10.0), {HOME: 10, PEER: 10}),
+        (Speeds(LINK, {HOME: 100.0, PEER: 50.0}, 8.0), {HOME: 10, PEER: 3, "cpu": 7}),
+        (Speeds(LINK, {HOME: 50.0, PEER: 100.0}, 10.0), {HOME: 10, PEER: 10}),
     ],
 )
 def test_a_slower_card_is_used_for_as_much_as_makes_a_step_shorter(speeds, expected):
@@ -44,27 +45,52 @@ def test_a_slower_card_is_used_for_as_much_as_makes_a_step_shorter(speeds, expec
 
 
 def _of_hundreds(speeds):
-    link = speeds.link_bytes_per_s
-    return Speeds(link and 100 * link, speeds.multiplications_per_s, speeds.step_s)
+    links = {device: 100 * link for device, link in speeds.links.items()}
+    return Speeds(links, speeds.multiplications_per_s, speeds.step_s)
 
 
 def test_what_is_not_timed_is_taken_for_a_large_image():
     model_bytes, free = 20 * GIB, {HOME: 10 * GIB, PEER: 10 * GIB}
-    fast_link = Speeds(50e9, {HOME: 1e14, PEER: 2e13})
+    fast_link = Speeds({"cpu": 50e9}, {HOME: 1e14, PEER: 2e13})
     assert PEER not in chosen(model_bytes, free, fast_link)  # 0.44 s, in which 20 GiB are copied
-    assert chosen(model_bytes, free, Speeds(1e9, fast_link.multiplications_per_s))[PEER] > 5 * GIB
+    assert chosen(model_bytes, free, Speeds({"cpu": 1e9}, fast_link.multiplications_per_s))[PEER] > 5 * GIB
 
 
 def test_what_is_kept_free_and_what_only_keeps():
     free = {HOME: 1000, PEER: 1000, "xpu:0": 5000}
     assert chosen(3000, free, text="auto;keep=200b") == {HOME: 800, PEER: 800, "cpu": 1400}
-    slow = Speeds(1e9, {HOME: 1.0, PEER: 0.01}, 1.0)
+    slow = Speeds({"cpu": 1e9}, {HOME: 1.0, PEER: 0.01}, 1.0)
     assert chosen(3000, free, slow) == {HOME: 1000, "cpu": 2000}
     assert chosen(3000, free, slow, donor_mode="stream") == {HOME: 1000, PEER: 1000, "cpu": 1000}
     # A card of an older generation keeps what those that can compute have no room for.
     assert chosen(3000, free, older={PEER}) == {HOME: 1000, PEER: 1000, "cpu": 1000}
     free[THIRD] = 1500
     assert chosen(3000, free, older={THIRD}) == {HOME: 1000, PEER: 1000, THIRD: 1000}
+
+
+@pytest.mark.parametrize(("donor_mode", "older"), [("stream", ()), ("auto", (PEER, THIRD))])
+def test_of_cards_that_only_keep_weights_the_one_with_the_fastest_link_is_first(donor_mode, older):
+    free = {HOME: 1000, PEER: 1500, THIRD: 1000}
+
+    def kept(**links):
+        speeds = Speeds({"cpu": 25e9, PEER: links["peer"], THIRD: links["third"]})
+        found = chosen(3000, free, speeds, donor_mode=donor_mode, older=older)
+        return {device: num_bytes for device, num_bytes in found.items() if num_bytes and device != HOME}
+
+    assert kept(peer=50e9, third=50e9) == {PEER: 1500, THIRD: 500}
+    assert kept(peer=50e9, third=100e9) == {PEER: 1000, THIRD: 1000}
+    assert kept(peer=24e9, third=25e9) == {PEER: 1500, THIRD: 500}  # both as main memory, but for noise
+    assert kept(peer=12e9, third=25e9) == {THIRD: 1000, "cpu": 1000}
+    assert kept(peer=12e9, third=6e9) == {"cpu": 2000}
+
+
+def test_of_cards_that_compute_as_fast_the_one_with_the_fastest_link_is_first():
+    free, products = {HOME: 1000, PEER: 1500, THIRD: 1000}, {HOME: 1.0, PEER: 1.0, THIRD: 1.0}
+    by_link = Speeds({"cpu": 25e9, PEER: 3e9, THIRD: 25e9}, products)
+    assert chosen(2200, free, by_link) == {HOME: 1000, THIRD: 1000, PEER: 200}
+    assert chosen(2200, free) == {HOME: 1000, PEER: 1200}
+    by_both = Speeds(by_link.links, {**products, THIRD: 0.5}, 1.0)
+    assert chosen(2200, free, by_both) == {HOME: 1000, PEER: 1200}
 
 
 @given(
@@ -78,7 +104,7 @@ def test_no_other_split_beside_a_full_compute_device_is_forecast_to_be_faster(
     model_bytes, free, slowness, step_s, link
 ):
     devices = [HOME, PEER, THIRD]
-    speeds = Speeds(link, {HOME: 1.0, PEER: 1 / slowness[0], THIRD: 1 / slowness[1]}, step_s)
+    speeds = Speeds({"cpu": link}, {HOME: 1.0, PEER: 1 / slowness[0], THIRD: 1 / slowness[1]}, step_s)
     found = chosen(model_bytes, dict(zip(devices, free)), speeds)
     kept = min(model_bytes, free[0])
     assert found[HOME] == kept

@@ -14,9 +14,9 @@ from placing import lora_for
 from sampling import sample
 
 from allocation_parser import parse_allocation
+from distorch2 import machine
 from distorch2.components import DIFFUSION_MODEL, load_again
 from distorch2.loading import distribute, load_checkpoint
-from distorch2.moving import speed
 from distorch2.planning.plan import ComponentRequest, VirtualVram
 from distorch2.planning.planner import plan_alternating
 from distorch2.weights.devices import CPU
@@ -279,13 +279,19 @@ def test_two_gpus_run_a_gguf_model_at_once(checkpoints, tmp_path, text, monkeypa
 
 @pytest.mark.gpu
 def test_what_auto_has_to_know_of_a_gpu_is_measured():
-    device = torch.device("cuda:0")
-    before = torch.cuda.memory_allocated(device)
-    link, products = speed.link_bytes_per_second(device), speed.multiplications_per_second(device)
+    device, before = torch.device("cuda:0"), torch.cuda.memory_allocated("cuda:0")
+    link, products = machine.link(machine.CPU, device, True), machine.multiplications(device, True)
     assert 1e8 < link < products
     assert torch.cuda.memory_allocated(device) == before
-    assert speed.link_bytes_per_second(device, may_measure=False) == link
-    assert speed.multiplications_per_second(device, may_measure=False) == products
+
+
+@pytest.mark.multigpu
+def test_links_between_gpus_are_measured_each_way():
+    one, other = torch.device("cuda:0"), torch.device("cuda:1")
+    found = [machine.link(one, other, True), machine.link(other, one, True)]
+    assert all(1e8 < link < 2e12 for link in found)
+    assert [machine.link(one, other, False), machine.link(other, one, False)] == found
+    assert sum(f"from {name} to" in key for name in map(machine._name_of, (one, other)) for key in machine._known) >= 2
 
 
 @pytest.mark.multigpu

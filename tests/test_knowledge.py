@@ -14,7 +14,7 @@ from sampling import sample
 from allocation_parser import parse_allocation
 from distorch2 import knowledge
 from distorch2.components import DIFFUSION_MODEL, note_runs, placed_components
-from distorch2.moving import speed
+from distorch2.planning.automatic import UNKNOWN, Speeds, choose
 from distorch2.planning.plan import ComponentRequest
 from distorch2.plans import plan_checkpoint
 from distorch2.serving.distribution import Distribution
@@ -80,14 +80,13 @@ def test_cards_that_differ_are_measured_if_both_are_needed(checkpoints, monkeypa
         measured.append(str(device))
         return speeds[str(device)]
 
-    monkeypatch.setattr(knowledge, "multiplications_per_second", multiplications)
+    monkeypatch.setattr(knowledge, "multiplications", multiplications)
     model_bytes = planned(path).model_bytes
     assert measured == []  # there is room on the compute device
     monkeypatch.setattr(sim, "capacity_bytes", [model_bytes // 2 + INFERENCE_BYTES, 1024 * MIB])
     assert planned(path).devices == ("sim:0", "sim:1")
     assert set(measured) == {"sim:0", "sim:1"}
-    monkeypatch.setattr(type(knowledge.COMFYUI), "can_pin_for", lambda *arguments: True)
-    monkeypatch.setattr(knowledge, "link_bytes_per_second", lambda *arguments: 1e12)
+    monkeypatch.setattr(knowledge, "link", lambda *arguments: 1e12)
     speeds["sim:1"] = 4e11  # and copies are hidden
     assert planned(path).devices == ("sim:0", "cpu")
     measured.clear()
@@ -104,7 +103,7 @@ def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, mon
     note_runs()
     run = knowledge.last_run((DIFFUSION_MODEL, (path,)), "sim:0")
     measured = {"sim:0": 3e9, "sim:1": 1e9}
-    monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, _: measured[str(device)])
+    monkeypatch.setattr(knowledge, "multiplications", lambda device, _: measured[str(device)])
     memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
     found = knowledge.speeds_for(AUTO, run.model_bytes, memory, run, True, True)
     # Half of it took three times as long.
@@ -112,37 +111,44 @@ def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, mon
 
 
 def test_what_cannot_or_need_not_be_measured_is_not_known(monkeypatch, cards_differ):
-    def fail(device, _):
-        if device.index:
-            raise RuntimeError("no kernel image is available")
-        return 5.0
-
-    monkeypatch.setattr(knowledge, "multiplications_per_second", fail)
+    asked = []
+    monkeypatch.setattr(knowledge, "multiplications", lambda device, _: None if device.index else 5.0)
+    monkeypatch.setattr(knowledge, "link", lambda *arguments: None)
     memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
     found = knowledge.speeds_for(AUTO, 10**6, memory, None, True, True)
-    assert found.multiplications_per_s == {"sim:0": 5.0}
-    asked = []
-    monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, may_measure: asked.append(may_measure))
+    assert found == Speeds({}, {"sim:0": 5.0})
+    monkeypatch.setattr(knowledge, "multiplications", lambda device, may_measure: asked.append(may_measure))
     monkeypatch.setattr(knowledge, "is_started", lambda device: False)
     knowledge.speeds_for(AUTO, 10**6, memory, None, False, True)
     assert asked == [False, False]  # a preview does not begin to use a card
     knowledge.speeds_for(AUTO, 10**6, memory, None, True, True)
     assert asked[2:] == [True, True]
-    monkeypatch.setattr(knowledge, "multiplications_per_second", None)
-    assert (
-        knowledge.speeds_for(replace(AUTO, donor_mode="stream"), 10**6, memory, None, True, True) == knowledge.UNKNOWN
-    )
-    memory["sim:1"] = replace(memory["sim:1"], can_compute=False)
-    assert knowledge.speeds_for(AUTO, 10**6, memory, None, True, True) == knowledge.UNKNOWN
+    monkeypatch.setattr(knowledge, "multiplications", None)
+    monkeypatch.setattr(knowledge, "link", None)
+    there_is_room = {**memory, "sim:0": knowledge.DeviceMemory(10**9, 10**6)}
+    assert knowledge.speeds_for(AUTO, 10**6, there_is_room, None, True, True) == UNKNOWN
+    alone = {device: room for device, room in memory.items() if device != "sim:1"}
+    for_one = replace(AUTO, allocation=parse_allocation("auto", tuple(alone)))
+    assert knowledge.speeds_for(for_one, 10**6, alone, None, True, True) == UNKNOWN
+    monkeypatch.setattr(torch.sim, "get_device_name", lambda device: "the same")
+    assert knowledge.speeds_for(AUTO, 10**6, memory, None, True, True) == UNKNOWN
 
 
-def test_measuring_is_done_once_and_leaves_nothing(monkeypatch):
-    monkeypatch.setattr(speed, "_products", {})
-    monkeypatch.setattr(speed, "_SIDE", 16)  # of these devices, which the host computes for
-    device = torch.device("sim:0")
-    assert speed.multiplications_per_second(device, may_measure=False) is None
-    found = speed.multiplications_per_second(device)
-    assert found > 0
-    assert sim.used_bytes == [0, 0]
-    monkeypatch.setattr(speed, "_seconds", None)
-    assert speed.multiplications_per_second(device) == found
+@pytest.mark.parametrize("why", ["it is to keep only", "it cannot compute"])
+def test_links_are_looked_at_where_a_card_only_keeps_weights(monkeypatch, why):
+    speeds = {"cpu": 20e9, "sim:1": 10e9}
+    monkeypatch.setattr(knowledge, "link", lambda source, target, may_measure: speeds[str(source)])
+    memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
+    request = AUTO
+    if why == "it is to keep only":
+        request = replace(AUTO, donor_mode="stream")
+    else:
+        memory["sim:1"] = replace(memory["sim:1"], can_compute=False)
+
+    def chosen():
+        found = knowledge.speeds_for(request, 10**6, memory, None, True, True)
+        return choose(10**6, request, memory, found).num_bytes
+
+    assert chosen() == {"sim:0": 10**5, "cpu": 9 * 10**5}  # copies from there would take twice as long
+    speeds["sim:1"] = 40e9
+    assert chosen() == {"sim:0": 10**5, "sim:1": 10**5, "cpu": 8 * 10**5}

@@ -23,7 +23,7 @@ from sampling import core_load
 from serving import ACCELERATOR, DEVICES, NEWEST, prompt_for, start
 
 from allocation_parser import parse_allocation
-from distorch2 import knowledge, preview
+from distorch2 import machine, preview
 from distorch2.comfyui import memory
 from distorch2.components import DIFFUSION_MODEL, TEXT_ENCODER
 from distorch2.loading import distribute, distribute_clip, load_checkpoint, load_diffusion_model, load_text_encoder
@@ -221,11 +221,11 @@ def test_how_long_copies_take_is_said_where_it_can_be_known(checkpoints, monkeyp
     monkeypatch.setattr(type(preview.COMFYUI), "can_pin_for", lambda *arguments: False)
     assert times()[:2] == (None, None)
     monkeypatch.setattr(type(preview.COMFYUI), "can_pin_for", lambda *arguments: True)
-    speeds = {True: 1e6, False: None}
-    monkeypatch.setattr(knowledge, "link_bytes_per_second", lambda device, may_measure: speeds[may_measure])
+    monkeypatch.setattr(machine, "link_bytes_per_second", lambda source, target: 1e6)
+    assert times(may_measure=False)[0] is None
     copying, computing, copied, hidden = times()
     assert (copying, computing, hidden) == (pytest.approx(copied / 1e6, rel=0.01), None, None)
-    assert times(may_measure=False)[0] is None
+    assert times(may_measure=False)[0] == copying  # known from then on
     model, *_ = load_checkpoint(path, asked, request(0), COMPUTE)
     comfy.model_management.load_models_gpu([model])
     monkeypatch.setattr(Pace, "computing_seconds", lambda self: 0.25)

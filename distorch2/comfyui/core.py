@@ -89,7 +89,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
     ),
     "comfy.weight_adapter": ("WeightAdapterBase",),
     "comfyui_version": ("__version__",),
-    "folder_paths": ("get_temp_directory",),
+    "folder_paths": ("get_system_user_directory", "get_temp_directory"),
 }
 """Module of ComfyUI -> the names in it that the package uses."""
 
@@ -206,6 +206,11 @@ def release_host_memory(num_bytes: float) -> None:
 def temporary_folder() -> str:
     """It may not be there yet."""
     return folder_paths.get_temp_directory()
+
+
+def user_folder() -> str:
+    """Where the pack's own files lie that are to stay, and are not served to browsers. It may not be there yet."""
+    return folder_paths.get_system_user_directory("distorch2")
 
 
 def _headroom_bytes() -> float:

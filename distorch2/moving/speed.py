@@ -1,14 +1,14 @@
-"""How fast this machine copies and computes, measured where it is not known from before."""
+"""Measuring how fast this machine copies and computes. Work beside it would disturb that."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ..weights.devices import CPU
 from ..weights.slab import allocate
 from .streams import backend_of
 
@@ -24,34 +24,30 @@ _LONGEST_S = 0.5
 _TICK_MS = 0.0005
 """Of an event's clock, in CUDA."""
 
-_one_at_a_time = threading.Lock()
-_links: dict[torch.device, float] = {}
-_products: dict[torch.device, float] = {}
+
+def link_bytes_per_second(source: torch.device, target: torch.device) -> float:
+    """Of copies, from page-locked memory where `source` is the CPU. Takes a few hundredths of a second.
+
+    Raises `RuntimeError` where there is no memory for it.
+    """
+    if source == CPU:
+        there = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+    else:
+        there = allocate(_COPIED_BYTES, source)
+    here = allocate(_COPIED_BYTES, target)
+    return _COPIED_BYTES / _seconds(target, lambda: here.copy_(there, non_blocking=True))
 
 
-def link_bytes_per_second(device: torch.device, may_measure: bool = True) -> float | None:
-    """Of copies from page-locked memory. Measured once, in a few hundredths of a second, which a run beside it would
-    disturb. None where it is not known and may not be measured."""
-    with _one_at_a_time:
-        if device not in _links and may_measure:
-            source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
-            target = allocate(_COPIED_BYTES, device)
-            _links[device] = _COPIED_BYTES / _seconds(device, lambda: target.copy_(source, non_blocking=True))
-        return _links.get(device)
+def multiplications_per_second(device: torch.device) -> float:
+    """In products of square matrices of fp16. Takes an eighth of a second. Raises `RuntimeError` also where torch has
+    no kernels for this device."""
+    one, other, product = (torch.zeros(_SIDE, _SIDE, dtype=torch.float16, device=device) for _ in range(3))
 
+    def multiply() -> None:
+        for _ in range(_PRODUCTS):
+            torch.mm(one, other, out=product)
 
-def multiplications_per_second(device: torch.device, may_measure: bool = True) -> float | None:
-    """In products of square matrices of fp16. Measured as `link_bytes_per_second` is, in an eighth of a second."""
-    with _one_at_a_time:
-        if device not in _products and may_measure:
-            one, other, product = (torch.zeros(_SIDE, _SIDE, dtype=torch.float16, device=device) for _ in range(3))
-
-            def multiply() -> None:
-                for _ in range(_PRODUCTS):
-                    torch.mm(one, other, out=product)
-
-            _products[device] = _PRODUCTS * _SIDE**3 / _seconds(device, multiply, _WARM_UP_S)
-        return _products.get(device)
+    return _PRODUCTS * _SIDE**3 / _seconds(device, multiply, _WARM_UP_S)
 
 
 def _seconds(device: torch.device, work: Callable[[], Any], warm_up_s: float = 0.0) -> float:

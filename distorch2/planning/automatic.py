@@ -4,7 +4,9 @@ The compute device keeps what it has room for. Of what is left, other accelerato
 copied to the compute device while it computes. While another device computes, the staging buffer has room for little of
 what comes next, so copies wait. Accelerators of the same speed cost nothing but their memory, so they are filled; of
 slower ones so much is used that a step is shortest: each byte there makes computing longer, and copying shorter. What
-crosses over between accelerators is not counted: it is a hundredth of the weights or less.
+crosses over between accelerators is not counted: it is a hundredth of the weights or less. Of accelerators that compute
+as fast the one with the faster link comes first; of those that only keep weights, too, and only where copies from there
+are no slower than from main memory.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ _TOKENS = 4096
 """Of an image of 1024 x 1024 pixels: what a step is taken for until one has been timed."""
 _BYTES_OF_A_WEIGHT = 2
 _AS_FAST = 0.1
-"""Devices whose speeds differ by less are taken to be equal: that much of it is noise."""
+"""Devices or links whose speeds differ by less are taken to be equal: that much of it is noise."""
 _NUM_CHOICES = 64
 
 
@@ -26,20 +28,23 @@ _NUM_CHOICES = 64
 class Speeds:
     """What is known of a machine, and of the model on it.
 
-    `link_bytes_per_s` is that of copies from main memory to the compute device, and `multiplications_per_s` what each
-    accelerator does in matrices of the model's kind; `step_s` is what a step took on the compute device alone, without
-    copies. None, or no entry, where that is not known.
+    `links` are bytes per second of copies to the compute device, by the device that they come from, and
+    `multiplications_per_s` what each accelerator does in matrices of the model's kind; `step_s` is what a step took on
+    the compute device alone, without copies. None, or no entry, where that is not known.
     """
 
-    link_bytes_per_s: float | None = None
+    links: Mapping[str, float] = field(default_factory=dict)
     multiplications_per_s: Mapping[str, float] = field(default_factory=dict)
     step_s: float | None = None
 
     def slowness(self, device: str, compute_device: str) -> float:
         """How many times as long `device` takes for what `compute_device` does."""
         own, theirs = self.multiplications_per_s.get(compute_device), self.multiplications_per_s.get(device)
-        found = own / theirs if own and theirs else 1.0
-        return 1.0 if abs(found - 1) <= _AS_FAST else found
+        return _ratio(own, theirs)
+
+    def slowness_of_link(self, device: str) -> float:
+        """How many times as long a copy from `device` takes as one from main memory."""
+        return _ratio(self.links.get(OVERFLOW_DEVICE), self.links.get(device))
 
     def seconds_of_step(self, compute_device: str, model_bytes: int) -> float | None:
         """As timed, or as a transformer would take for an image of 1024 x 1024 pixels."""
@@ -47,6 +52,11 @@ class Speeds:
         if self.step_s is not None or not own:
             return self.step_s
         return model_bytes / _BYTES_OF_A_WEIGHT * _TOKENS / own
+
+
+def _ratio(one: float | None, other: float | None) -> float:
+    found = one / other if one and other else 1.0
+    return 1.0 if abs(found - 1) <= _AS_FAST else found
 
 
 UNKNOWN = Speeds()
@@ -58,25 +68,26 @@ def choose(
     """The shares of a request whose allocation is `Automatic`. A device has room for what is free there without the
     bytes that are to be kept free, and for everything where it is not known what is.
 
-    Accelerators that cannot run what the compute device runs, or are not to, keep what is left before `cpu` does.
+    Accelerators that cannot run what the compute device runs, or are not to, keep what is left before `cpu` does,
+    unless their links are slower.
     """
     allocation, home = request.allocation, request.compute_device
     assert isinstance(allocation, Automatic)
-    others, room = of_its_kind(request), dict[str, int]()
-    for device in (home, *others):
+    (relaying, keeping), room = split_others(request, memory), dict[str, int]()
+    for device in (home, *relaying, *keeping):
         free_bytes = memory[device].free_bytes
         room[device] = model_bytes if free_bytes is None else max(0, free_bytes - allocation.keep_bytes)
 
     def slowness(device: str) -> float:
         return speeds.slowness(device, home)
 
-    relaying = [each for each in others if memory[each].can_compute and request.donor_mode != STREAM]
-    relaying.sort(key=lambda device: (slowness(device), -room[device]))
-    keeping = sorted(set(others) - set(relaying), key=lambda device: (-room[device], device))
+    relaying.sort(key=lambda device: (slowness(device), speeds.slowness_of_link(device), -room[device]))
+    keeping = [device for device in keeping if speeds.slowness_of_link(device) <= 1]
+    keeping.sort(key=lambda device: (speeds.slowness_of_link(device), -room[device], device))
     kept = min(model_bytes, room[home])
     left = model_bytes - kept
     relayed = _filled(left, relaying, room)
-    step_s, link = speeds.seconds_of_step(home, model_bytes), speeds.link_bytes_per_s
+    step_s, link = speeds.seconds_of_step(home, model_bytes), speeds.links.get(OVERFLOW_DEVICE)
     if relayed and step_s is not None and link is not None:
 
         def step_of(choice: Mapping[str, int]) -> float:
@@ -101,6 +112,13 @@ def of_its_kind(request: ComponentRequest) -> list[str]:
     """The other devices of the allocation that are of the compute device's kind."""
     home = request.compute_device
     return [each for each in request.allocation.devices if kind_of(each) == kind_of(home) and each != home]
+
+
+def split_others(request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> tuple[list[str], list[str]]:
+    """Of the devices of `of_its_kind` those that relay, and those that can only keep weights or are to."""
+    others = of_its_kind(request)
+    relaying = [each for each in others if memory[each].can_compute and request.donor_mode != STREAM]
+    return relaying, [each for each in others if each not in relaying]
 
 
 def _filled(num_bytes: int, devices: Iterable[str], room: Mapping[str, int]) -> dict[str, int]:
