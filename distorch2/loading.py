@@ -242,7 +242,9 @@ def load_text_encoder(
             clip_type=type_of_clip,
             model_options=devices,
         )
-    except NO_SUCH_FORMAT as error:
+    except (*NO_SUCH_FORMAT, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise  # there is no memory for it, say
         raise no_text_encoder(paths, clip_type) from error
     return distribute_clip(clip, request, high_precision_loras, is_new=True)
 

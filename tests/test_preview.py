@@ -11,20 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import gguf_files
 import pytest
 import torch
+from comfy.ldm.flux.model import Flux
+from comfy.model_patcher import ModelPatcher
 from conftest import ROOT
 from placing import COMPUTE, DONOR, devices_known_to_comfyui, inference_mode  # noqa: F401
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sampling import core_load
 from serving import ACCELERATOR, DEVICES, NEWEST, prompt_for, start
 
 from allocation_parser import parse_allocation
 from distorch2 import machine, preview
 from distorch2.comfyui import memory
+from distorch2.comfyui.undrawn import Undrawn
 from distorch2.components import DIFFUSION_MODEL, TEXT_ENCODER
 from distorch2.loading import distribute, distribute_clip, load_checkpoint, load_diffusion_model, load_text_encoder
 from distorch2.moving.transfer import Timing
@@ -96,10 +100,62 @@ def test_a_file_that_is_no_text_encoder_is_said(tmp_path):
         shown(preview.text_encoder((str(path),), "flux"), request(0))
 
 
+def test_a_text_encoder_of_another_size_is_said_before_and_in_the_run(checkpoints, tmp_path):
+    path, state_dict = tmp_path / "clip_l.safetensors", load_file(checkpoints("clip_l"))
+    name = next(name for name in state_dict if name.endswith("position_embedding.weight"))
+    save_file({**state_dict, name: state_dict[name][:, :-1].contiguous()}, path)
+    for fail in (
+        lambda: shown(preview.text_encoder((str(path),), "sd3"), request(0)),
+        lambda: load_text_encoder((str(path),), "sd3", request(0)),
+    ):
+        with pytest.raises(CheckpointError, match=r"clip_l\.safetensors: no text encoder that ComfyUI") as caught:
+            fail()
+        assert len(str(caught.value).splitlines()) == 1
+
+
+class Drawing(torch.nn.Module):
+    """Whose weights are drawn where models of ComfyUI draw theirs: PixArt, Cosmos, layers of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(3, 4) / 2)
+        self.like = torch.nn.Parameter(torch.rand_like(torch.zeros(5)) + torch.rand(5))
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(2, 3), torch.nn.Embedding(2, 3), torch.nn.Conv2d(1, 1, 1)])
+        self.filled = torch.nn.Parameter(torch.empty(2).normal_())
+        for fill in ("uniform_", "normal_", "trunc_normal_", "xavier_normal_", "xavier_uniform_", "orthogonal_"):
+            getattr(torch.nn.init, fill)(tensor=torch.empty(2, 2))
+
+
+def test_nothing_is_drawn_from_the_random_numbers_of_a_prompt_beside_it():
+    before = torch.get_rng_state()
+    with Undrawn():
+        module = Drawing()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [tuple(tensor.shape) for tensor in module.parameters()][:3] == [(3, 4), (5,), (2,)]
+    Drawing()
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_preview_draws_no_random_numbers(checkpoints, monkeypatch):
+    build, drawn = Flux.__init__, []
+
+    def draw_and_build(*arguments, **options):
+        drawn.append(torch.randn(3))
+        build(*arguments, **options)
+
+    monkeypatch.setattr(Flux, "__init__", draw_and_build)
+    preview._read.cache_clear()
+    before = torch.get_rng_state()
+    shown(preview.checkpoint(checkpoints("flux")), request(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["", "DynamicVRAM"])
 @pytest.mark.parametrize("has_metadata", [False, True])
 @pytest.mark.parametrize("percent", [0, 50, 100])
-def test_a_gguf_file_lies_as_shown(tmp_path, percent, has_metadata):
-    """Newer versions of ComfyUI-GGUF read metadata, too."""
+def test_a_gguf_file_lies_as_shown(tmp_path, percent, has_metadata, is_dynamic, monkeypatch):
+    """Newer versions of ComfyUI-GGUF read metadata, too. With DynamicVRAM it has ComfyUI keep tensors of the file."""
 
     def read(path):
         return (gguf_files.read(path), {"metadata": {}}) if has_metadata else gguf_files.read(path)
@@ -107,9 +163,15 @@ def test_a_gguf_file_lies_as_shown(tmp_path, percent, has_metadata):
     path = gguf_files.write_flux(tmp_path / "flux.gguf", "Q8_0")
     loaders = types.ModuleType("loaders")
     loaders.gguf_sd_loader, loaders.GGMLOps = read, lambda: gguf_files.Layers
+    in_half = lambda **arguments: torch.float16  # noqa: E731  as on a GPU; in the file some are not
+    monkeypatch.setattr(comfy.model_management, "unet_dtype", in_half)
+    if is_dynamic:
+        kind = type("Dynamic", (ModelPatcher,), {"is_dynamic": lambda self: True})
+        monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", kind)
     found = shown(preview.gguf_diffusion_model(path, loaders), request(percent))
     options = {"custom_operations": gguf_files.Layers}
-    model = distribute(comfy.sd.load_diffusion_model_state_dict(gguf_files.read(path), options), request(percent))
+    model = comfy.sd.load_diffusion_model_state_dict(gguf_files.read(path), options)
+    model = distribute(ModelPatcher(model.model, model.load_device, model.offload_device), request(percent))
     assert parts_of(found, DIFFUSION_MODEL) == parts_of_plan(model.distribution.asked)
 
 

@@ -24,6 +24,7 @@ from ..weights.devices import CPU
 from ..weights.quantised import carries_patches, is_quantised, plain_tensors
 from . import core
 from .core import ModelPatcher, mm
+from .undrawn import Undrawn
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +152,12 @@ def build_gguf_without_memory(path: str, pack: Any, device: str) -> torch.nn.Mod
     except NO_SUCH_GGUF as error:
         raise cannot_read_gguf(path, error) from error
     state_dict, *more = found if isinstance(found, tuple) else (found,)  # newer ones return metadata as well
+    # It loads as ComfyUI does. With DynamicVRAM what is not quantised is kept as it is, too, and else copied.
+    is_dynamic = core.loaders_keep_the_mapping(disable_dynamic=False)
     shapes = {
-        name: tensor.to(_META) if carries_patches(tensor) else torch.empty_like(_plain(tensor), device=_META)
+        name: tensor.to(_META)
+        if is_dynamic or carries_patches(tensor)
+        else torch.empty_like(_plain(tensor), device=_META)
         for name, tensor in state_dict.items()
     }
     weights = Weights(path, shapes, more[0].get("metadata") if more else None)
@@ -186,7 +191,7 @@ def build_text_encoder_without_memory(
     }
     with _refused_as(no_text_encoder([weights.path for weights in files], clip_type)):
         state_dicts = [_without_values(weights) for weights in files]
-        with _META:  # some layers are built on the default device
+        with _META, Undrawn():  # some layers are built on the default device
             clip = core.sd.load_text_encoder_state_dicts(
                 state_dicts, clip_type=type_of_clip, model_options=options, disable_dynamic=True
             )
@@ -243,7 +248,7 @@ def _vae_without_memory(detected: Detected, metadata: dict[str, str] | None, dev
     state_dict = core.utils.state_dict_prefix_replace(dict(detected.state_dict), prefixes, filter_keys=True)
     shapes = {name: value.to(_META) for name, value in detected.config.process_vae_state_dict(state_dict).items()}
     try:
-        with _META:
+        with _META, Undrawn():
             return core.sd.VAE(sd=shapes, metadata=metadata, device=torch.device(device)).first_stage_model
     except RuntimeError:  # that of ACE-Step and that of Cosmos look at numbers while they are built
         return None
@@ -256,7 +261,8 @@ def _text_encoder_without_memory(detected: Detected, clip_device: str) -> tuple[
         return None, clip_device
     device = torch.device(clip_device)
     given = {"dtype": mm.text_encoder_dtype(device), "device": _META, "model_options": {}}
-    encoder = target.clip(**{**target.params, **given})
+    with Undrawn():
+        encoder = target.clip(**{**target.params, **given})
     with _tensors_as_built(encoder):
         encoder.load_state_dict(state_dict, strict=False, assign=True)
     return encoder, str(device_of_encoder(encoder, device))
@@ -431,7 +437,8 @@ def _build_diffusion_model(
     cast_from = None if config.quant_config is not None else dtype
     manual_cast_dtype = mm.unet_manual_cast(cast_from, device, config.supported_inference_dtypes)
     core.set_inference_dtype(config, dtype, manual_cast_dtype, device)
-    model = config.get_model(detected.state_dict, detected.prefix, device=built_on)
+    with Undrawn() if built_on == _META else contextlib.nullcontext():
+        model = config.get_model(detected.state_dict, detected.prefix, device=built_on)
     patcher = core.patcher_class(disable_dynamic)(model, **model_options)
     with _tensors_as_built(model, patcher.is_dynamic()):
         model.load_model_weights(detected.state_dict, detected.prefix, assign=True)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import comfy.model_patcher
 import comfy.sd
 import folder_paths
 
@@ -32,9 +33,9 @@ class UnetLoaderGGUF:
 
     def load_unet(self, unet_name):
         state_dict, _ = gguf_sd_loader(folder_paths.get_full_path("unet_gguf", unet_name))
-        patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options={"custom_operations": GGMLOps})
-        patcher.cached_patcher_init = None
-        return (patcher,)
+        loaded = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options={"custom_operations": GGMLOps})
+        # Without DynamicVRAM, also where ComfyUI has loaded it for that.
+        return (comfy.model_patcher.ModelPatcher(loaded.model, loaded.load_device, loaded.offload_device),)
 
 
 NODE_CLASS_MAPPINGS = {"UnetLoaderGGUF": UnetLoaderGGUF}
