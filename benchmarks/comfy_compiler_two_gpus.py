@@ -6,7 +6,8 @@ Needs comfy-aimdo 0.5 or later. First: on which GPU memory lies that is allocate
 records. Then a Flux-sized model runs recorded forwards as in `comfy_compiler.py`, half of it relayed to the second GPU,
 or half of it streamed with the second link. ComfyUI 0.34 says which threads record, and relayed units then stay at
 home. The benchmark says so in its place; the last way does not, to show what would happen. Outputs are compared with
-the resident model's. FOLDER (default /dev/shm) needs room for 23 GiB.
+the resident model's. With ComfyUI's choice of torch's allocator, and with --disable-cuda-malloc. FOLDER (default
+/dev/shm) needs room for 23 GiB.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from comfy_compiler import NUM_FORWARDS, Flux, Recorded
 from harness import require_gpus, saved_model, start_comfyui, step, warmed_up
-from record import record_printed_by
+from record import printed_by, write_results
 
 HOME, OTHER = "cuda:0", "cuda:1"
 _DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, of the CUDA driver's API
@@ -88,9 +89,9 @@ def said_to_record(recorded: Recorded) -> Iterator[None]:
             delattr(comfy.model_prefetch, name)
 
 
-def measure(path: str) -> None:
+def measure(path: str, disable_cuda_malloc: bool) -> None:
     """Prints what it has so far, as a JSON object, after each way."""
-    start_comfyui(dynamic_vram=True)
+    start_comfyui(dynamic_vram=True, disable_cuda_malloc=disable_cuda_malloc)
     import comfy.model_management as mm
     import torch
 
@@ -137,8 +138,12 @@ def measure(path: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        measure(sys.argv[2])
+        measure(sys.argv[2], "--disable-cuda-malloc" in sys.argv)
     else:
         require_gpus(2)
+        results = {}
         with saved_model("Flux", Path(sys.argv[1] if len(sys.argv) > 1 else "/dev/shm")) as path:
-            record_printed_by("comfy_compiler_two_gpus", [sys.executable, __file__, "--measure", path])
+            for flags in ([], ["--disable-cuda-malloc"]):
+                for found in printed_by([sys.executable, __file__, "--measure", path, *flags]):
+                    results[" ".join(flags) or "as ComfyUI chooses"] = found
+                    write_results("comfy_compiler_two_gpus", results)

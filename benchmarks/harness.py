@@ -20,13 +20,17 @@ _TIMED_STEPS_IN_A_TURN = 4
 TIMED_STEPS = _TURNS * _TIMED_STEPS_IN_A_TURN
 
 
-def start_comfyui(dynamic_vram: bool) -> None:
-    """Import ComfyUI as its main.py does, with its choice of torch's allocator, with or without DynamicVRAM.
+def start_comfyui(dynamic_vram: bool, disable_cuda_malloc: bool = False) -> None:
+    """Import ComfyUI as its main.py does, with or without DynamicVRAM, and with its choice of torch's allocator or, as
+    with --disable-cuda-malloc, torch's own.
 
     The package is that of this checkout, or of the one that DISTORCH2_CHECKOUT names.
     """
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     sys.path.append(os.environ.get("DISTORCH2_CHECKOUT") or str(ROOT))
+    import comfy.cli_args
+
+    comfy.cli_args.args.disable_cuda_malloc |= disable_cuda_malloc
     import cuda_malloc  # noqa: F401  before torch
 
     if dynamic_vram:
