@@ -24,11 +24,11 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
     with buffers, and one that shares a tensor with another. A shared tensor is counted for the first that has it.
     """
     modules = dict(module.named_modules())
-    uses = Counter(id(tensor) for child in modules.values() for tensor in own_tensors(child).values())
+    owned = {name: own_tensors(child) for name, child in modules.items()}
+    uses = Counter(id(tensor) for tensors in owned.values() for tensor in tensors.values())
     layers, seen = [], set()
-    for name, child in modules.items():
-        tensors = own_tensors(child)
-        sizes, bf16_bytes = [], 0
+    for name, tensors in owned.items():
+        child, sizes, bf16_bytes = modules[name], list[int](), 0
         for tensor_name, tensor in tensors.items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
