@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ from .distorch2 import preview
 from .distorch2.planning.plan import AUTO, PlanError
 from .distorch2.weights.checkpoint_file import CheckpointError
 from .drop_in_nodes import TEXT_ENCODER_FILES, clip_type_of, gguf_pack
-from .nodes import request_for
+from .nodes import request_for, selectable_devices, selectable_donors
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,9 @@ def preview_for(widgets: _Widgets, may_measure: bool) -> dict[str, Any]:
     source = _source(widgets)
     if "unet_compute_device" in widgets:
         unet, clip = (_request(widgets, prefix) for prefix in ("unet_", "clip_"))
-        return preview.preview_loader(source, unet, clip, _text(widgets, "vae_device"), may_measure)
+        return preview.preview_loader(
+            source, unet, clip, _one_of(selectable_devices(), "vae_device", widgets), may_measure
+        )
     request = _request(widgets)
     if "component" in widgets:
         component = widgets["component"]
@@ -143,9 +145,9 @@ def _request(widgets: _Widgets, prefix: str = "") -> Any:
     expert = f"{prefix}expert_mode_allocations"
     try:
         return request_for(
-            _text(widgets, f"{prefix}compute_device"),
+            _one_of(selectable_devices(), f"{prefix}compute_device", widgets),
             _number(widgets, f"{prefix}virtual_vram_gb"),
-            _text(widgets, f"{prefix}donor_device"),
+            _one_of(selectable_donors(), f"{prefix}donor_device", widgets),
             widgets.get(expert, ""),
             widgets.get("donor_mode", AUTO),
             widgets.get("pack_weights", AUTO),
@@ -158,6 +160,14 @@ def _text(widgets: _Widgets, name: str) -> str:
     if name not in widgets:
         raise Mistake(name, f"{name} is missing")
     return widgets[name]
+
+
+def _one_of(devices: Sequence[str], name: str, widgets: _Widgets) -> str:
+    """A device of this machine: a workflow may come from another."""
+    device = _text(widgets, name)
+    if device not in devices:
+        raise Mistake(name, f"{name} is {device!r}; use {', '.join(devices)}")
+    return device
 
 
 def _number(widgets: _Widgets, name: str) -> float:

@@ -415,8 +415,9 @@ def test_the_route_shows_what_the_log_says_of_the_load(server):
         ({"clip_expert_mode_allocations": "cpu"}, "clip_expert_mode_allocations", "cpu"),
         ({"unet_virtual_vram_gb": "much"}, "unet_virtual_vram_gb", "unet_virtual_vram_gb is 'much'; use a number"),
         ({"unet_virtual_vram_gb": "-1"}, "", "use 0 or more"),
-        ({"unet_compute_device": "cuda:77"}, "", "there is no device 'cuda:77'"),
-        ({"vae_device": "disk"}, "", "disk keeps weights and cannot compute"),
+        ({"unet_compute_device": "cuda:77"}, "unet_compute_device", "unet_compute_device is 'cuda:77'; use cpu"),
+        ({"clip_donor_device": "cuda:77"}, "clip_donor_device", f"use {', '.join(DEVICES)}, disk"),
+        ({"vae_device": "disk"}, "vae_device", "vae_device is 'disk'; use cpu"),
         ({"donor_mode": "fast"}, "", "donor mode is 'fast'; use auto, stream, relay"),
     ],
 )
