@@ -8,7 +8,9 @@ run.
 import os
 
 import comfy.lora
+import comfy.model_patcher
 import comfy.ops
+import comfy.sd
 import gguf
 import numpy
 import pytest
@@ -64,7 +66,8 @@ class BlockTensor(torch.Tensor):
 
     def to(self, *arguments, **options):
         new = super().to(*arguments, **options)
-        new.tensor_type, new.tensor_shape, new.patches = self.tensor_type, self.tensor_shape, self.patches.copy()
+        if hasattr(self, "tensor_type"):  # what is computed with one lacks it
+            new.tensor_type, new.tensor_shape, new.patches = self.tensor_type, self.tensor_shape, self.patches.copy()
         return new
 
     def detach(self):
@@ -75,7 +78,7 @@ class BlockTensor(torch.Tensor):
 
     @property
     def shape(self):
-        return self.tensor_shape
+        return getattr(self, "tensor_shape", None) or self.size()
 
 
 def read(path):
@@ -89,6 +92,12 @@ def read(path):
         tensors[stored.name] = tensor = data.as_subclass(BlockTensor)
         tensor.tensor_type, tensor.tensor_shape, tensor.patches = stored.tensor_type, shape, []
     return tensors
+
+
+def load(path, layers):
+    """A patcher without DynamicVRAM, also where ComfyUI loads for that."""
+    loaded = comfy.sd.load_diffusion_model_state_dict(read(path), model_options={"custom_operations": layers})
+    return comfy.model_patcher.ModelPatcher(loaded.model, loaded.load_device, loaded.offload_device)
 
 
 def dequantised(tensor, dtype):

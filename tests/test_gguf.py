@@ -7,7 +7,7 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.model_management as mm
-import comfy.sd
+import comfy.model_patcher
 import folder_paths
 import gguf_files
 import pytest
@@ -24,12 +24,6 @@ from sampling import core_load, sample
 from distorch2.loading import distribute
 from distorch2.weights.inventory import list_layers
 from distorch2.weights.quantised import carries_patches, is_gguf, plain_tensors
-
-
-def by_the_tests(path):
-    return comfy.sd.load_diffusion_model_state_dict(
-        gguf_files.read(path), model_options={"custom_operations": gguf_files.Layers}
-    )
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +57,7 @@ def load(request, tmp_path):
         path = tmp_path / f"{qtype}.gguf"
         if not path.exists():
             gguf_files.write_flux(path, qtype)
-        return by_the_pack(str(path), pack, **options) if pack else by_the_tests(str(path))
+        return by_the_pack(str(path), pack, **options) if pack else gguf_files.load(str(path), gguf_files.Layers)
 
     return load
 
@@ -111,6 +105,19 @@ def test_latents_are_bit_identical(load, clip, qtype, percent):
     weight = model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight
     assert is_gguf(weight) and weight.tensor_type.name == qtype
     assert torch.equal(sample(core, clip), expected)
+
+
+@pytest.mark.parametrize("percent", [50, 100])
+def test_what_comfyui_keeps_of_the_file_under_dynamicvram(load, clip, percent, monkeypatch):
+    """Norms, which the file has in F32: else they are copied, in the dtype of the model."""
+    kind = type("Dynamic", (comfy.model_patcher.ModelPatcher,), {"is_dynamic": lambda self: True})
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", kind)
+    core = load("Q4_K")
+    assert is_gguf(core.model.diffusion_model.double_blocks[0].img_attn.norm.query_norm.weight)
+    expected = sample(core, clip)
+    model = distribute(core, partly_on_donor(percent))
+    for _ in range(2):
+        assert torch.equal(sample(model, clip), expected)
 
 
 @pytest.mark.parametrize("qtype", ["Q8_0", "Q4_K", "F16"])

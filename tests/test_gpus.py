@@ -262,8 +262,7 @@ def test_two_gpus_run_a_gguf_model_at_once(checkpoints, tmp_path, text, monkeypa
     path = gguf_files.write_flux(tmp_path / "flux.gguf", "Q8_0")
 
     def load():
-        options = {"custom_operations": gguf_files.Layers}
-        return comfy.sd.load_diffusion_model_state_dict(gguf_files.read(path), options)
+        return gguf_files.load(path, gguf_files.Layers)
 
     clip, whole, loaded = core(checkpoints, "flux", "cuda:0")[1], load(), load()
     sample(whole, clip)  # warm up

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.sd
 import comfy.utils
 import gguf_files
 import pytest
@@ -169,9 +168,7 @@ def test_a_gguf_file_lies_as_shown(tmp_path, percent, has_metadata, is_dynamic, 
         kind = type("Dynamic", (ModelPatcher,), {"is_dynamic": lambda self: True})
         monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", kind)
     found = shown(preview.gguf_diffusion_model(path, loaders), request(percent))
-    options = {"custom_operations": gguf_files.Layers}
-    model = comfy.sd.load_diffusion_model_state_dict(gguf_files.read(path), options)
-    model = distribute(ModelPatcher(model.model, model.load_device, model.offload_device), request(percent))
+    model = distribute(gguf_files.load(path, gguf_files.Layers), request(percent))
     assert parts_of(found, DIFFUSION_MODEL) == parts_of_plan(model.distribution.asked)
 
 
@@ -283,6 +280,7 @@ def test_how_long_copies_take_is_said_where_it_can_be_known(checkpoints, monkeyp
     monkeypatch.setattr(type(preview.COMFYUI), "can_pin_for", lambda *arguments: False)
     assert times()[:2] == (None, None)
     monkeypatch.setattr(type(preview.COMFYUI), "can_pin_for", lambda *arguments: True)
+    monkeypatch.setattr(machine, "_known", {})
     monkeypatch.setattr(machine, "link_bytes_per_second", lambda source, target: 1e6)
     assert times(may_measure=False)[0] is None
     copying, computing, copied, hidden = times()

@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-import comfy.model_patcher
-import comfy.sd
 import folder_paths
 
 _TESTS = Path(__file__).resolve().parent.parent
@@ -32,10 +30,7 @@ class UnetLoaderGGUF:
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "load_unet", "loaders"
 
     def load_unet(self, unet_name):
-        state_dict, _ = gguf_sd_loader(folder_paths.get_full_path("unet_gguf", unet_name))
-        loaded = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options={"custom_operations": GGMLOps})
-        # Without DynamicVRAM, also where ComfyUI has loaded it for that.
-        return (comfy.model_patcher.ModelPatcher(loaded.model, loaded.load_device, loaded.offload_device),)
+        return (gguf_files.load(folder_paths.get_full_path("unet_gguf", unet_name), GGMLOps),)
 
 
 NODE_CLASS_MAPPINGS = {"UnetLoaderGGUF": UnetLoaderGGUF}
