@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -74,9 +73,8 @@ class _Previews:
         if self._num_waiting >= _MOST_WAITING:
             return 429, {"error": "too many previews at a time", "input": ""}
         self._num_waiting += 1
-        make = functools.partial(preview_for, widgets, may_measure=not self._queue.currently_running)
         try:
-            return 200, await asyncio.get_running_loop().run_in_executor(self._thread, make)
+            return 200, await asyncio.get_running_loop().run_in_executor(self._thread, self._make, widgets)
         except Mistake as mistake:
             return 400, {"error": str(mistake), "input": mistake.name}
         except (CheckpointError, PlanError) as error:
@@ -86,6 +84,9 @@ class _Previews:
             return 503, {"error": "no preview now", "input": ""}
         finally:
             self._num_waiting -= 1
+
+    def _make(self, widgets: _Widgets) -> dict[str, Any]:
+        return preview_for(widgets, may_measure=not self._queue.currently_running)
 
 
 def preview_for(widgets: _Widgets, may_measure: bool) -> dict[str, Any]:

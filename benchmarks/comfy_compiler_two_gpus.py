@@ -6,8 +6,8 @@ Needs comfy-aimdo 0.5 or later. First: on which GPU memory lies that is allocate
 records. Then a Flux-sized model runs recorded forwards as in `comfy_compiler.py`, half of it relayed to the second GPU,
 or half of it streamed with the second link. ComfyUI 0.34 says which threads record, and relayed units then stay at
 home. The benchmark says so in its place; the last way does not, to show what would happen. Outputs are compared with
-the resident model's. With ComfyUI's choice of torch's allocator, and with --disable-cuda-malloc. FOLDER (default
-/dev/shm) needs room for 23 GiB.
+the resident model's. All of this runs twice: with the allocator that ComfyUI chooses, and with
+--disable-cuda-malloc. FOLDER (default /dev/shm) needs room for 23 GiB.
 """
 
 from __future__ import annotations

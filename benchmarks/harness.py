@@ -30,7 +30,8 @@ def start_comfyui(dynamic_vram: bool, disable_cuda_malloc: bool = False) -> None
     sys.path.append(os.environ.get("DISTORCH2_CHECKOUT") or str(ROOT))
     import comfy.cli_args
 
-    comfy.cli_args.args.disable_cuda_malloc |= disable_cuda_malloc
+    if disable_cuda_malloc:
+        comfy.cli_args.args.disable_cuda_malloc = True
     import cuda_malloc  # noqa: F401  before torch
 
     if dynamic_vram:

@@ -1,4 +1,4 @@
-"""What is known of the machine, and of models that have run, for plans that are to be chosen (`auto`)."""
+"""For plans that are to be chosen (`auto`): which speeds they need, and how models ran last."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from .comfyui.core import mm
 from .comfyui.memory import is_started
-from .machine import link, multiplications
+from .machine import bytes_per_second, multiplications_per_second
 from .moving.streams import backend_of
-from .planning.automatic import UNKNOWN, Speeds, computing_part, of_its_kind, split_others
+from .planning.automatic import UNKNOWN, Speeds, computing_part, of_its_kind, relaying_and_keeping, room_of
 from .planning.plan import OVERFLOW_DEVICE, Automatic, ComponentRequest, DeviceMemory
 from .serving.distribution import Distribution
 
@@ -76,24 +76,25 @@ def speeds_for(
     may_start: bool,
     may_measure: bool,
 ) -> Speeds:
-    """Only what can make a difference: nothing where there is room on the compute device, how fast devices compute
-    where others that are not the same could relay, and how fast links are where that decides which device is next.
-    What is not known is measured if it `may_measure`, as for `make_plans`."""
+    """No more than the choice depends on: nothing if the model fits on the compute device, how fast cards compute if
+    one that may relay is of another model, and links if they decide which card is filled next. What is not known is
+    measured if it `may_measure`, as for `make_plans`."""
     if not isinstance(request.allocation, Automatic):
         return UNKNOWN
-    home, free_bytes = request.compute_device, memory[request.compute_device].free_bytes
-    if free_bytes is None or free_bytes - request.allocation.keep_bytes >= model_bytes:
-        return UNKNOWN
-    relaying, keeping = split_others(request, memory)
+    home, room = request.compute_device, room_of(request, memory, model_bytes)
+    relaying, keeping = ([name for name in names if room[name]] for names in relaying_and_keeping(request, memory))
     computing = [home, *relaying] if _differ([home, *relaying]) else []
     linked = [*relaying, *keeping] if keeping or len(relaying) > 1 else []
-    used = [torch.device(name) for name in {home, *computing, *linked}]
+    if room[home] >= model_bytes or not (computing or linked):
+        return UNKNOWN
+    used = map(torch.device, (home, *computing, *linked))
     may_measure = may_measure and (may_start or all(map(is_started, used)))
-    target = torch.device(home)
-    sources = [OVERFLOW_DEVICE, *linked] if computing or linked else []
-    links = {name: link(torch.device(name), target, may_measure) for name in sources}
-    products = {name: multiplications(torch.device(name), may_measure) for name in computing}
-    speeds = Speeds(_known(links), _known(products))
+    links = {name: bytes_per_second(name, home, may_measure) for name in (OVERFLOW_DEVICE, *linked)}
+    products = {name: multiplications_per_second(name, may_measure) for name in computing}
+    speeds = Speeds(
+        {name: each for name, each in links.items() if each is not None},
+        {name: each for name, each in products.items() if each is not None},
+    )
     if run is None or run.computing_seconds is None:
         return speeds
     part = computing_part(run.relayed, run.model_bytes, lambda device: speeds.slowness(device, home))
@@ -103,7 +104,3 @@ def speeds_for(
 def _differ(names: Sequence[str]) -> bool:
     devices = [torch.device(name) for name in names]
     return len(devices) > 1 and len({backend_of(device).get_device_name(device) for device in devices}) > 1
-
-
-def _known(found: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: each for name, each in found.items() if each is not None}

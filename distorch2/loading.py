@@ -242,10 +242,12 @@ def load_text_encoder(
             clip_type=type_of_clip,
             model_options=devices,
         )
-    except (*NO_SUCH_FORMAT, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
-            raise  # there is no memory for it, say
+    except NO_SUCH_FORMAT as error:
         raise no_text_encoder(paths, clip_type) from error
+    except RuntimeError as error:
+        if "size mismatch" in str(error):  # of `load_state_dict`; running out of memory is another
+            raise no_text_encoder(paths, clip_type) from error
+        raise
     return distribute_clip(clip, request, high_precision_loras, is_new=True)
 
 

@@ -19,7 +19,7 @@ from .comfyui.memory import is_started, memory_of
 from .comfyui.program import COMFYUI
 from .components import COMPONENTS, DIFFUSION_MODEL, TEXT_ENCODER, placed_components
 from .knowledge import Files
-from .machine import link
+from .machine import bytes_per_second
 from .planning.plan import PACKED, ComponentRequest, DeviceMemory, Plan, size_text
 from .plans import (
     Found,
@@ -180,11 +180,12 @@ def _speed(plan: Plan, placed: Distribution | None, may_measure: bool) -> dict[s
     """Of copies from main memory, at least: half of it may come another way."""
     num_bytes = plan.copied_bytes_from(str(CPU))
     computing_s = placed.computing_seconds if placed is not None else None
-    speed = link(CPU, torch.device(plan.compute_device), may_measure) if num_bytes else None
+    may_measure = may_measure and is_started(torch.device(plan.compute_device))
+    link = bytes_per_second(str(CPU), plan.compute_device, may_measure) if num_bytes else None
     return {
-        "copying_s": num_bytes / speed if speed is not None else None,
+        "copying_s": num_bytes / link if link is not None else None,
         "computing_s": computing_s,
-        "hidden": computing_s * speed if speed is not None and computing_s is not None else None,
+        "hidden": computing_s * link if link is not None and computing_s is not None else None,
     }
 
 

@@ -116,7 +116,8 @@ def tokenizers_are_made_once():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def what_is_measured_is_not_kept(tmp_path_factory):
+def users_files_are_not_touched(tmp_path_factory):
+    """Nor used: speeds that were measured, say."""
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(folder_paths, "user_directory", str(tmp_path_factory.mktemp("user")))
         yield

@@ -45,7 +45,7 @@ def test_a_slower_card_is_used_for_as_much_as_makes_a_step_shorter(speeds, expec
 
 
 def _of_hundreds(speeds):
-    links = {device: 100 * link for device, link in speeds.links.items()}
+    links = {device: 100 * link for device, link in speeds.link_bytes_per_s.items()}
     return Speeds(links, speeds.multiplications_per_s, speeds.step_s)
 
 
@@ -72,14 +72,14 @@ def test_what_is_kept_free_and_what_only_keeps():
 def test_of_cards_that_only_keep_weights_the_one_with_the_fastest_link_is_first(donor_mode, older):
     free = {HOME: 1000, PEER: 1500, THIRD: 1000}
 
-    def kept(**links):
-        speeds = Speeds({"cpu": 25e9, PEER: links["peer"], THIRD: links["third"]})
+    def kept(peer, third):
+        speeds = Speeds({"cpu": 25e9, PEER: peer, THIRD: third})
         found = chosen(3000, free, speeds, donor_mode=donor_mode, older=older)
         return {device: num_bytes for device, num_bytes in found.items() if num_bytes and device != HOME}
 
-    assert kept(peer=50e9, third=50e9) == {PEER: 1500, THIRD: 500}
+    assert kept(peer=50e9, third=51e9) == {PEER: 1500, THIRD: 500}  # as fast, but for noise
     assert kept(peer=50e9, third=100e9) == {PEER: 1000, THIRD: 1000}
-    assert kept(peer=24e9, third=25e9) == {PEER: 1500, THIRD: 500}  # both as main memory, but for noise
+    assert kept(peer=24e9, third=25e9) == {PEER: 1500, THIRD: 500}  # both as main memory
     assert kept(peer=12e9, third=25e9) == {THIRD: 1000, "cpu": 1000}
     assert kept(peer=12e9, third=6e9) == {"cpu": 2000}
 
@@ -89,8 +89,22 @@ def test_of_cards_that_compute_as_fast_the_one_with_the_fastest_link_is_first():
     by_link = Speeds({"cpu": 25e9, PEER: 3e9, THIRD: 25e9}, products)
     assert chosen(2200, free, by_link) == {HOME: 1000, THIRD: 1000, PEER: 200}
     assert chosen(2200, free) == {HOME: 1000, PEER: 1200}
-    by_both = Speeds(by_link.links, {**products, THIRD: 0.5}, 1.0)
+    by_both = Speeds(by_link.link_bytes_per_s, {**products, THIRD: 0.5}, 1.0)
     assert chosen(2200, free, by_both) == {HOME: 1000, PEER: 1200}
+    without_main_memory = Speeds({PEER: 3e9, THIRD: 25e9})
+    assert chosen(2200, free, without_main_memory) == {HOME: 1000, THIRD: 1000, PEER: 200}
+
+
+@given(
+    st.integers(1, 10**10),
+    st.lists(st.integers(0, 10**10), min_size=3, max_size=3),
+    st.floats(0.001, 100),
+    st.floats(1e3, 1e11),
+)
+def test_cards_that_are_as_fast_are_filled_whatever_a_step_takes(model_bytes, free, step_s, link):
+    room = dict(zip([HOME, PEER, THIRD], free))
+    products = {HOME: 1.0, PEER: 0.95, THIRD: 1.05}
+    assert chosen(model_bytes, room, Speeds({"cpu": link}, products, step_s)) == chosen(model_bytes, room)
 
 
 @given(

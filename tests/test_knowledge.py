@@ -77,16 +77,16 @@ def test_cards_that_differ_are_measured_if_both_are_needed(checkpoints, monkeypa
     speeds = {"sim:0": 4e12, "sim:1": 4e12}
 
     def multiplications(device, may_measure):
-        measured.append(str(device))
-        return speeds[str(device)]
+        measured.append(device)
+        return speeds[device]
 
-    monkeypatch.setattr(knowledge, "multiplications", multiplications)
+    monkeypatch.setattr(knowledge, "multiplications_per_second", multiplications)
     model_bytes = planned(path).model_bytes
     assert measured == []  # there is room on the compute device
     monkeypatch.setattr(sim, "capacity_bytes", [model_bytes // 2 + INFERENCE_BYTES, 1024 * MIB])
     assert planned(path).devices == ("sim:0", "sim:1")
     assert set(measured) == {"sim:0", "sim:1"}
-    monkeypatch.setattr(knowledge, "link", lambda *arguments: 1e12)
+    monkeypatch.setattr(knowledge, "bytes_per_second", lambda *arguments: 1e12)
     speeds["sim:1"] = 4e11  # and copies are hidden
     assert planned(path).devices == ("sim:0", "cpu")
     measured.clear()
@@ -103,7 +103,7 @@ def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, mon
     note_runs()
     run = knowledge.last_run((DIFFUSION_MODEL, (path,)), "sim:0")
     measured = {"sim:0": 3e9, "sim:1": 1e9}
-    monkeypatch.setattr(knowledge, "multiplications", lambda device, _: measured[str(device)])
+    monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, _: measured[device])
     memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
     found = knowledge.speeds_for(AUTO, run.model_bytes, memory, run, True, True)
     # Half of it took three times as long.
@@ -112,19 +112,19 @@ def test_the_time_of_a_step_is_taken_without_those_that_relayed(checkpoints, mon
 
 def test_what_cannot_or_need_not_be_measured_is_not_known(monkeypatch, cards_differ):
     asked = []
-    monkeypatch.setattr(knowledge, "multiplications", lambda device, _: None if device.index else 5.0)
-    monkeypatch.setattr(knowledge, "link", lambda *arguments: None)
+    monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, _: {"sim:0": 5.0}.get(device))
+    monkeypatch.setattr(knowledge, "bytes_per_second", lambda *arguments: None)
     memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
     found = knowledge.speeds_for(AUTO, 10**6, memory, None, True, True)
     assert found == Speeds({}, {"sim:0": 5.0})
-    monkeypatch.setattr(knowledge, "multiplications", lambda device, may_measure: asked.append(may_measure))
+    monkeypatch.setattr(knowledge, "multiplications_per_second", lambda device, may_measure: asked.append(may_measure))
     monkeypatch.setattr(knowledge, "is_started", lambda device: False)
     knowledge.speeds_for(AUTO, 10**6, memory, None, False, True)
     assert asked == [False, False]  # a preview does not begin to use a card
     knowledge.speeds_for(AUTO, 10**6, memory, None, True, True)
     assert asked[2:] == [True, True]
-    monkeypatch.setattr(knowledge, "multiplications", None)
-    monkeypatch.setattr(knowledge, "link", None)
+    monkeypatch.setattr(knowledge, "multiplications_per_second", None)
+    monkeypatch.setattr(knowledge, "bytes_per_second", None)
     there_is_room = {**memory, "sim:0": knowledge.DeviceMemory(10**9, 10**6)}
     assert knowledge.speeds_for(AUTO, 10**6, there_is_room, None, True, True) == UNKNOWN
     alone = {device: room for device, room in memory.items() if device != "sim:1"}
@@ -134,21 +134,43 @@ def test_what_cannot_or_need_not_be_measured_is_not_known(monkeypatch, cards_dif
     assert knowledge.speeds_for(AUTO, 10**6, memory, None, True, True) == UNKNOWN
 
 
-@pytest.mark.parametrize("why", ["it is to keep only", "it cannot compute"])
-def test_links_are_looked_at_where_a_card_only_keeps_weights(monkeypatch, why):
-    speeds = {"cpu": 20e9, "sim:1": 10e9}
-    monkeypatch.setattr(knowledge, "link", lambda source, target, may_measure: speeds[str(source)])
+@pytest.mark.parametrize(("donor_mode", "can_compute"), [("stream", True), ("auto", False)])
+def test_links_are_looked_at_where_a_card_only_keeps_weights(monkeypatch, donor_mode, can_compute):
+    speeds, asked = {"cpu": 20e9, "sim:1": 10e9}, []
+
+    def bytes_per_second(source, target, may_measure):
+        asked.append(may_measure)
+        return speeds[source]
+
+    monkeypatch.setattr(knowledge, "bytes_per_second", bytes_per_second)
     memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in DEVICES}
-    request = AUTO
-    if why == "it is to keep only":
-        request = replace(AUTO, donor_mode="stream")
-    else:
-        memory["sim:1"] = replace(memory["sim:1"], can_compute=False)
+    memory["sim:1"] = replace(memory["sim:1"], can_compute=can_compute)
+    request = replace(AUTO, donor_mode=donor_mode)
 
     def chosen():
-        found = knowledge.speeds_for(request, 10**6, memory, None, True, True)
+        found = knowledge.speeds_for(request, 10**6, memory, None, False, True)
         return choose(10**6, request, memory, found).num_bytes
 
     assert chosen() == {"sim:0": 10**5, "cpu": 9 * 10**5}  # copies from there would take twice as long
     speeds["sim:1"] = 40e9
     assert chosen() == {"sim:0": 10**5, "sim:1": 10**5, "cpu": 8 * 10**5}
+    assert all(asked)
+    asked.clear()
+    monkeypatch.setattr(knowledge, "is_started", lambda device: device.index == 0)
+    chosen()
+    assert asked == [False, False]  # a preview does not begin to use a card
+    asked.clear()
+    memory["sim:1"] = replace(memory["sim:1"], free_bytes=0)
+    assert chosen() == {"sim:0": 10**5, "cpu": 9 * 10**5}
+    assert asked == []
+
+
+def test_links_are_looked_at_where_they_decide_which_card_computes(monkeypatch):
+    speeds = {"cpu": 20e9, "sim:1": 3e9, "sim:2": 20e9}
+    monkeypatch.setattr(knowledge, "bytes_per_second", lambda source, *_: speeds[source])
+    monkeypatch.setattr(knowledge, "multiplications_per_second", None)  # all are the same
+    devices = (*DEVICES, "sim:2")
+    memory = {device: knowledge.DeviceMemory(10**9, 10**5) for device in devices}
+    request = replace(AUTO, allocation=parse_allocation("auto", devices))
+    found = knowledge.speeds_for(request, 250_000, memory, None, True, True)
+    assert choose(250_000, request, memory, found).num_bytes == {"sim:0": 10**5, "sim:2": 10**5, "sim:1": 50_000}

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd1_clip
 import comfy.utils
 import gguf_files
 import pytest
 import torch
 from comfy.ldm.flux.model import Flux
-from comfy.model_patcher import ModelPatcher
+from comfy.taesd.taesd import TAESD
 from conftest import ROOT
 from placing import COMPUTE, DONOR, devices_known_to_comfyui, inference_mode  # noqa: F401
 from safetensors.torch import load_file, save_file
@@ -26,10 +27,10 @@ from serving import ACCELERATOR, DEVICES, NEWEST, prompt_for, start
 
 from allocation_parser import parse_allocation
 from distorch2 import machine, preview
-from distorch2.comfyui import memory
-from distorch2.comfyui.undrawn import Undrawn
+from distorch2.comfyui import loaders, memory
 from distorch2.components import DIFFUSION_MODEL, TEXT_ENCODER
 from distorch2.loading import distribute, distribute_clip, load_checkpoint, load_diffusion_model, load_text_encoder
+from distorch2.moving import speed
 from distorch2.moving.transfer import Timing
 from distorch2.planning.plan import GIB, ComponentRequest, Plan, VirtualVram
 from distorch2.report import rows_of_plan
@@ -113,41 +114,55 @@ def test_a_text_encoder_of_another_size_is_said_before_and_in_the_run(checkpoint
 
 
 class Drawing(torch.nn.Module):
-    """Whose weights are drawn where models of ComfyUI draw theirs: PixArt, Cosmos, layers of torch."""
+    """Whose weights are drawn where models of ComfyUI draw theirs: PixArt, Cosmos, TripoSplat, layers of torch."""
 
     def __init__(self):
         super().__init__()
-        self.table = torch.nn.Parameter(torch.randn(3, 4) / 2)
-        self.like = torch.nn.Parameter(torch.rand_like(torch.zeros(5)) + torch.rand(5))
+        self.table = torch.nn.Parameter(torch.randn(3, 4) / 2 + torch.rand(4))
+        self.like = torch.nn.Parameter(torch.rand_like(torch.zeros(5)) + torch.zeros(5))
         self.layers = torch.nn.ModuleList([torch.nn.Linear(2, 3), torch.nn.Embedding(2, 3), torch.nn.Conv2d(1, 1, 1)])
         self.filled = torch.nn.Parameter(torch.empty(2).normal_())
-        for fill in ("uniform_", "normal_", "trunc_normal_", "xavier_normal_", "xavier_uniform_", "orthogonal_"):
-            getattr(torch.nn.init, fill)(tensor=torch.empty(2, 2))
+        self.numbers = torch.randint(5, (2,)), torch.randperm(3)
+        for fill in ("uniform_", "normal_", "trunc_normal_", "kaiming_normal_", "xavier_uniform_", "orthogonal_"):
+            getattr(torch.nn.init, fill)(torch.empty(2, 2))
+        torch.empty(2).exponential_()
+        self.of_its_own_generator = torch.quasirandom.SobolEngine(3, scramble=True, seed=123).draw(4)
 
 
 def test_nothing_is_drawn_from_the_random_numbers_of_a_prompt_beside_it():
     before = torch.get_rng_state()
-    with Undrawn():
+    with loaders._Undrawn():
         module = Drawing()
     assert torch.equal(torch.get_rng_state(), before)
-    assert [tuple(tensor.shape) for tensor in module.parameters()][:3] == [(3, 4), (5,), (2,)]
-    Drawing()
+    drawn = Drawing()
     assert not torch.equal(torch.get_rng_state(), before)
+    shapes = [(tensor.shape, tensor.device) for tensor in drawn.parameters()]
+    assert [(tensor.shape, tensor.device) for tensor in module.parameters()] == shapes
+    assert torch.equal(module.of_its_own_generator, drawn.of_its_own_generator)
 
 
-def test_a_preview_draws_no_random_numbers(checkpoints, monkeypatch):
-    build, drawn = Flux.__init__, []
+@pytest.mark.parametrize(
+    ("drawing", "source"),
+    [
+        (Flux, lambda checkpoints: preview.checkpoint(checkpoints("flux"))),
+        (comfy.sd1_clip.SDClipModel, lambda checkpoints: preview.checkpoint(checkpoints("sd3"))),
+        (comfy.sd1_clip.SDClipModel, lambda checkpoints: preview.text_encoder((checkpoints("clip_l"),), "sd3")),
+        (TAESD, lambda checkpoints: preview.checkpoint(checkpoints("sd3"))),
+    ],
+)
+def test_a_preview_draws_no_random_numbers(checkpoints, monkeypatch, drawing, source):
+    build, drawn = drawing.__init__, []
 
     def draw_and_build(*arguments, **options):
-        drawn.append(torch.randn(3))
+        drawn.append(torch.randn(3, device="cpu"))
         build(*arguments, **options)
 
-    monkeypatch.setattr(Flux, "__init__", draw_and_build)
+    monkeypatch.setattr(drawing, "__init__", draw_and_build)
     preview._read.cache_clear()
     before = torch.get_rng_state()
-    shown(preview.checkpoint(checkpoints("flux")), request(0))
+    shown(source(checkpoints), request(0))
     assert torch.equal(torch.get_rng_state(), before)
-    assert len(drawn) == 1
+    assert drawn
 
 
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["", "DynamicVRAM"])
@@ -162,10 +177,10 @@ def test_a_gguf_file_lies_as_shown(tmp_path, percent, has_metadata, is_dynamic, 
     path = gguf_files.write_flux(tmp_path / "flux.gguf", "Q8_0")
     loaders = types.ModuleType("loaders")
     loaders.gguf_sd_loader, loaders.GGMLOps = read, lambda: gguf_files.Layers
-    in_half = lambda **arguments: torch.float16  # noqa: E731  as on a GPU; in the file some are not
-    monkeypatch.setattr(comfy.model_management, "unet_dtype", in_half)
+    # As on a GPU; in the file some are not.
+    monkeypatch.setattr(comfy.model_management, "unet_dtype", lambda **arguments: torch.float16)
     if is_dynamic:
-        kind = type("Dynamic", (ModelPatcher,), {"is_dynamic": lambda self: True})
+        kind = type("Dynamic", (comfy.model_patcher.ModelPatcher,), {"is_dynamic": lambda self: True})
         monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", kind)
     found = shown(preview.gguf_diffusion_model(path, loaders), request(percent))
     model = distribute(gguf_files.load(path, gguf_files.Layers), request(percent))
@@ -280,9 +295,13 @@ def test_how_long_copies_take_is_said_where_it_can_be_known(checkpoints, monkeyp
     monkeypatch.setattr(type(preview.COMFYUI), "can_pin_for", lambda *arguments: False)
     assert times()[:2] == (None, None)
     monkeypatch.setattr(type(preview.COMFYUI), "can_pin_for", lambda *arguments: True)
-    monkeypatch.setattr(machine, "_known", {})
-    monkeypatch.setattr(machine, "link_bytes_per_second", lambda source, target: 1e6)
+    known = {}
+    monkeypatch.setattr(machine, "_known", lambda: known)
+    monkeypatch.setattr(speed, "link_bytes_per_second", lambda source, target: 1e6)
     assert times(may_measure=False)[0] is None
+    with monkeypatch.context() as patches:
+        patches.setattr(preview, "is_started", lambda device: False)
+        assert times()[0] is None  # a preview does not begin to use a card
     copying, computing, copied, hidden = times()
     assert (copying, computing, hidden) == (pytest.approx(copied / 1e6, rel=0.01), None, None)
     assert times(may_measure=False)[0] == copying  # known from then on

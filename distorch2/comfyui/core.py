@@ -209,7 +209,7 @@ def temporary_folder() -> str:
 
 
 def user_folder() -> str:
-    """Where the pack's own files lie that are to stay, and are not served to browsers. It may not be there yet."""
+    """The pack's private folder: its files stay, and the server does not serve them. It may not be there yet."""
     return folder_paths.get_system_user_directory("distorch2")
 
 

@@ -13,18 +13,18 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..weights.checkpoint_file import CheckpointError, read_header
 from ..weights.devices import CPU
 from ..weights.quantised import carries_patches, is_quantised, plain_tensors
 from . import core
 from .core import ModelPatcher, mm
-from .undrawn import Undrawn
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +152,7 @@ def build_gguf_without_memory(path: str, pack: Any, device: str) -> torch.nn.Mod
     except NO_SUCH_GGUF as error:
         raise cannot_read_gguf(path, error) from error
     state_dict, *more = found if isinstance(found, tuple) else (found,)  # newer ones return metadata as well
-    # It loads as ComfyUI does. With DynamicVRAM what is not quantised is kept as it is, too, and else copied.
-    is_dynamic = core.loaders_keep_the_mapping(disable_dynamic=False)
-    shapes = {
-        name: tensor.to(_META)
-        if is_dynamic or carries_patches(tensor)
-        else torch.empty_like(_plain(tensor), device=_META)
-        for name, tensor in state_dict.items()
-    }
+    shapes = {name: _as_loaded(tensor) for name, tensor in state_dict.items()}
     weights = Weights(path, shapes, more[0].get("metadata") if more else None)
     with _refused_as(_not_a_checkpoint(path)):
         detected = _detect_alone(weights)
@@ -169,9 +162,13 @@ def build_gguf_without_memory(path: str, pack: Any, device: str) -> torch.nn.Mod
         return _model_without_memory(detected, device)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
+def _as_loaded(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a GGUF file without memory. ComfyUI keeps quantised ones as they are in the file. With DynamicVRAM it
+    keeps the others too; without, it copies them."""
+    if carries_patches(tensor) or core.loaders_keep_the_mapping(disable_dynamic=False):
+        return tensor.to(_META)
     (plain,) = plain_tensors(tensor)
-    return plain
+    return torch.empty_like(plain, device=_META)
 
 
 def build_text_encoder_without_memory(
@@ -191,7 +188,7 @@ def build_text_encoder_without_memory(
     }
     with _refused_as(no_text_encoder([weights.path for weights in files], clip_type)):
         state_dicts = [_without_values(weights) for weights in files]
-        with _META, Undrawn():  # some layers are built on the default device
+        with _META, _Undrawn():  # some layers are built on the default device
             clip = core.sd.load_text_encoder_state_dicts(
                 state_dicts, clip_type=type_of_clip, model_options=options, disable_dynamic=True
             )
@@ -248,7 +245,7 @@ def _vae_without_memory(detected: Detected, metadata: dict[str, str] | None, dev
     state_dict = core.utils.state_dict_prefix_replace(dict(detected.state_dict), prefixes, filter_keys=True)
     shapes = {name: value.to(_META) for name, value in detected.config.process_vae_state_dict(state_dict).items()}
     try:
-        with _META, Undrawn():
+        with _META, _Undrawn():
             return core.sd.VAE(sd=shapes, metadata=metadata, device=torch.device(device)).first_stage_model
     except RuntimeError:  # that of ACE-Step and that of Cosmos look at numbers while they are built
         return None
@@ -261,7 +258,7 @@ def _text_encoder_without_memory(detected: Detected, clip_device: str) -> tuple[
         return None, clip_device
     device = torch.device(clip_device)
     given = {"dtype": mm.text_encoder_dtype(device), "device": _META, "model_options": {}}
-    with Undrawn():
+    with _Undrawn():
         encoder = target.clip(**{**target.params, **given})
     with _tensors_as_built(encoder):
         encoder.load_state_dict(state_dict, strict=False, assign=True)
@@ -437,7 +434,7 @@ def _build_diffusion_model(
     cast_from = None if config.quant_config is not None else dtype
     manual_cast_dtype = mm.unet_manual_cast(cast_from, device, config.supported_inference_dtypes)
     core.set_inference_dtype(config, dtype, manual_cast_dtype, device)
-    with Undrawn() if built_on == _META else contextlib.nullcontext():
+    with _Undrawn() if built_on == _META else contextlib.nullcontext():
         model = config.get_model(detected.state_dict, detected.prefix, device=built_on)
     patcher = core.patcher_class(disable_dynamic)(model, **model_options)
     with _tensors_as_built(model, patcher.is_dynamic()):
@@ -481,6 +478,28 @@ def build_text_encoder(
     if missing:
         logger.warning("the text encoder in this file lacks %s", ", ".join(missing))
     return clip
+
+
+class _Undrawn(TorchDispatchMode):
+    """Inside `with` random tensors are all zeros, and tensors are not filled with random numbers, but for those of a
+    generator of their own.
+
+    Some models draw their first weights on the CPU while they are built. That advances torch's global generator, and
+    would change the noise of a prompt that runs in another thread.
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = options or {}
+        is_drawn = torch.Tag.nondeterministic_seeded in function.tags and options.get("generator") is None
+        if is_drawn and function._schema.is_mutable:
+            return arguments[0]
+        if is_drawn and any(each.name == "device" for each in function._schema.arguments):
+            like = next((each.device for each in arguments if isinstance(each, torch.Tensor)), CPU)
+            shape = function(*arguments, **{**options, "device": _META})
+            return torch.zeros_like(shape, device=options.get("device") or like)
+        return function(*arguments, **options)
 
 
 @contextlib.contextmanager

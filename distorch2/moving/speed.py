@@ -1,4 +1,4 @@
-"""Measuring how fast this machine copies and computes. Work beside it would disturb that."""
+"""Measuring how fast this machine copies and computes. Other work on the devices meanwhile falsifies that."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PRODUCTS = 8
 _TIMES = 4
 """The first time, there may be buffers to set up."""
 _WARM_UP_S = 0.1
-"""Of work that is not timed: a GPU that was idle does not run at its speed at once."""
+"""Of work that is not timed: a GPU that was idle does not run at its speed at once, and its link neither."""
 _LONGEST_S = 0.5
 """After that one timing is enough."""
 _TICK_MS = 0.0005
@@ -26,7 +26,7 @@ _TICK_MS = 0.0005
 
 
 def link_bytes_per_second(source: torch.device, target: torch.device) -> float:
-    """Of copies, from page-locked memory where `source` is the CPU. Takes a few hundredths of a second.
+    """Of copies, from page-locked memory where `source` is the CPU. Takes an eighth of a second.
 
     Raises `RuntimeError` where there is no memory for it.
     """
@@ -47,10 +47,10 @@ def multiplications_per_second(device: torch.device) -> float:
         for _ in range(_PRODUCTS):
             torch.mm(one, other, out=product)
 
-    return _PRODUCTS * _SIDE**3 / _seconds(device, multiply, _WARM_UP_S)
+    return _PRODUCTS * _SIDE**3 / _seconds(device, multiply)
 
 
-def _seconds(device: torch.device, work: Callable[[], Any], warm_up_s: float = 0.0) -> float:
+def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
     """The least that it took, of a few times."""
     backend, milliseconds, begun = backend_of(device), list[float](), time.perf_counter()
     with backend.device(device):
@@ -60,6 +60,6 @@ def _seconds(device: torch.device, work: Callable[[], Any], warm_up_s: float = 0
             work()
             end.record()
             end.synchronize()
-            if time.perf_counter() - begun >= warm_up_s:
+            if time.perf_counter() - begun >= _WARM_UP_S:
                 milliseconds.append(begin.elapsed_time(end))
     return max(min(milliseconds), _TICK_MS) / 1000

@@ -4,13 +4,14 @@ The compute device keeps what it has room for. Of what is left, other accelerato
 copied to the compute device while it computes. While another device computes, the staging buffer has room for little of
 what comes next, so copies wait. Accelerators of the same speed cost nothing but their memory, so they are filled; of
 slower ones so much is used that a step is shortest: each byte there makes computing longer, and copying shorter. What
-crosses over between accelerators is not counted: it is a hundredth of the weights or less. Of accelerators that compute
-as fast the one with the faster link comes first; of those that only keep weights, too, and only where copies from there
-are no slower than from main memory.
+crosses over between accelerators is not counted: it is a hundredth of the weights or less. Accelerators that compute
+equally fast are filled in the order of their links. So are those that only keep weights; one with a link slower than
+that of main memory is left out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ _TOKENS = 4096
 """Of an image of 1024 x 1024 pixels: what a step is taken for until one has been timed."""
 _BYTES_OF_A_WEIGHT = 2
 _AS_FAST = 0.1
-"""Devices or links whose speeds differ by less are taken to be equal: that much of it is noise."""
+"""Speeds that differ by less are taken to be equal: that much of it is noise."""
 _NUM_CHOICES = 64
 
 
@@ -28,23 +29,31 @@ _NUM_CHOICES = 64
 class Speeds:
     """What is known of a machine, and of the model on it.
 
-    `links` are bytes per second of copies to the compute device, by the device that they come from, and
+    `link_bytes_per_s` is that of copies to the compute device, by the device that they come from, and
     `multiplications_per_s` what each accelerator does in matrices of the model's kind; `step_s` is what a step took on
     the compute device alone, without copies. None, or no entry, where that is not known.
     """
 
-    links: Mapping[str, float] = field(default_factory=dict)
+    link_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     multiplications_per_s: Mapping[str, float] = field(default_factory=dict)
     step_s: float | None = None
 
     def slowness(self, device: str, compute_device: str) -> float:
         """How many times as long `device` takes for what `compute_device` does."""
         own, theirs = self.multiplications_per_s.get(compute_device), self.multiplications_per_s.get(device)
-        return _ratio(own, theirs)
+        found = own / theirs if own and theirs else 1.0
+        return 1.0 if abs(found - 1) <= _AS_FAST else found
 
-    def slowness_of_link(self, device: str) -> float:
-        """How many times as long a copy from `device` takes as one from main memory."""
-        return _ratio(self.links.get(OVERFLOW_DEVICE), self.links.get(device))
+    def rank(self, device: str, compute_device: str) -> tuple[int, int]:
+        """Lower for a device that computes faster; of those that are as fast, for one with a faster link."""
+        links = {name: link for name, link in self.link_bytes_per_s.items() if name != OVERFLOW_DEVICE}
+        slowness_of_link = max(links.values()) / links[device] if device in links else 1.0
+        return _steps(self.slowness(device, compute_device)), _steps(slowness_of_link)
+
+    def is_link_slower(self, device: str) -> bool:
+        """Than that of main memory, as far as is known."""
+        link, of_host = self.link_bytes_per_s.get(device), self.link_bytes_per_s.get(OVERFLOW_DEVICE)
+        return link is not None and of_host is not None and link < (1 - _AS_FAST) * of_host
 
     def seconds_of_step(self, compute_device: str, model_bytes: int) -> float | None:
         """As timed, or as a transformer would take for an image of 1024 x 1024 pixels."""
@@ -54,9 +63,9 @@ class Speeds:
         return model_bytes / _BYTES_OF_A_WEIGHT * _TOKENS / own
 
 
-def _ratio(one: float | None, other: float | None) -> float:
-    found = one / other if one and other else 1.0
-    return 1.0 if abs(found - 1) <= _AS_FAST else found
+def _steps(slowness: float) -> int:
+    """In steps of `_AS_FAST`: 0 for what is as fast."""
+    return int(math.log(slowness, 1 + _AS_FAST))
 
 
 UNKNOWN = Speeds()
@@ -73,28 +82,26 @@ def choose(
     """
     allocation, home = request.allocation, request.compute_device
     assert isinstance(allocation, Automatic)
-    (relaying, keeping), room = split_others(request, memory), dict[str, int]()
-    for device in (home, *relaying, *keeping):
-        free_bytes = memory[device].free_bytes
-        room[device] = model_bytes if free_bytes is None else max(0, free_bytes - allocation.keep_bytes)
+    relaying, keeping = relaying_and_keeping(request, memory)
+    room = room_of(request, memory, model_bytes)
 
     def slowness(device: str) -> float:
         return speeds.slowness(device, home)
 
-    relaying.sort(key=lambda device: (slowness(device), speeds.slowness_of_link(device), -room[device]))
-    keeping = [device for device in keeping if speeds.slowness_of_link(device) <= 1]
-    keeping.sort(key=lambda device: (speeds.slowness_of_link(device), -room[device], device))
+    keeping = [device for device in keeping if not speeds.is_link_slower(device)]
+    for devices in (relaying, keeping):
+        devices.sort(key=lambda device: (speeds.rank(device, home), -room[device], device))
     kept = min(model_bytes, room[home])
     left = model_bytes - kept
     relayed = _filled(left, relaying, room)
-    step_s, link = speeds.seconds_of_step(home, model_bytes), speeds.links.get(OVERFLOW_DEVICE)
+    step_s, link = speeds.seconds_of_step(home, model_bytes), speeds.link_bytes_per_s.get(OVERFLOW_DEVICE)
     if relayed and step_s is not None and link is not None:
 
         def step_of(choice: Mapping[str, int]) -> float:
             elsewhere = sum(choice.values())
             at_home_s = step_s * (1 - elsewhere / model_bytes)
-            elsewhere_s = step_s * computing_part(choice, model_bytes, slowness) - at_home_s
-            return elsewhere_s + max(at_home_s, (left - elsewhere) / link)
+            computing_s = step_s * computing_part(choice, model_bytes, slowness)
+            return max(computing_s, computing_s - at_home_s + (left - elsewhere) / link)
 
         most = sum(relayed.values())
         choices = [most * number // _NUM_CHOICES for number in range(_NUM_CHOICES, -1, -1)]
@@ -114,8 +121,18 @@ def of_its_kind(request: ComponentRequest) -> list[str]:
     return [each for each in request.allocation.devices if kind_of(each) == kind_of(home) and each != home]
 
 
-def split_others(request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> tuple[list[str], list[str]]:
-    """Of the devices of `of_its_kind` those that relay, and those that can only keep weights or are to."""
+def room_of(request: ComponentRequest, memory: Mapping[str, DeviceMemory], model_bytes: int) -> dict[str, int]:
+    """Bytes that a model may take of the compute device and of the others of its kind."""
+    assert isinstance(request.allocation, Automatic)
+    found = {}
+    for device in (request.compute_device, *of_its_kind(request)):
+        free_bytes = memory[device].free_bytes
+        found[device] = model_bytes if free_bytes is None else max(0, free_bytes - request.allocation.keep_bytes)
+    return found
+
+
+def relaying_and_keeping(request: ComponentRequest, memory: Mapping[str, DeviceMemory]) -> tuple[list[str], list[str]]:
+    """The devices of `of_its_kind` in two lists: those that may relay, and those that only keep weights."""
     others = of_its_kind(request)
     relaying = [each for each in others if memory[each].can_compute and request.donor_mode != STREAM]
     return relaying, [each for each in others if each not in relaying]

@@ -9,7 +9,7 @@ import torch
 
 from ..planning.plan import Layer
 from .quantised import is_quantised, plain_tensors
-from .slab import SlabLayout
+from .slab import SlabLayout, aligned
 
 LEAST_TABLE_BYTES = 8 * 1024**2
 """To look up rows the host waits for their numbers: a small table is better copied with the layers around it."""
@@ -27,8 +27,9 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
     owned = {name: own_tensors(child) for name, child in modules.items()}
     uses = Counter(id(tensor) for tensors in owned.values() for tensor in tensors.values())
     layers, seen = [], set()
-    for name, tensors in owned.items():
-        child, sizes, bf16_bytes = modules[name], list[int](), 0
+    for name, child in modules.items():
+        tensors = owned[name]
+        sizes, bf16_bytes = [], 0
         for tensor_name, tensor in tensors.items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -44,7 +45,7 @@ def list_layers(module: torch.nn.Module) -> list[Layer]:
                 and next(child.buffers(recurse=False), None) is None
                 and all(uses[id(tensor)] == 1 for tensor in tensors.values())
             )
-            slab_bytes = layout_of(child).num_bytes if movable else 0
+            slab_bytes = sum(map(aligned, sizes)) if movable else 0
             block, unit = _block_of(name, modules), _unit_of(name, modules)
             is_table = movable and sum(sizes) >= LEAST_TABLE_BYTES and _is_table(child)
             is_bf16 = 2 * bf16_bytes > sum(sizes)
