@@ -3,9 +3,9 @@
     python3 tools/host.py run benchmarks/several_gpus.py [FOLDER] [MODEL ...]
 
 Models of full size with random weights (Flux, SDXL) are written to FOLDER (default /dev/shm; 23 GiB). Each way samples
-1024 x 1024 pixels with ComfyUI's own sampler; a step is timed from one preview to the next, when both GPUs are done.
-Latents are compared, bit by bit, with those of the ways before, ComfyUI's own among them. GiB of a GPU are what torch
-had allocated there at most; GiB in main memory are slabs, each counted once.
+1024 x 1024 pixels twice with ComfyUI's own sampler; a step of the second time is timed from one preview to the next,
+when both GPUs are done. Latents are compared, bit by bit, with those of the ways before, ComfyUI's own among them. GiB
+of a GPU are what torch had allocated there at most; GiB in main memory are slabs, each counted once.
 
 For Flux follow forecasts by `simulator.py` from the times of one recorded step, for slower links too: what is streamed,
 plain or packed, and what is relayed, one conditioning after the other or as a pair.
@@ -24,7 +24,7 @@ from typing import Any
 from harness import link_gb_per_second, mark, record_models, require_gpus, start_comfyui
 
 GIB = 1024**3
-STEPS = 9
+STEPS = 13
 UNTIMED_STEPS = 3
 HOME, OTHER = "cuda:0", "cuda:1"
 WAYS = {
@@ -96,6 +96,7 @@ def measure(name: str, path: str) -> None:
     def add(way: str, patcher: Any, cfg: float = 3.0) -> None:
         for index in range(2):
             torch.cuda.reset_peak_memory_stats(index)
+        sampled(model, patcher, cfg)
         latents, milliseconds = sampled(model, patcher, cfg)
         row = {"way": way, "ms": round(milliseconds, 1)}
         row["GiB of each GPU"] = [round(torch.cuda.max_memory_allocated(index) / GIB, 2) for index in range(2)]
@@ -122,7 +123,6 @@ def measure(name: str, path: str) -> None:
 
     with torch.inference_mode():
         patcher = model.core(path)
-        sampled(model, patcher)  # the first forward of a process may take other kernels
         batched = comfy.samplers.can_concat_cond
         comfy.samplers.can_concat_cond = lambda one, other: one is other
         add("one GPU, resident, one after the other", patcher)
@@ -146,7 +146,6 @@ def measure(name: str, path: str) -> None:
         del patcher, relayed
         drop()
         patcher = split(distributed(f"{HOME},50%;{OTHER},50%", donor_mode="relay"))
-        sampled(model, patcher)  # one pass at a time, at first
         add("relayed 50%, as a pair", patcher)
         del patcher
         drop()
