@@ -7,9 +7,9 @@ away until so much is free on each GPU as `ROOMS` says. Then the model is loaded
 `auto`, and with every split of a grid: so much of the room for weights on each GPU, relayed and streamed, the rest on
 the CPU. Packing is left to itself. A way is run once before it is timed, as packing begins with a second run.
 
-Milliseconds are medians of `STEPS` steps of 1024 x 1024 pixels, of which those of SDXL are bound by the CPU. `auto` and the best by hand are timed again in turns,
-and the medians of these are compared: a machine becomes faster or slower for a while. Outputs are compared, bit by bit,
-with the model's on the GPU alone.
+Milliseconds are medians of `STEPS` steps of 1024 x 1024 pixels; those of SDXL are bound by the CPU. `auto` and the best
+by hand are timed again in turns, and the medians of these are compared: a machine becomes faster or slower for a while.
+Outputs are compared, bit by bit, with the model's on the GPU alone.
 With one GPU the rooms for one are measured, with two those for two, since `auto` uses every GPU.
 """
 
