@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from .comfyui.core import mm
-from .comfyui.loaders import (
+from .comfyui.memory import memory_of
+from .comfyui.without_memory import (
     build_diffusion_model_without_memory,
     build_gguf_without_memory,
     build_text_encoder_without_memory,
     build_without_memory,
     read_shapes,
 )
-from .comfyui.memory import memory_of
 from .components import DIFFUSION_MODEL, TEXT_ENCODER, VAE, note_runs
 from .knowledge import Files, Origin, last_run, memory_beside_activations, speeds_for
 from .moving.unpacking import reason_against

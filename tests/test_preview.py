@@ -27,7 +27,7 @@ from serving import ACCELERATOR, DEVICES, NEWEST, prompt_for, start
 
 from allocation_parser import parse_allocation
 from distorch2 import machine, preview
-from distorch2.comfyui import loaders, memory
+from distorch2.comfyui import memory, without_memory
 from distorch2.components import DIFFUSION_MODEL, TEXT_ENCODER
 from distorch2.loading import distribute, distribute_clip, load_checkpoint, load_diffusion_model, load_text_encoder
 from distorch2.moving import speed
@@ -131,7 +131,7 @@ class Drawing(torch.nn.Module):
 
 def test_nothing_is_drawn_from_the_random_numbers_of_a_prompt_beside_it():
     before = torch.get_rng_state()
-    with loaders._Undrawn():
+    with without_memory._Undrawn():
         module = Drawing()
     assert torch.equal(torch.get_rng_state(), before)
     drawn = Drawing()
