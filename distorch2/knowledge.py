@@ -76,20 +76,21 @@ def speeds_for(
     may_start: bool,
     may_measure: bool,
 ) -> Speeds:
-    """No more than the choice depends on: nothing if the model fits on the compute device, how fast cards compute if
-    one that may relay is of another model, and links if they decide which card is filled next. What is not known is
-    measured if it `may_measure`, as for `make_plans`."""
+    """What the choice may depend on: nothing if the model fits on the compute device, how fast cards compute if one
+    that may relay is of another model, and links of which one may be chosen. What is not known is measured if it
+    `may_measure`, as for `make_plans`."""
     if not isinstance(request.allocation, Automatic):
         return UNKNOWN
     home, room = request.compute_device, room_of(request, memory, model_bytes)
     relaying, keeping = ([name for name in names if room[name]] for names in relaying_and_keeping(request, memory))
     computing = [home, *relaying] if _differ([home, *relaying]) else []
-    linked = [*relaying, *keeping] if keeping or len(relaying) > 1 else []
+    linked = [*(relaying if len(relaying) > 1 else ()), *keeping]
     if room[home] >= model_bytes or not (computing or linked):
         return UNKNOWN
     used = map(torch.device, (home, *computing, *linked))
     may_measure = may_measure and (may_start or all(map(is_started, used)))
-    links = {name: bytes_per_second(name, home, may_measure) for name in (OVERFLOW_DEVICE, *linked)}
+    from_host = [OVERFLOW_DEVICE] if computing or keeping else []
+    links = {name: bytes_per_second(name, home, may_measure) for name in (*from_host, *linked)}
     products = {name: multiplications_per_second(name, may_measure) for name in computing}
     speeds = Speeds(
         {name: each for name, each in links.items() if each is not None},

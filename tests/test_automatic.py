@@ -91,6 +91,7 @@ def test_of_cards_that_compute_as_fast_the_one_with_the_fastest_link_is_first():
     assert chosen(2200, free) == {HOME: 1000, PEER: 1200}
     by_both = Speeds(by_link.link_bytes_per_s, {**products, THIRD: 0.5}, 1.0)
     assert chosen(2200, free, by_both) == {HOME: 1000, PEER: 1200}
+    assert chosen(2200, free, Speeds({PEER: 3e9})) == {HOME: 1000, PEER: 1200}  # what is not known comes last
     without_main_memory = Speeds({PEER: 3e9, THIRD: 25e9})
     assert chosen(2200, free, without_main_memory) == {HOME: 1000, THIRD: 1000, PEER: 200}
 
@@ -110,7 +111,7 @@ def test_cards_that_are_as_fast_are_filled_whatever_a_step_takes(model_bytes, fr
 @given(
     st.integers(1, 10_000),
     st.lists(st.integers(0, 5_000), min_size=3, max_size=3),
-    st.lists(st.sampled_from([1.0, 1.5, 2.0, 5.0]), min_size=2, max_size=2),
+    st.lists(st.floats(1.2, 5.0) | st.just(1.0), min_size=2, max_size=2),
     st.floats(0.01, 100),
     st.floats(1.0, 10_000),
 )
@@ -136,7 +137,8 @@ def test_no_other_split_beside_a_full_compute_device_is_forecast_to_be_faster(
         if int(free[1] * one) + int(free[2] * other) <= model_bytes - kept
     ]
     ours = seconds(found.get(PEER, 0), found.get(THIRD, 0))
-    assert ours <= min(others) + step_s * 4 / 64 + 2 / link  # a choice is one of 64
+    # A choice is one of 64, and a card that is up to a tenth slower may come first.
+    assert ours <= min(others) + step_s * (4 / 64 + 0.1 * max(slowness)) + 2 / link
 
 
 PACKABLE = [Layer(f"blocks.{number}.linear", 10 * MIB, True, 10 * MIB, "", "", False, True) for number in range(100)]

@@ -126,6 +126,7 @@ class Drawing(torch.nn.Module):
         for fill in ("uniform_", "normal_", "trunc_normal_", "kaiming_normal_", "xavier_uniform_", "orthogonal_"):
             getattr(torch.nn.init, fill)(torch.empty(2, 2))
         torch.empty(2).exponential_()
+        torch.rand(3, out=torch.empty(3))
         self.of_its_own_generator = torch.quasirandom.SobolEngine(3, scramble=True, seed=123).draw(4)
 
 
@@ -139,6 +140,13 @@ def test_nothing_is_drawn_from_the_random_numbers_of_a_prompt_beside_it():
     shapes = [(tensor.shape, tensor.device) for tensor in drawn.parameters()]
     assert [(tensor.shape, tensor.device) for tensor in module.parameters()] == shapes
     assert torch.equal(module.of_its_own_generator, drawn.of_its_own_generator)
+
+
+def test_a_prompt_beside_it_can_be_compiled():
+    """Torch before 2.10 asks these globals, whatever thread it is in."""
+    with without_memory._Undrawn():
+        assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode(include_infra_modes=False)
+        assert torch.utils._python_dispatch.is_in_torch_dispatch_mode(include_infra_modes=True)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +305,7 @@ def test_how_long_copies_take_is_said_where_it_can_be_known(checkpoints, monkeyp
     monkeypatch.setattr(type(preview.COMFYUI), "can_pin_for", lambda *arguments: True)
     known = {}
     monkeypatch.setattr(machine, "_known", lambda: known)
+    monkeypatch.setattr(machine, "_write", lambda known: None)
     monkeypatch.setattr(speed, "link_bytes_per_second", lambda source, target: 1e6)
     assert times(may_measure=False)[0] is None
     with monkeypatch.context() as patches:

@@ -233,8 +233,18 @@ class _Undrawn(TorchDispatchMode):
     generator of their own.
 
     Some models draw their first weights on the CPU while they are built. That advances torch's global generator, and
-    would change the noise of a prompt that runs in another thread.
+    would change the noise of a prompt that runs in another thread. Functions that are told no device (`bernoulli`,
+    `multinomial`, `normal` of tensors) still draw: no model does that while it is built.
     """
+
+    # Both keep torch before 2.10 from not compiling what another thread calls meanwhile.
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
@@ -242,7 +252,7 @@ class _Undrawn(TorchDispatchMode):
         options = options or {}
         is_drawn = torch.Tag.nondeterministic_seeded in function.tags and options.get("generator") is None
         if is_drawn and function._schema.is_mutable:
-            return arguments[0]
+            return options["out"] if "out" in options else arguments[0]
         if is_drawn and any(each.name == "device" for each in function._schema.arguments):
             like = next((each.device for each in arguments if isinstance(each, torch.Tensor)), CPU)
             shape = function(*arguments, **{**options, "device": _META})

@@ -21,7 +21,7 @@ _TOKENS = 4096
 """Of an image of 1024 x 1024 pixels: what a step is taken for until one has been timed."""
 _BYTES_OF_A_WEIGHT = 2
 _AS_FAST = 0.1
-"""Speeds that differ by less are taken to be equal: that much of it is noise."""
+"""Speeds are compared in steps of about this much: less is noise."""
 _NUM_CHOICES = 64
 
 
@@ -44,11 +44,12 @@ class Speeds:
         found = own / theirs if own and theirs else 1.0
         return 1.0 if abs(found - 1) <= _AS_FAST else found
 
-    def rank(self, device: str, compute_device: str) -> tuple[int, int]:
-        """Lower for a device that computes faster; of those that are as fast, for one with a faster link."""
+    def rank(self, device: str, compute_device: str) -> tuple[int, float]:
+        """Lower for a device that computes faster; of those that are as fast, for one with a faster link. One whose
+        link is not known comes last."""
         links = {name: link for name, link in self.link_bytes_per_s.items() if name != OVERFLOW_DEVICE}
-        slowness_of_link = max(links.values()) / links[device] if device in links else 1.0
-        return _steps(self.slowness(device, compute_device)), _steps(slowness_of_link)
+        of_link = _steps(max(links.values()) / links[device]) if device in links else math.inf
+        return _steps(self.slowness(device, compute_device)), of_link
 
     def is_link_slower(self, device: str) -> bool:
         """Than that of main memory, as far as is known."""
