@@ -25,7 +25,7 @@ from typing import Any
 
 from comfy_compiler import NUM_FORWARDS, Flux, Recorded
 from harness import require_gpus, saved_model, start_comfyui, step, warmed_up
-from record import printed_by, write_results
+from record import ROOT, printed_by, write_results
 
 HOME, OTHER = "cuda:0", "cuda:1"
 _DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, of the CUDA driver's API
@@ -126,7 +126,7 @@ def measure(path: str, disable_cuda_malloc: bool) -> None:
                 row["bit-identical"] = [torch.equal(output, expected) for output in outputs]
                 del outputs
             except RuntimeError:
-                row["broke off"] = traceback.format_exc().splitlines()[-12:]
+                row["broke off"] = traceback.format_exc().replace(f"{ROOT}/", "").splitlines()[-12:]
             if distribution.relay:
                 row["MB sent to the other GPU"] = round((distribution.relay.activations.bytes_sent - sent) / 1e6)
             row["breaks by forward"] = recorded.breaks[:]
