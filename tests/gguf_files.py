@@ -100,6 +100,12 @@ def load(path, layers):
     return comfy.model_patcher.ModelPatcher(loaded.model, loaded.load_device, loaded.offload_device)
 
 
+def load_for_dynamic_vram(monkeypatch):
+    """Has ComfyUI load as for DynamicVRAM, which needs a GPU: it keeps the tensors of a file as they are."""
+    kind = type("Dynamic", (comfy.model_patcher.ModelPatcher,), {"is_dynamic": lambda self: True})
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", kind)
+
+
 def dequantised(tensor, dtype):
     plain = tensor.as_subclass(torch.Tensor) if isinstance(tensor, BlockTensor) else tensor
     if isinstance(tensor, BlockTensor) and tensor.tensor_type.name not in ("F32", "F16"):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.model_management as mm
-import comfy.model_patcher
 import folder_paths
 import gguf_files
 import pytest
@@ -110,8 +109,7 @@ def test_latents_are_bit_identical(load, clip, qtype, percent):
 @pytest.mark.parametrize("percent", [50, 100])
 def test_what_comfyui_keeps_of_the_file_under_dynamicvram(load, clip, percent, monkeypatch):
     """Norms, which the file has in F32: else they are copied, in the dtype of the model."""
-    kind = type("Dynamic", (comfy.model_patcher.ModelPatcher,), {"is_dynamic": lambda self: True})
-    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", kind)
+    gguf_files.load_for_dynamic_vram(monkeypatch)
     core = load("Q4_K")
     assert is_gguf(core.model.diffusion_model.double_blocks[0].img_attn.norm.query_norm.weight)
     expected = sample(core, clip)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sd1_clip
 import comfy.utils
 import gguf_files
@@ -188,8 +187,7 @@ def test_a_gguf_file_lies_as_shown(tmp_path, percent, has_metadata, is_dynamic, 
     # As on a GPU; in the file some are not.
     monkeypatch.setattr(comfy.model_management, "unet_dtype", lambda **arguments: torch.float16)
     if is_dynamic:
-        kind = type("Dynamic", (comfy.model_patcher.ModelPatcher,), {"is_dynamic": lambda self: True})
-        monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", kind)
+        gguf_files.load_for_dynamic_vram(monkeypatch)
     found = shown(preview.gguf_diffusion_model(path, loaders), request(percent))
     model = distribute(gguf_files.load(path, gguf_files.Layers), request(percent))
     assert parts_of(found, DIFFUSION_MODEL) == parts_of_plan(model.distribution.asked)

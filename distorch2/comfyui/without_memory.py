@@ -112,14 +112,16 @@ def build_without_memory(weights: Weights, unet_device: str, clip_device: str, v
 
 
 def build_diffusion_model_without_memory(
-    weights: Weights, device: str, dtype: torch.dtype | None = None
+    weights: Weights, device: str, dtype: torch.dtype | None = None, operations: Any = None
 ) -> torch.nn.Module:
-    """The same for a file that has no other part; with its weights in `dtype`, where that is asked for. Raises
-    `CheckpointError` also where ComfyUI converts the names of its tensors."""
+    """The same for a file that has no other part; with its weights in `dtype`, and with layers of `operations`, where
+    that is asked for. Raises `CheckpointError` also where ComfyUI converts the names of its tensors."""
     with _refused_as(not_a_checkpoint(weights.path)):
         detected = detect_alone(weights)
         if detected is None:
             raise not_a_checkpoint(weights.path)
+        if operations is not None:
+            detected.config.custom_operations = operations
         return _model_without_memory(detected, device, dtype)
 
 
@@ -135,12 +137,7 @@ def build_gguf_without_memory(path: str, pack: Any, device: str) -> torch.nn.Mod
     state_dict, *more = found if isinstance(found, tuple) else (found,)  # newer ones return metadata as well
     shapes = {name: _as_loaded(tensor) for name, tensor in state_dict.items()}
     weights = Weights(path, shapes, more[0].get("metadata") if more else None)
-    with _refused_as(not_a_checkpoint(path)):
-        detected = detect_alone(weights)
-        if detected is None:
-            raise not_a_checkpoint(path)
-        detected.config.custom_operations = pack.GGMLOps()
-        return _model_without_memory(detected, device)
+    return build_diffusion_model_without_memory(weights, device, operations=pack.GGMLOps())
 
 
 def _as_loaded(tensor: torch.Tensor) -> torch.Tensor:
@@ -237,7 +234,7 @@ class _Undrawn(TorchDispatchMode):
     `multinomial`, `normal` of tensors) still draw: no model does that while it is built.
     """
 
-    # Both keep torch before 2.10 from not compiling what another thread calls meanwhile.
+    # With both, torch before 2.10 compiles what another thread calls meanwhile.
     @classmethod
     def is_infra_mode(cls) -> bool:
         return True

@@ -16,7 +16,6 @@ _COPIED_BYTES = 64 * 1024**2
 _SIDE = 2048
 _PRODUCTS = 8
 _TIMES = 4
-"""The first time, there may be buffers to set up."""
 _WARM_UP_S = 0.1
 """Of work that is not timed: a GPU that was idle does not run at its speed at once, and its link neither."""
 _LONGEST_S = 0.5
